@@ -1,0 +1,69 @@
+# `make bench` and `make test` set up all they need: a virtual environment, the pinned requirements, the native build.
+# The first run downloads and compiles; later ones reuse that and rebuild only what changed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ISAS ?= avx512 avx2 baseline
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Warnings are errors here; someone who only installs the package with a newer compiler is spared them.
+export CMAKE_ARGS ?= -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+
+.PHONY: bench test test-isa build lint format sanitize wheel sdist clean distclean
+
+bench: build
+	seqkernels bench --suite quick
+	$(PY) examples/language_model.py
+
+test: build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The whole suite again with each instruction set forced in turn; `ISAS="avx2 baseline"` chooses others.
+test-isa: build
+	@set -e; for isa in $(ISAS); do echo "== SEQKERNELS_CPU_ISA=$$isa"; SEQKERNELS_CPU_ISA=$$isa $(PY) -m pytest $(PYTEST_ARGS); done
+
+build: build/.installed
+
+lint: $(VENV)/.requirements
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(VENV)/.requirements
+	ruff check --fix .
+	ruff format .
+	clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+# The torch-free kernels and their C++ test driver under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.requirements
+	cmake -G Ninja -S . -B build/sanitize -DSEQKERNELS_SANITIZE=address,undefined -DSEQKERNELS_PYTHON=OFF -DSEQKERNELS_TESTS=ON $(CMAKE_ARGS)
+	cmake --build build/sanitize
+	build/sanitize/seqkernels_test
+
+wheel: $(VENV)/.requirements
+	$(PY) -m build --wheel --no-isolation
+
+sdist: $(VENV)/.requirements
+	$(PY) -m build --sdist --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info seqkernels/*.so
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "seqkernels needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo 'int main() {}' | $${CXX:-c++} -std=c++20 -fsyntax-only -x c++ - || { \
+	  echo "seqkernels needs a C++20 compiler (GCC >= 11 or Clang >= 14), $${CXX:-c++} is none. Install one (Debian, Ubuntu: apt install g++) or name it: make CXX=/path/to/g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: requirements-dev.txt | $(PY)
+	$(PY) -m pip install -r requirements-dev.txt
+	@touch $@
+
+build/.installed: $(VENV)/.requirements $(NATIVE)
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	@mkdir -p build && touch $@
