@@ -1,0 +1,5 @@
+import sys
+
+from seqkernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,26 @@
+"""The `seqkernels` command: each verb is a module with `main(argv) -> int`, imported only when it is called."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+import seqkernels
+
+VERBS = {
+    "bench": ("seqkernels.bench", "time the kernels against torch and ONNX Runtime here and write a report"),
+    "info": (
+        "seqkernels.info",
+        "print versions, instruction sets, threads and devices: what a bug report needs",
+    ),
+    "selftest": ("seqkernels.selftest", "check the kernels on this machine against plain torch"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="seqkernels", description=seqkernels.__doc__)
+    parser.add_argument("--version", action="version", version=f"seqkernels {seqkernels.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+    for verb, (_, text) in VERBS.items():
+        verbs.add_parser(verb, help=text, add_help=False)
+    args, rest = parser.parse_known_args(argv)  # what follows the verb is the verb's own business
+    return importlib.import_module(VERBS[args.verb][0]).main(rest)
