@@ -1,5 +1,5 @@
-"""Native build: `build_ext` runs CMake and Ninja. Everything else about the package is in pyproject.toml; the native
-targets are in CMakeLists.txt."""
+"""Native build: `build_ext` runs CMake and Ninja. The rest about the package is in pyproject.toml, and the
+native targets are in CMakeLists.txt."""
 
 import importlib.util
 import os

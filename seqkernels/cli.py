@@ -1,4 +1,4 @@
-"""The `seqkernels` command: each verb is a module with `main(argv) -> int`, imported only when it is called."""
+"""The `seqkernels` command: each verb is a module with `main(argv) -> int`, imported only when called."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ VERBS = {
     "bench": ("seqkernels.bench", "time the kernels against torch and ONNX Runtime here and write a report"),
     "info": (
         "seqkernels.info",
-        "print versions, instruction sets, threads and devices: what a bug report needs",
+        "print versions, instruction sets, threads, devices: what a bug report needs",
     ),
     "selftest": ("seqkernels.selftest", "check the kernels on this machine against plain torch"),
 }

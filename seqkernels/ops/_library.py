@@ -19,16 +19,16 @@ def load(library: Path = LIBRARY) -> None:
         )
     if not library.is_file():
         raise ImportError(
-            f"seqkernels has no native library: {library} does not exist {here}. In a source checkout build it with "
-            "`make build`, or `pip install --no-build-isolation --no-deps -e .`; otherwise reinstall the package."
+            f"seqkernels has no native library: {library} does not exist {here}. In a source checkout build it: "
+            "`make build`, or `pip install --no-build-isolation --no-deps -e .`. Otherwise reinstall the package."
         )
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise ImportError(
-            f"seqkernels cannot load its native library {library} {here}: {error}. It was built for another "
-            "platform, compiler runtime or version of torch. Build it on this machine: in a source checkout run "
-            "`make clean build`, or `pip install --force-reinstall --no-deps --no-binary seqkernels seqkernels`."
+            f"seqkernels cannot load its native library {library} {here}: {error}. It was "
+            "built for another platform, compiler runtime or version of torch. Build it on this machine: "
+            "`make clean build` in a source checkout (docs/building.md)."
         ) from error
 
 
