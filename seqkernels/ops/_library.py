@@ -19,8 +19,8 @@ def load(library: Path = LIBRARY) -> None:
         )
     if not library.is_file():
         raise ImportError(
-            f"seqkernels has no native library: {library} does not exist {here}. In a source checkout build it "
-            "(`make build`, or `pip install --no-build-isolation --no-deps -e .`), else reinstall the package."
+            f"seqkernels has no native library: {library} is missing {here}. In a source checkout build it "
+            "(`make build`, or `pip install --no-build-isolation --no-deps -e .`), or reinstall it."
         )
     try:
         torch.ops.load_library(str(library))
