@@ -1,4 +1,4 @@
-"""GRU in plain torch: gates r, z, n; n = tanh(W_in x + b_in + r * (W_hn h + b_hn)); h' = (1 - z) * n + z * h."""
+"""GRU in plain torch, gates r, z, n: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)); h' = (1 - z) n + z h."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""LSTM in plain torch: gates i, f, g, o (g = tanh, the others sigmoid); c' = f*c + i*g; h' = W_hr (o*tanh(c'))."""
+"""LSTM in plain torch, gates i, f, g, o (g = tanh, the rest sigmoid): c' = f c + i g; h' = W_hr (o tanh(c'))."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def lstm_layer(
     resets: Tensor | None = None,
     bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer: x [T,B,I] or packed [N,I], h0 [D,B,P], c0 [D,B,H] -> y [T,B,D*P], h_n, c_n, cells [T,B,D*H]."""
+    """One layer: x [T,B,I] or [N,I], h0 [D,B,P], c0 [D,B,H] -> y [T,B,D*P], h_n, c_n, cells [T,B,D*H]."""
     (y, cells), (hn, cn) = recurrence(_step, x, (h0, c0), weights, batch_sizes, resets, bidirectional)
     return y, hn, cn, cells
 

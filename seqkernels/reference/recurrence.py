@@ -55,7 +55,7 @@ def recurrence(
 
 
 def split_weights(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """One direction's tensors in torch's order -> w_ih, w_hh, b_ih, b_hh, w_hr; the last three may be absent."""
+    """One direction in torch's order -> w_ih, w_hh, b_ih, b_hh, w_hr; the last three may be absent."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
     return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
