@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
-# What an ISA file may take from outside: C headers, intrinsics, and C++ headers without inline functions that the
-# compiler emits as weak symbols. A weak symbol compiled for AVX-512 may be the copy that the linker keeps for all.
+# What an ISA file may take from outside: C headers, intrinsics, and C++ headers without inline functions that
+# the compiler emits as weak symbols: one compiled for AVX-512 may be the copy that the linker keeps for all.
 LIGHT_HEADERS = {
     "arm_neon.h",
     "immintrin.h",
@@ -56,10 +56,8 @@ def test_kernels_are_torch_free():
     sources = native_sources(KERNELS)
     assert sources
     for source in sources:
-        torch = [
-            name for _, name in includes(source) if re.match(r"(torch|ATen|c10|pybind11)\b|Python\.h", name)
-        ]
-        assert not torch, f"{source.relative_to(ROOT)} includes {torch}: kernels are free of torch and Python"
+        foreign = [n for _, n in includes(source) if re.match(r"(torch|ATen|c10|pybind11)\b|Python\.h", n)]
+        assert not foreign, f"{source.relative_to(ROOT)}: kernels use neither torch nor Python, got {foreign}"
 
 
 @pytest.mark.parametrize("source", isa_sources(), ids=lambda p: p.stem)
