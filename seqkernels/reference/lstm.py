@@ -1,4 +1,4 @@
-"""LSTM in plain torch, gates i, f, g, o (g = tanh, the rest sigmoid): c' = f c + i g; h' = W_hr (o tanh(c'))."""
+"""LSTM in plain torch, gates i, f, g, o (g = tanh, else sigmoid): c' = f c + i g; h' = W_hr (o tanh(c'))."""
 
 from collections.abc import Sequence
 
