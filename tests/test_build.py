@@ -1,0 +1,170 @@
+"""The source distribution, the metadata and an installation from scratch, as a user meets them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import seqkernels
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the stable ABI consists of: C functions. A C++ symbol of torch would tie the library to one version.
+STABLE_ABI = re.compile(r"(aoti_torch_|torch_|aten_)\w+")
+# Vector registers that code for an instruction set must not touch.
+FORBIDDEN_REGISTERS = {"baseline": "%[yz]mm", "avx2": "%zmm|%k[1-7]"}
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    command = [str(c) for c in command]
+    result = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    return result.stdout
+
+
+def build_meta(call: str, cwd: Path, **environment: str) -> str:
+    """One hook of the build backend, in a fresh interpreter. Returns the name of the file that it made."""
+    code = f"from setuptools import build_meta; print('\\n' + build_meta.{call})"
+    return run(sys.executable, "-c", code, cwd=cwd, **environment).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the sources, so that building leaves nothing behind."""
+    copy = tmp_path_factory.mktemp("checkout") / "seqkernels"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory) -> str:
+    """A PYTHONPATH on which `import torch` fails."""
+    folder = tmp_path_factory.mktemp("blocked")
+    (folder / "torch.py").write_text("raise ImportError('the metadata must not need torch')")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def unpacked(checkout, without_torch, tmp_path_factory) -> Path:
+    """The source distribution, made without torch, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    name = build_meta(f"build_sdist({str(folder)!r})", checkout, PYTHONPATH=without_torch)
+    assert name == f"seqkernels-{seqkernels.__version__}.tar.gz"
+    with tarfile.open(folder / name) as archive:
+        archive.extractall(folder)
+    return folder / name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def installed(unpacked, tmp_path_factory) -> Path:
+    """The package built from the source distribution and installed into an empty folder, offline."""
+    target = tmp_path_factory.mktemp("target")
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
+    run(*pip, "--target", target, unpacked, cwd=unpacked, CMAKE_ARGS="-DCMAKE_COMPILE_WARNING_AS_ERROR=ON")
+    return target
+
+
+def objects(unpacked: Path, pattern: str) -> list[Path]:
+    found = sorted(unpacked.glob(f"build/cmake-*/CMakeFiles/*.dir/csrc/**/{pattern}.o"))
+    assert found, f"no object {pattern}.o"
+    return found
+
+
+def isa(obj: Path) -> str:
+    return obj.name.removeprefix("isa_").removesuffix(".cpp.o")
+
+
+def test_metadata_needs_no_torch(checkout, without_torch, tmp_path):
+    call = f"prepare_metadata_for_build_wheel({str(tmp_path)!r})"
+    name = build_meta(call, checkout, PYTHONPATH=without_torch)
+    lines = (tmp_path / name / "METADATA").read_text().splitlines()
+    for line in (
+        "Name: seqkernels",
+        f"Version: {seqkernels.__version__}",
+        "Requires-Python: >=3.10",
+        "Requires-Dist: torch>=2.11",
+        "Provides-Extra: bench",
+        "License-Expression: Apache-2.0",
+    ):
+        assert line in lines
+
+
+def test_sdist_has_all_sources(unpacked, checkout):
+    def files(root: Path) -> set[str]:
+        folders = ("csrc", "docs", "examples", "seqkernels", "tests")
+        found = (p.relative_to(root) for folder in folders for p in (root / folder).rglob("*") if p.is_file())
+        return {str(p) for p in found if p.suffix not in {".so", ".pyc"}}
+
+    assert files(unpacked) == files(checkout)
+    for name in (
+        "CMakeLists.txt",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "requirements-dev.txt",
+    ):
+        assert (unpacked / name).is_file(), name
+
+
+def test_installation_from_sdist_runs(installed, tmp_path):
+    call = "seqkernels.LSTM(3, 4)(torch.ones(5, 2, 3))[0].shape"
+    code = f"import seqkernels, torch; print(seqkernels.__file__, {call})"
+    output = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert output.split(maxsplit=1) == [
+        str(installed / "seqkernels" / "__init__.py"),
+        "torch.Size([5, 2, 4])\n",
+    ]
+
+
+def test_installation_has_what_runs_and_nothing_else(installed):
+    package = installed / "seqkernels"
+    sources = {str(p.relative_to(ROOT / "seqkernels")) for p in (ROOT / "seqkernels").rglob("*.py")}
+    assert {str(p.relative_to(package)) for p in package.rglob("*.py")} == sources
+    libraries = sorted(p.name.split(".")[0] for p in package.glob("*.so"))
+    assert libraries == ["_kernels", "_ops"]
+    assert (package / "py.typed").is_file()
+    assert {p.name for p in installed.iterdir()} <= {"seqkernels", "bin"} | {
+        p.name for p in installed.glob("*.dist-info")
+    }
+
+
+def test_op_library_uses_the_stable_abi_only(installed):
+    symbols = run("nm", "-D", "--undefined-only", "seqkernels/_ops.so", cwd=installed).split()
+    torch = [
+        s
+        for s in symbols
+        if "torch" in s or "c10" in s or s.startswith(("_ZN2at", "_ZNK2at", "aoti_", "aten_"))
+    ]
+    assert torch
+    assert [s for s in torch if not STABLE_ABI.fullmatch(s)] == []
+
+
+def test_libraries_depend_on_nothing_by_path(installed):
+    for library in (installed / "seqkernels").glob("*.so"):
+        dynamic = run("readelf", "-d", library, cwd=installed)
+        assert "NEEDED" in dynamic
+        assert not re.search(r"RPATH|RUNPATH|NEEDED.*/", dynamic), library.name
+
+
+def test_isa_objects_export_their_table_and_nothing_else(installed, unpacked):
+    """A weak symbol (an inline function of the C++ library, say) compiled for AVX-512 may be the copy that the
+    linker keeps for everyone, and crash older processors."""
+    for obj in objects(unpacked, "isa_*.cpp"):
+        symbols = run("nm", "-C", "--defined-only", "--extern-only", obj, cwd=unpacked).splitlines()
+        assert [s.split(maxsplit=2)[2] for s in symbols] == [f"seqkernels::kernels_{isa(obj)}()"], obj.name
+
+
+def test_only_isa_objects_use_wide_registers(installed, unpacked):
+    for obj in objects(unpacked, "*.cpp"):
+        name = isa(obj) if obj.name.startswith("isa_") else "baseline"
+        if name in FORBIDDEN_REGISTERS:
+            code = run("objdump", "-d", "--no-show-raw-insn", obj, cwd=unpacked)
+            assert not re.search(FORBIDDEN_REGISTERS[name], code), obj.name

@@ -1,0 +1,73 @@
+"""`seqkernels info` and the command line around it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import seqkernels
+
+
+def seqkernels_command(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "seqkernels", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+
+
+def info(**environment: str) -> dict[str, str]:
+    result = seqkernels_command("info", "--json", **environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_info_tells_what_a_bug_report_needs():
+    lowest = info()["isa supported"].split(", ")[0]  # baseline, or neon on Arm
+    facts = info(SEQKERNELS_CPU_ISA=lowest, OMP_NUM_THREADS="1")
+    assert facts["seqkernels"].startswith(seqkernels.__version__)
+    assert facts["torch"] == torch.__version__
+    assert facts["torch threads"] == "1"
+    assert facts["isa active"] == lowest
+    assert f"SEQKERNELS_CPU_ISA={lowest}" in facts["environment"]
+    assert all(facts.values()), facts
+
+
+def test_info_as_text_has_the_same_lines():
+    result = seqkernels_command("info")
+    assert result.returncode == 0, result.stderr
+    names = [line.partition("  ")[0].strip() for line in result.stdout.splitlines()]
+    assert names == list(info())
+
+
+def test_best_supported_isa_is_the_default():
+    facts = info(SEQKERNELS_CPU_ISA="")
+    assert facts["isa active"] == facts["isa supported"].split(", ")[-1]
+
+
+def test_every_supported_isa_can_be_forced():
+    for isa in info(SEQKERNELS_CPU_ISA="")["isa supported"].split(", "):
+        assert info(SEQKERNELS_CPU_ISA=isa)["isa active"] == isa
+
+
+def test_unknown_isa_is_an_error_that_names_the_known():
+    result = seqkernels_command("info", SEQKERNELS_CPU_ISA="avx9")
+    assert result.returncode != 0
+    assert 'SEQKERNELS_CPU_ISA: got "avx9", expected' in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["bench", "info", "selftest"])
+def test_help_of_every_verb(verb):
+    result = seqkernels_command(verb, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"seqkernels {verb}" in result.stdout
+
+
+def test_unknown_verb_is_an_error():
+    result = seqkernels_command("lstm")
+    assert result.returncode == 2
+    assert "bench" in result.stderr
+
+
+def test_version():
+    assert seqkernels_command("--version").stdout.strip() == f"seqkernels {seqkernels.__version__}"
