@@ -155,7 +155,7 @@ def test_libraries_depend_on_nothing_by_path(installed):
 
 
 def test_isa_objects_export_their_table_and_nothing_else(installed, unpacked):
-    """A weak symbol (an inline function of the C++ library, say) compiled for AVX-512 may be the copy that the
+    """A weak symbol (an inline function of the C++ library, say) compiled for AVX-512 may be the copy the
     linker keeps for everyone, and crash older processors."""
     for obj in objects(unpacked, "isa_*.cpp"):
         symbols = run("nm", "-C", "--defined-only", "--extern-only", obj, cwd=unpacked).splitlines()
