@@ -42,6 +42,7 @@ sanitize: $(VENV)/.requirements
 	build/sanitize/seqkernels_test
 
 wheel: $(VENV)/.requirements
+	rm -rf build/lib* # setuptools would pack modules that are gone from the sources
 	$(PY) -m build --wheel --no-isolation
 
 sdist: $(VENV)/.requirements
@@ -65,5 +66,6 @@ $(VENV)/.requirements: requirements-dev.txt | $(PY)
 	@touch $@
 
 build/.installed: $(VENV)/.requirements $(NATIVE)
-	$(PY) -m pip install --no-build-isolation --no-deps -e .
-	@mkdir -p build && touch $@
+	$(PY) setup.py build_ext --inplace # pip would do it too, but without showing progress
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
