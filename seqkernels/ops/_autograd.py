@@ -1,0 +1,73 @@
+"""What the ops of all cells share around the native `_fwd` and `_bwd` calls, which know nothing of autograd.
+
+The autograd.Functions stand outside the native ops, so torch.compile traces them and sees two opaque calls.
+They have a setup_context because torch.func.grad needs one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import seqkernels.ops._library  # noqa: F401  (defines torch.ops.seqkernels)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    """The kernels walk time and batch by strides and read features as they lie: no copy of a transposed x."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def one_step(*tensors: Tensor | None) -> list[Tensor | None]:
+    """[B,...] -> [1,B,...]: backward of a cell is backward of a layer with T = 1, D = 1."""
+    return [None if t is None else t.unsqueeze(0) for t in tensors]
+
+
+def present(*weights: Tensor | None) -> list[Tensor]:
+    return [w for w in weights if w is not None]
+
+
+def pad_biases(weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] -> always four, as the native cells take them."""
+    return [*weights, *[None] * (4 - len(weights))]
+
+
+def keep_none_grads(ctx) -> None:
+    """An unused output costs nothing in backward. Dynamo cannot trace this call and fills in zeros."""
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
+def create_graph() -> bool:
+    """In backward: the gradients will themselves be differentiated, which native calls do not allow."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiate(
+    reference: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """The gradients of reference(*inputs) as differentiable torch ops; a grad of None counts as zero."""
+    outputs, vjp = torch.func.vjp(reference, *inputs)
+    zeros_for_none = (torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
+    return vjp(tuple(g.to(o.dtype) for o, g in zip(outputs, zeros_for_none, strict=True)))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def new_like(*tensors: Tensor) -> list[Tensor]:
+    """For fakes: contiguous, where empty_like would repeat the strides of a permuted input."""
+    return [t.new_empty(t.shape) for t in tensors]
+
+
+@torch.library.register_fake("seqkernels::rnn_pack")
+def _(weights, gates, bidirectional):
+    return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)

@@ -1,0 +1,115 @@
+"""GRU ops: one layer (one or two directions, all time steps, input projection included) and one step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkernels.ops import _autograd as ag
+from seqkernels.reference import gru as reference
+
+_layer_fwd = torch.ops.seqkernels.gru_layer_fwd.default
+_layer_bwd = torch.ops.seqkernels.gru_layer_bwd.default
+_cell_fwd = torch.ops.seqkernels.gru_cell_fwd.default
+
+
+def gru_layer(
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    packed: Tensor | None = None,
+    bidirectional: bool = False,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x [T,B,I] or packed [N,I], h0 [D,B,H] -> y [T,B,D*H] or [N,D*H], h_n. Options as in `lstm_layer`."""
+    x = ag.unit_last_stride(x)
+    h0, *weights = ag.contiguous((h0, *weights))
+    if ag.needs_grad(x, h0, *weights):
+        return _Layer.apply(x, h0, batch_sizes, resets, bidirectional, not recompute, *weights)[:2]
+    return _layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, False)[:2]
+
+
+def gru_cell(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> Tensor:
+    """One step: x [B,I], h [B,H] -> h'."""
+    if ag.needs_grad(x, h, w_ih, w_hh, b_ih, b_hh):
+        return _Cell.apply(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh))[0]
+    return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, False)[0]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(x, h0, batch_sizes, resets, bidirectional, save_gates, *weights):
+        return _layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, save_gates)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h0, batch_sizes, resets, bidirectional, _, *weights = inputs
+        y, _, gates = output
+        ag.keep_none_grads(ctx)
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(y, gates, batch_sizes, resets, x, h0, *weights)
+        ctx.bidirectional = bidirectional
+
+    @staticmethod
+    def backward(ctx, dy, dhn, _):
+        y, gates, batch_sizes, resets, *inputs = ctx.saved_tensors
+        dx, dh0, *dweights = _gradients((dy, dhn), inputs, y, gates, batch_sizes, resets, ctx.bidirectional)
+        return dx, dh0, None, None, None, None, *dweights
+
+
+class _Cell(torch.autograd.Function):
+    @staticmethod
+    def forward(x, h, *weights):
+        return _cell_fwd(x, h, *ag.pad_biases(weights), True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ag.keep_none_grads(ctx)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output, *inputs)
+
+    @staticmethod
+    def backward(ctx, dh, _):
+        h, gates, x, h0, *weights = ctx.saved_tensors
+        y, gates, *inputs = ag.one_step(h, gates, x, h0)
+        dx, dh0, *dweights = _gradients(ag.one_step(None, dh), (*inputs, *weights), y, gates)
+        return dx[0], dh0[0], *dweights
+
+
+def _gradients(grads, inputs, y, gates, batch_sizes=None, resets=None, bidirectional=False):
+    """d(x, h0, *weights) from d(y, hn)."""
+    if ag.create_graph():
+
+        def layer(x, h0, *weights):
+            return reference.gru_layer(
+                x, h0, weights, batch_sizes=batch_sizes, resets=resets, bidirectional=bidirectional
+            )
+
+        return ag.differentiate(layer, inputs, grads)
+    x, h0, *weights = inputs
+    dx, dh0, dweights = _layer_bwd(
+        *ag.contiguous(grads), x, h0, weights, y, gates, batch_sizes, resets, bidirectional
+    )
+    return dx, dh0, *dweights
+
+
+@torch.library.register_fake("seqkernels::gru_layer_fwd")
+def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
+    tokens, (D, _, H) = x.shape[:-1], h0.shape
+    gates = x.new_empty((*tokens, D * 4 * H) if save_gates else 0)
+    return x.new_empty(*tokens, D * H), *ag.new_like(h0), gates
+
+
+@torch.library.register_fake("seqkernels::gru_layer_bwd")
+def _(dy, dhn, x, h0, weights, *saved_and_options):
+    return *ag.new_like(x, h0), ag.new_like(*weights)
+
+
+@torch.library.register_fake("seqkernels::gru_cell_fwd")
+def _(x, h, w_ih, w_hh, b_ih, b_hh, save):
+    return *ag.new_like(h), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

@@ -1,0 +1,136 @@
+"""LSTM ops: one layer (one or two directions, all time steps, input projection included) and one step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkernels.ops import _autograd as ag
+from seqkernels.reference import lstm as reference
+
+_layer_fwd = torch.ops.seqkernels.lstm_layer_fwd.default
+_layer_bwd = torch.ops.seqkernels.lstm_layer_bwd.default
+_cell_fwd = torch.ops.seqkernels.lstm_cell_fwd.default
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    packed: Tensor | None = None,
+    bidirectional: bool = False,
+    recompute: bool = False,
+    return_cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x [T,B,I] or packed [N,I], h0 [D,B,P], c0 [D,B,H] -> y [T,B,D*P], h_n, c_n, cells [T,B,D*H] or None.
+
+    weights: the layer's slice of torch's flat weights. batch_sizes: int64 [T] on the CPU, with packed x.
+    resets: bool [T,B], with dense x. packed: the weights by rnn_pack, used where no gradient is wanted.
+    recompute: backward rebuilds the gates instead of keeping them. cells: every c_t, float32 for half types.
+    """
+    x = ag.unit_last_stride(x)
+    h0, c0, *weights = ag.contiguous((h0, c0, *weights))
+    if ag.needs_grad(x, h0, c0, *weights):
+        y, hn, cn, cells, _ = _Layer.apply(
+            x, h0, c0, batch_sizes, resets, bidirectional, not recompute, *weights
+        )
+    else:
+        y, hn, cn, cells, _ = _layer_fwd(
+            x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, return_cells, False
+        )
+    return y, hn, cn, cells if return_cells else None
+
+
+def lstm_cell(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One step: x [B,I], h and c [B,H] -> h', c'."""
+    if ag.needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return _Cell.apply(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh))[:2]
+    return _cell_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(x, h0, c0, batch_sizes, resets, bidirectional, save_gates, *weights):
+        return _layer_fwd(
+            x, h0, c0, list(weights), batch_sizes, resets, None, bidirectional, True, save_gates
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h0, c0, batch_sizes, resets, bidirectional, _, *weights = inputs
+        y, _, _, cells, gates = output
+        ag.keep_none_grads(ctx)
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(y, cells, gates, batch_sizes, resets, x, h0, c0, *weights)
+        ctx.bidirectional = bidirectional
+
+    @staticmethod
+    def backward(ctx, dy, dhn, dcn, dcells, _):
+        y, cells, gates, batch_sizes, resets, *inputs = ctx.saved_tensors
+        dx, dh0, dc0, *dweights = _gradients(
+            (dy, dhn, dcn, dcells), inputs, y, cells, gates, batch_sizes, resets, ctx.bidirectional
+        )
+        return dx, dh0, dc0, None, None, None, None, *dweights
+
+
+class _Cell(torch.autograd.Function):
+    @staticmethod
+    def forward(x, h, c, *weights):
+        return _cell_fwd(x, h, c, *ag.pad_biases(weights), True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ag.keep_none_grads(ctx)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*output, *inputs)
+
+    @staticmethod
+    def backward(ctx, dh, dc, _):
+        h, c, gates, x, h0, c0, *weights = ctx.saved_tensors
+        y, cells, gates, *inputs = ag.one_step(h, c.to(ag.accumulation_dtype(c.dtype)), gates, x, h0, c0)
+        dx, dh0, dc0, *dweights = _gradients(
+            ag.one_step(None, dh, dc, None), (*inputs, *weights), y, cells, gates
+        )
+        return dx[0], dh0[0], dc0[0], *dweights
+
+
+def _gradients(grads, inputs, y, cells, gates, batch_sizes=None, resets=None, bidirectional=False):
+    """d(x, h0, c0, *weights) from d(y, hn, cn, cells)."""
+    if ag.create_graph():
+
+        def layer(x, h0, c0, *weights):
+            return reference.lstm_layer(
+                x, h0, c0, weights, batch_sizes=batch_sizes, resets=resets, bidirectional=bidirectional
+            )
+
+        return ag.differentiate(layer, inputs, grads)
+    x, h0, c0, *weights = inputs
+    *dinputs, dweights = _layer_bwd(
+        *ag.contiguous(grads), x, h0, c0, weights, y, cells, gates, batch_sizes, resets, bidirectional
+    )
+    return *dinputs, *dweights
+
+
+@torch.library.register_fake("seqkernels::lstm_layer_fwd")
+def _(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
+    tokens, D, H = x.shape[:-1], h0.size(0), c0.size(2)
+    hn, cn = ag.new_like(h0, c0)
+    cells = x.new_empty((*tokens, D * H) if save_cells else 0, dtype=ag.accumulation_dtype(x.dtype))
+    gates = x.new_empty((*tokens, D * 4 * H) if save_gates else 0)
+    return x.new_empty(*tokens, D * h0.size(2)), hn, cn, cells, gates
+
+
+@torch.library.register_fake("seqkernels::lstm_layer_bwd")
+def _(dy, dhn, dcn, dcells, x, h0, c0, weights, *saved_and_options):
+    return *ag.new_like(x, h0, c0), ag.new_like(*weights)
+
+
+@torch.library.register_fake("seqkernels::lstm_cell_fwd")
+def _(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    return *ag.new_like(h, c), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

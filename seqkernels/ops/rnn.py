@@ -1,0 +1,133 @@
+"""RNN ops: one layer (one or two directions, all time steps, input projection included) and one step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkernels.ops import _autograd as ag
+from seqkernels.reference import rnn as reference
+
+_layer_fwd = torch.ops.seqkernels.rnn_layer_fwd.default
+_layer_bwd = torch.ops.seqkernels.rnn_layer_bwd.default
+_cell_fwd = torch.ops.seqkernels.rnn_cell_fwd.default
+
+
+def rnn_layer(
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    packed: Tensor | None = None,
+    bidirectional: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x [T,B,I] or packed [N,I], h0 [D,B,H] -> y [T,B,D*H] or [N,D*H], h_n. Options as in `lstm_layer`."""
+    x = ag.unit_last_stride(x)
+    h0, *weights = ag.contiguous((h0, *weights))
+    relu = _is_relu(nonlinearity)
+    if ag.needs_grad(x, h0, *weights):
+        return _Layer.apply(x, h0, batch_sizes, resets, bidirectional, relu, *weights)
+    return _layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu)
+
+
+def rnn_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step: x [B,I], h [B,H] -> h'."""
+    relu = _is_relu(nonlinearity)
+    if ag.needs_grad(x, h, w_ih, w_hh, b_ih, b_hh):
+        return _Cell.apply(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh))
+    return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, relu)
+
+
+def _is_relu(nonlinearity: str) -> bool:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return nonlinearity == "relu"
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(x, h0, batch_sizes, resets, bidirectional, relu, *weights):
+        return _layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h0, batch_sizes, resets, bidirectional, relu, *weights = inputs
+        ag.keep_none_grads(ctx)
+        ctx.save_for_backward(output[0], batch_sizes, resets, x, h0, *weights)
+        ctx.bidirectional, ctx.relu = bidirectional, relu
+
+    @staticmethod
+    def backward(ctx, dy, dhn):
+        y, batch_sizes, resets, *inputs = ctx.saved_tensors
+        dx, dh0, *dweights = _gradients(
+            (dy, dhn), inputs, y, ctx.relu, batch_sizes, resets, ctx.bidirectional
+        )
+        return dx, dh0, None, None, None, None, *dweights
+
+
+class _Cell(torch.autograd.Function):
+    @staticmethod
+    def forward(x, h, relu, *weights):
+        return _cell_fwd(x, h, *ag.pad_biases(weights), relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h0, relu, *weights = inputs
+        ctx.save_for_backward(output, x, h0, *weights)
+        ctx.relu = relu
+
+    @staticmethod
+    def backward(ctx, dh):
+        h, x, h0, *weights = ctx.saved_tensors
+        y, *inputs = ag.one_step(h, x, h0)
+        dx, dh0, *dweights = _gradients(ag.one_step(None, dh), (*inputs, *weights), y, ctx.relu)
+        return dx[0], dh0[0], None, *dweights
+
+
+def _gradients(grads, inputs, y, relu, batch_sizes=None, resets=None, bidirectional=False):
+    """d(x, h0, *weights) from d(y, hn)."""
+    if ag.create_graph():
+
+        def layer(x, h0, *weights):
+            return reference.rnn_layer(
+                x,
+                h0,
+                weights,
+                nonlinearity="relu" if relu else "tanh",
+                batch_sizes=batch_sizes,
+                resets=resets,
+                bidirectional=bidirectional,
+            )
+
+        return ag.differentiate(layer, inputs, grads)
+    x, h0, *weights = inputs
+    dx, dh0, dweights = _layer_bwd(
+        *ag.contiguous(grads), x, h0, weights, y, batch_sizes, resets, bidirectional, relu
+    )
+    return dx, dh0, *dweights
+
+
+@torch.library.register_fake("seqkernels::rnn_layer_fwd")
+def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
+    return x.new_empty(*x.shape[:-1], h0.size(0) * h0.size(2)), *ag.new_like(h0)
+
+
+@torch.library.register_fake("seqkernels::rnn_layer_bwd")
+def _(dy, dhn, x, h0, weights, *saved_and_options):
+    return *ag.new_like(x, h0), ag.new_like(*weights)
+
+
+@torch.library.register_fake("seqkernels::rnn_cell_fwd")
+def _(x, h, w_ih, w_hh, b_ih, b_hh, relu):
+    return x.new_empty(h.shape)
