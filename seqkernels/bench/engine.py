@@ -1,0 +1,143 @@
+"""Runs cases: check, then time, then memory. A case that fails its check gets no speed and no memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import timing
+from .cases import Case
+from .check import Comparison, compare
+from .contestants import CONTESTANTS, OURS, TORCH, Contestant, Problem, contestants_for, make_problem
+from .memory import MemoryMeter
+
+
+@dataclass
+class Row:
+    """One contestant in one case: a line of results.csv. None where something was not measured."""
+
+    suite: str
+    case: str
+    cell: str
+    mode: str
+    dtype: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    layers: int
+    bidirectional: bool
+    fill: float | None
+    step: bool
+    recompute: bool
+    tokens: int
+    gflop: float
+    contestant: str
+    check: str  # "ok", "failed", or "error" with the message in note
+    output: str | None = None  # the output with the least room between its error and what is allowed
+    error: float | None = None  # of that output: max |value - float64 truth|
+    torch_error: float | None = None
+    allowed_error: float | None = None
+    ms: float | None = None  # median
+    ms_low: float | None = None  # its 95 % interval
+    ms_high: float | None = None
+    rounds: int | None = None
+    gflops: float | None = None
+    peak_gflops: float | None = None  # FMA peak of this dtype and these threads, measured beside this case
+    peak_share: float | None = None
+    speedup: float | None = None  # of seqkernels over this contestant: median of paired ratios
+    speedup_low: float | None = None  # its 95 % interval
+    speedup_high: float | None = None
+    verdict: str | None = None
+    peak_mib: float | None = None
+    memory_method: str | None = None
+    note: str = ""
+
+
+Makers = Mapping[str, Callable[[Problem], Contestant]]
+
+
+def run_cases(cases: Iterable[tuple[str, Case]], budget: float) -> Iterator[list[Row]]:
+    """One list of rows a case, seqkernels first; `budget` is the seconds of timing a case."""
+    with MemoryMeter() as meter:
+        for suite, case in cases:
+            makers = {name: CONTESTANTS[name] for name in contestants_for(case)}
+            yield run_case(suite, case, budget, makers, meter)
+
+
+def run_case(
+    suite: str, case: Case, budget: float, makers: Makers, meter: MemoryMeter | None = None
+) -> list[Row]:
+    rows = {name: _empty_row(suite, case, name) for name in makers}
+    gc.collect()
+    with torch.set_grad_enabled(case.mode == "train"):
+        ready = _checked(case, makers, rows)
+        if OURS in ready:
+            _time(case, ready, rows, budget)
+    if meter and OURS in ready:
+        for name in (OURS, TORCH):
+            try:
+                peak, rows[name].memory_method = meter.peak(case, name)
+                rows[name].peak_mib = peak / 2**20
+            except MemoryError as error:
+                rows[name].note = str(error)
+    return list(rows.values())
+
+
+def _checked(case: Case, makers: Makers, rows: dict[str, Row]) -> dict[str, Contestant]:
+    """The contestants whose results are right; their rows say so, the other rows say what is wrong."""
+    problem = make_problem(case)
+    exact = CONTESTANTS[TORCH](problem.to(torch.float64))
+    truth = exact.outputs(exact.run())
+    torch_contestant = CONTESTANTS[TORCH](problem)
+    torch_value = torch_contestant.outputs(torch_contestant.run())
+    ready = {}
+    for name, make in makers.items():
+        row = rows[name]
+        try:
+            contestant = make(problem)
+            worst = compare(contestant.outputs(contestant.run()), torch_value, truth, peer=name != OURS)
+        except Exception as error:  # one contestant that cannot run a case must not end the whole run
+            row.check, row.note = "error", f"{type(error).__name__}: {error}"
+            continue
+        _note_errors(row, worst)
+        if worst.ok:
+            ready[name] = contestant
+    return ready
+
+
+def _note_errors(row: Row, worst: Comparison) -> None:
+    row.check = "ok" if worst.ok else "failed"
+    row.output, row.error = worst.output, worst.error
+    row.torch_error, row.allowed_error = worst.torch_error, worst.allowed
+
+
+def _time(case: Case, ready: dict[str, Contestant], rows: dict[str, Row], budget: float) -> None:
+    peaks = [_fma_peak(case.dtype)]
+    seconds = timing.interleave({name: contestant.run for name, contestant in ready.items()}, budget)
+    peaks.append(_fma_peak(case.dtype))
+    for name, values in seconds.items():
+        row = rows[name]
+        row.ms, row.ms_low, row.ms_high = (1e3 * value for value in timing.median_interval(values))
+        row.rounds, row.gflops = len(values), row.gflop / row.ms * 1e3
+        row.peak_gflops = max(peaks)
+        row.peak_share = row.gflops / row.peak_gflops
+        if name != OURS:
+            row.speedup, row.speedup_low, row.speedup_high = timing.speedup(seconds[OURS], values)
+            row.verdict = timing.verdict(row.speedup_low, row.speedup_high)
+
+
+def _fma_peak(dtype: str) -> float:
+    from seqkernels import _kernels
+
+    timing.settle()
+    return _kernels.fma_peak(dtype, torch.get_num_threads())
+
+
+def _empty_row(suite: str, case: Case, contestant: str) -> Row:
+    measures = {"suite": suite, "case": case.name, "tokens": case.tokens, "gflop": case.flops / 1e9}
+    return Row(**dataclasses.asdict(case), **measures, contestant=contestant, check="error")
