@@ -1,0 +1,104 @@
+"""The command line of `seqkernels bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from seqkernels import info
+
+from .cases import SUITES, select
+from .console import Console
+from .contestants import OURS
+from .engine import run_cases
+from .report import Report, changes, missing_packages, write, wrong
+
+EXTRAS = {
+    "rich": "the progress bar and colours",
+    "jinja2": "report.html",
+    "matplotlib": "report.html",
+    "onnx": "ONNX Runtime in the comparison",
+    "onnxruntime": "ONNX Runtime in the comparison",
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="seqkernels bench",
+        description="Time seqkernels, torch and (when installed) ONNX Runtime in turn on the same inputs, "
+        "check every result against float64, and write results.csv, results.json and report.html. "
+        "Ctrl-C ends early and keeps what is done.",
+    )
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="quick", help="what to measure (quick)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results (bench-reports/<time>)")
+    parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (torch's number)")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed since that run")
+    parser.add_argument("--filter", default="", metavar="SUBSTR", help='only cases whose name has it ("GRU")')
+    parser.add_argument("--budget", type=positive(float), default=3.0, metavar="SECONDS", help="per case (3)")
+    parser.add_argument("--list", action="store_true", help="only print the names of the cases")
+    return parser.parse_args(argv)
+
+
+def positive(kind: type) -> type:
+    def convert(text: str) -> float:
+        value = kind(text)
+        if value <= 0:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"  # argparse puts it into its message
+    return convert
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    cases = select(args.suite, args.filter)
+    if not cases:
+        print(f'no case of suite {args.suite} has "{args.filter}" in its name; --list shows the names')
+        return 2
+    if args.list:
+        print("\n".join(case.name for _, case in cases))
+        return 0
+    older = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    console = Console()
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    command = (
+        f"seqkernels bench --suite {args.suite} --threads {torch.get_num_threads()} --budget {args.budget:g}"
+    )
+    command += f' --filter "{args.filter}"' if args.filter else ""
+    report = Report(info.collect(), command, started, cases_planned=len(cases))
+    console.header(report)
+    interrupted = False
+    start = time.perf_counter()
+    try:
+        with console.progress([case for _, case in cases], args.budget) as progress:
+            for rows in run_cases(cases, args.budget):
+                report.rows += rows
+                progress.case_done(rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    report.seconds = time.perf_counter() - start
+    report.changes = changes(older, report.rows) if older else None
+    console.summary(report)
+    console.changes(report)
+
+    folder = args.out or Path("bench-reports") / started.replace(":", "").replace(" ", "-")
+    console.print()
+    for file in write(report, folder):
+        console.print(f"wrote {file}")
+    if missing := missing_packages(list(EXTRAS)):
+        lost = ", ".join(dict.fromkeys(EXTRAS[name] for name in missing))
+        console.print(
+            f'not installed: {", ".join(missing)}; without: {lost}. pip install "seqkernels[bench]"'
+        )
+    if interrupted:
+        return 130
+    return 1 if any(row.contestant == OURS for row in wrong(report.rows)) else 0

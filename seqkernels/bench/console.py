@@ -1,0 +1,170 @@
+"""What the terminal shows while cases run: a table that grows, and a progress bar with the time that is left.
+
+With rich on a terminal there are colours and a moving bar; otherwise the same lines in plain text.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .cases import Case
+from .contestants import ORT, OURS, TORCH
+from .engine import Row
+from .report import (
+    Report,
+    error_ratio,
+    geometry,
+    milliseconds,
+    missing_packages,
+    title,
+    typical_peaks,
+    versus,
+    wrong,
+)
+
+COLOURS = {"faster": "green", "no difference": "yellow", "SLOWER": "bold red", "failed": "bold red"}
+HEADING = (
+    f"{'':36}{'torch':>9}{'seqkernels':>12}   {'against torch':<20}{'against onnxruntime':<20}"
+    f"{'peak':>5}  {'error':>6}  {'memory MiB':>13}"
+)
+UNITS = (
+    f"{'':36}{'ms':>9}{'ms':>12}   {'speed-up (95 % CI)':<20}{'speed-up (95 % CI)':<20}{'':>5}  {'/torch':>6}"
+)
+
+
+def line(rows: list[Row]) -> tuple[str, str]:
+    """A case as one line of the table, and its verdict."""
+    ours = next(row for row in rows if row.contestant == OURS)
+    peers = {row.contestant: row for row in rows if row.contestant != OURS}
+    name = f"  {geometry(ours)}"
+    if ours.check != "ok":
+        reason = ours.note or f"{ours.output}: error {ours.error:.2g}, allowed {ours.allowed_error:.2g}"
+        return f"{name:<36} no speed: the check of the result says {ours.check} ({reason})", "failed"
+
+    def speedup(peer: str) -> str:
+        row = peers.get(peer)
+        if row is None or row.speedup is None:
+            return "" if row is None else row.check
+        return f"{row.speedup:5.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+
+    torch_ms = milliseconds(peers[TORCH].ms) if TORCH in peers and peers[TORCH].ms else ""
+    memory = ""
+    if ours.peak_mib is not None and peers[TORCH].peak_mib is not None:
+        memory = f"{peers[TORCH].peak_mib:.1f} → {ours.peak_mib:.1f}"
+    verdict = case_verdict(rows)
+    text = (
+        f"{name:<36}{torch_ms:>9}{milliseconds(ours.ms):>12}   {speedup(TORCH):<20}{speedup(ORT):<20}"
+        f"{ours.peak_share:>5.0%}  {error_ratio(ours):>6}  {memory:>13}  {verdict}"
+    )
+    return text, verdict.partition(" (")[0]
+
+
+def case_verdict(rows: list[Row]) -> str:
+    """The least flattering of the verdicts, naming the contestant unless it holds against all."""
+    judged = [row for row in rows if row.verdict]
+    for verdict in ("SLOWER", "no difference"):
+        names = [row.contestant for row in judged if row.verdict == verdict]
+        if names:
+            return verdict if len(names) == len(judged) else f"{verdict} ({', '.join(names)})"
+    return "faster" if judged else ""
+
+
+class Console:
+    def __init__(self) -> None:
+        self.rich = None
+        if sys.stdout.isatty() and not missing_packages(["rich"]):
+            import rich.console
+
+            self.rich = rich.console.Console(highlight=False, soft_wrap=True)
+
+    def print(self, text: str = "", style: str | None = None) -> None:
+        if self.rich:
+            self.rich.print(text, style=style, markup=False)
+        else:
+            print(text, flush=True)
+
+    @contextmanager
+    def progress(self, cases: list[Case], budget: float) -> Iterator[Progress]:
+        weights = [budget + case.flops / 1e10 for case in cases]  # what a case roughly costs, in seconds
+        if not self.rich:
+            yield Progress(self, cases, weights)
+            return
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = [SpinnerColumn(), BarColumn(), TextColumn("{task.fields[done]}/{task.fields[cases]}")]
+        columns += [TextColumn("{task.description}"), TimeRemainingColumn()]
+        # The estimate looks at the last ten minutes: cases are slow and few.
+        with Bar(*columns, console=self.rich, transient=True, speed_estimate_period=600) as bar:
+            yield Progress(self, cases, weights, bar)
+
+    def header(self, report: Report) -> None:
+        facts = report.environment
+        words = [f"{name} {facts[name].split(' ')[0]}" for name in ("seqkernels", "torch", "onnxruntime")]
+        words += [facts["cpu"], facts["isa active"], f"{facts['torch threads']} threads"]
+        self.print(" · ".join(words))
+        self.print()
+        self.print(HEADING)
+        self.print(UNITS)
+
+    def summary(self, report: Report) -> None:
+        self.print()
+        if report.interrupted:
+            self.print(f"interrupted: {len(report.cases)} of {report.cases_planned} cases", "yellow")
+        for one in versus(report.rows):
+            worst, best = one.worst, one.best
+            counts = f"{one.count('faster')} faster, {one.count('no difference')} no difference"
+            self.print(
+                f"against {one.peer}: geomean {one.geomean:.2f}x over {len(one.rows)} cases ({counts}, "
+                f"{one.count('SLOWER')} SLOWER)"
+            )
+            self.print(f"  slowest {worst.speedup:.2f}x  {worst.case}")
+            self.print(f"  fastest {best.speedup:.2f}x  {best.case}")
+        bad = wrong(report.rows)
+        if bad:
+            self.print(f"{len(bad)} results WRONG or missing (no speed is reported for them):", "bold red")
+            for row in bad:
+                self.print(f"  {row.contestant}: {row.case} {row.note}", "bold red")
+        else:
+            self.print(f"all {len(report.rows)} results are as exact as they have to be")
+        for dtype, peak in typical_peaks(report.rows).items():
+            self.print(f"FMA peak measured in this run, {dtype}: {peak:.0f} GF/s")
+
+    def changes(self, report: Report) -> None:
+        for change in report.changes or []:
+            old, new = change.old[0], change.new[0]
+            style = {"FASTER": "green", "SLOWER": "bold red"}.get(change.verdict)
+            self.print(f"{change.verdict:7} {old:6.2f}x → {new:6.2f}x  {change.case}", style)
+
+
+class Progress:
+    """Tells about each case as it starts and ends."""
+
+    def __init__(self, console: Console, cases: list[Case], weights: list[float], bar: object = None) -> None:
+        self.console, self.cases, self.weights, self.bar = console, cases, weights, bar
+        self.done, self.start, self.title = 0, time.perf_counter(), ""
+        if bar:
+            first = cases[0].name if cases else ""
+            self.task = bar.add_task(first, total=sum(weights), done=0, cases=len(cases))
+
+    def case_done(self, rows: list[Row]) -> None:
+        if title(rows[0]) != self.title:
+            self.title = title(rows[0])
+            self.console.print(self.title, "bold")
+        text, verdict = line(rows)
+        self.done += 1
+        if self.bar:
+            following = self.cases[self.done].name if self.done < len(self.cases) else ""
+            advance = self.weights[self.done - 1]
+            self.bar.update(self.task, advance=advance, description=following, done=self.done)
+            self.console.print(text, COLOURS.get(verdict))
+        else:
+            self.console.print(f"{text}  [{self.done}/{len(self.cases)}{self._left()}]")
+
+    def _left(self) -> str:
+        finished, total = sum(self.weights[: self.done]), sum(self.weights)
+        seconds = (time.perf_counter() - self.start) * (total - finished) / finished
+        return f", {seconds // 60:.0f}:{seconds % 60:02.0f} left" if finished < total else ""

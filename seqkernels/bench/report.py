@@ -1,0 +1,230 @@
+"""From rows to figures and files: the summary, results.csv, results.json and report.html."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .contestants import ORT, OURS, TORCH
+from .engine import Row
+
+SCHEMA = 1  # of results.json; a higher number means that older readers would misunderstand it
+
+
+@dataclass
+class Report:
+    environment: Mapping[str, str]
+    command: str
+    started: str
+    seconds: float = 0.0
+    cases_planned: int = 0
+    rows: list[Row] = field(default_factory=list)
+    changes: list[Change] | None = None  # against an older run
+
+    @property
+    def cases(self) -> list[list[Row]]:
+        """The rows of each case together, in order."""
+        grouped: dict[str, list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.case, []).append(row)
+        return list(grouped.values())
+
+    @property
+    def suites(self) -> dict[str, list[Row]]:
+        grouped: dict[str, list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.suite, []).append(row)
+        return grouped
+
+    @property
+    def peers(self) -> list[str]:
+        return [one.peer for one in versus(self.rows)]
+
+    @property
+    def interrupted(self) -> bool:
+        return len(self.cases) < self.cases_planned
+
+
+@dataclass
+class Versus:
+    """seqkernels against one other contestant."""
+
+    peer: str
+    rows: list[Row]
+
+    @property
+    def geomean(self) -> float:
+        return math.exp(sum(math.log(row.speedup) for row in self.rows) / len(self.rows))
+
+    @property
+    def worst(self) -> Row:
+        return min(self.rows, key=lambda row: row.speedup)
+
+    @property
+    def best(self) -> Row:
+        return max(self.rows, key=lambda row: row.speedup)
+
+    def count(self, verdict: str) -> int:
+        return sum(row.verdict == verdict for row in self.rows)
+
+
+@dataclass
+class Change:
+    """A case now and in an older run: speed-up over torch, in which the mood of the machine cancels out."""
+
+    case: str
+    old: tuple[float, float, float]
+    new: tuple[float, float, float]
+
+    @property
+    def verdict(self) -> str:
+        (_, old_low, old_high), (_, new_low, new_high) = self.old, self.new
+        if new_low > old_high:
+            return "FASTER"
+        if new_high < old_low:
+            return "SLOWER"
+        # Overlapping intervals mean "the same" only when they are narrow enough to show a difference of 5 %.
+        widest = max((high - low) / middle for middle, low, high in (self.old, self.new))
+        return "SAME" if widest <= 0.05 else "UNSURE"
+
+
+def versus(rows: Iterable[Row]) -> list[Versus]:
+    peers: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.speedup is not None:
+            peers.setdefault(row.contestant, []).append(row)
+    return [Versus(peer, peer_rows) for peer, peer_rows in peers.items()]
+
+
+def wrong(rows: Iterable[Row]) -> list[Row]:
+    """Rows whose result was not right, or that could not be computed."""
+    return [row for row in rows if row.check != "ok"]
+
+
+def typical_peaks(rows: Iterable[Row]) -> dict[str, float]:
+    """Median of the FMA peaks measured for each dtype, GF/s."""
+    peaks: dict[str, list[float]] = {}
+    for row in rows:
+        if row.contestant == OURS and row.peak_gflops:
+            peaks.setdefault(row.dtype, []).append(row.peak_gflops)
+    return {dtype: median(values) for dtype, values in peaks.items()}
+
+
+def changes(old: Mapping[str, Any], rows: Iterable[Row]) -> list[Change]:
+    """Compare with the contents of an older results.json, over the cases that both have."""
+    if old.get("schema") != SCHEMA:
+        raise ValueError(f"results.json of schema {old.get('schema')}, expected {SCHEMA}: make it anew")
+    fields = ("speedup", "speedup_low", "speedup_high")
+    before = {row["case"]: row for row in old["rows"] if row["contestant"] == TORCH and row["speedup"]}
+    after = {row.case: row for row in rows if row.contestant == TORCH and row.speedup}
+    found = [
+        Change(case, tuple(before[case][f] for f in fields), tuple(getattr(row, f) for f in fields))
+        for case, row in after.items()
+        if case in before
+    ]
+    return sorted(found, key=lambda change: ("SLOWER", "FASTER", "UNSURE", "SAME").index(change.verdict))
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write what can be written; returns the files. report.html needs the extra packages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [write_csv(report, folder / "results.csv"), write_json(report, folder / "results.json")]
+    if not missing_packages(("jinja2", "matplotlib")):
+        files.append(write_html(report, folder / "report.html"))
+    return files
+
+
+def missing_packages(names: Sequence[str]) -> list[str]:
+    from importlib.util import find_spec
+
+    return [name for name in names if find_spec(name) is None]
+
+
+def write_csv(report: Report, path: Path) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in report.rows)
+    return path
+
+
+def write_json(report: Report, path: Path) -> Path:
+    content = {
+        "schema": SCHEMA,
+        "started": report.started,
+        "seconds": round(report.seconds, 1),
+        "command": report.command,
+        "cases_planned": report.cases_planned,
+        "environment": dict(report.environment),
+        "rows": [dataclasses.asdict(row) for row in report.rows],
+    }
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return path
+
+
+def write_html(report: Report, path: Path) -> Path:
+    import jinja2
+
+    from . import check, plots
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters |= {"ms": milliseconds, "geometry": geometry, "error_ratio": error_ratio}
+    groups = [
+        (name, [{row.contestant: row for row in rows} for rows in cases])
+        for name, cases in itertools.groupby(report.cases, key=lambda rows: title(rows[0]))
+    ]
+    page = templates.get_template("report.html").render(
+        report=report,
+        versus=versus(report.rows),
+        by_cell=[
+            (cell, versus(row for row in report.rows if row.cell == cell)) for cell in ("lstm", "gru", "rnn")
+        ],
+        wrong=wrong(report.rows),
+        wrong_ours=[row for row in wrong(report.rows) if row.contestant == OURS],
+        groups=groups,
+        peaks=typical_peaks(report.rows),
+        methods=sorted({row.memory_method for row in report.rows if row.memory_method}),
+        plots=plots,
+        check=check,
+        OURS=OURS,
+        TORCH=TORCH,
+        ORT=ORT,
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits at every size: 0.00612, 4.10, 123."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def title(row: Row) -> str:
+    """What a group of cases has in common: module, mode and dtype."""
+    return " ".join(row.case.split(" ")[:3])
+
+
+def geometry(row: Row) -> str:
+    """The rest of the case's name."""
+    return " ".join(row.case.split(" ")[3:])
+
+
+def error_ratio(row: Row) -> str:
+    """The error as a multiple of torch's."""
+    if row.error == row.torch_error:
+        return "1.0x"
+    return f"{row.error / row.torch_error:.1f}x" if row.torch_error else "> 0"
