@@ -14,6 +14,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 LIGHT_HEADERS = {
     "arm_neon.h",
     "immintrin.h",
+    "sched.h",
     *("cfloat", "climits", "cmath", "cstddef", "cstdint", "cstring"),
     *("float.h", "limits.h", "math.h", "stddef.h", "stdint.h", "string.h"),
     *("limits", "type_traits", "utility"),
