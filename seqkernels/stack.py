@@ -1,0 +1,206 @@
+"""Stacks layers: what LSTM, GRU and RNN share between the user's call and the ops of one layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqkernels import ragged, support
+from seqkernels.ops.gru import gru_layer
+from seqkernels.ops.lstm import lstm_layer
+from seqkernels.ops.rnn import rnn_layer
+from seqkernels.reference import gru, lstm, rnn
+
+States = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A kind of cell. Layers take x, *states, weights and return y, *final states, *cells."""
+
+    gates: int
+    states: int
+    layer: Callable
+    reference: Callable
+    torch: Callable
+
+
+LSTM = Cell(4, 2, lstm_layer, lstm.lstm_layer, torch._VF.lstm)
+GRU = Cell(3, 1, gru_layer, gru.gru_layer, torch._VF.gru)
+RNN = {
+    name: Cell(
+        1, 1, partial(rnn_layer, nonlinearity=name), partial(rnn.rnn_layer, nonlinearity=name), in_torch
+    )
+    for name, in_torch in (("tanh", torch._VF.rnn_tanh), ("relu", torch._VF.rnn_relu))
+}
+
+
+@dataclass
+class Config:
+    """How layers are stacked. A module has the same attributes and serves as its own Config."""
+
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    recompute: bool = False
+
+
+def run(
+    cell: Cell,
+    config: Config,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    prepacked: Sequence[Tensor] | None = None,
+    return_cells: bool = False,
+) -> tuple[list[Tensor], States]:
+    """x [T,B,I], [B,T,I] if batch_first, or packed [N,I] -> [output] or [output, cells], and final states."""
+    if sum(a is not None for a in (batch_sizes, lengths, resets)) > 1:
+        raise ValueError(
+            "a packed sequence, lengths= and resets= exclude each other, got more than one of them"
+        )
+    batch_first = config.batch_first and batch_sizes is None
+    if batch_sizes is None and x.size(1 if batch_first else 0) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if resets is not None:
+        resets = _time_major(resets, x, batch_first)
+    if states is None:
+        states = _zeros(cell, config, x, weights, batch_sizes)
+
+    dtypes = None
+    reason = support.why_torch(x)
+    if reason:
+        support.fall_back(reason)
+    elif torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        dtype, *dtypes = _autocast_dtypes(cell, states, batch_sizes)
+        x, states, weights = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in weights]
+        prepacked = None
+
+    rows = None if lengths is None else ragged.from_lengths(lengths, x, batch_first)
+    if rows is not None:
+        x, states, batch_sizes = rows.pack(x), [rows.sort(s) for s in states], rows.batch_sizes
+    elif batch_first:
+        x = x.transpose(0, 1)
+
+    if reason and resets is None and not return_cells and _every_row_runs(batch_sizes, states):
+        outputs, finals = _torch_layers(cell, config, x, states, weights, batch_sizes)
+    else:
+        layer = cell.reference if reason else _native_layer(cell, config, return_cells)
+        outputs, finals = _layers(layer, config, x, states, weights, batch_sizes, resets, prepacked)
+        outputs = outputs[: 1 + return_cells]
+
+    if rows is not None:
+        outputs, finals = [rows.pad(o) for o in outputs], [rows.unsort(s) for s in finals]
+    elif batch_first:
+        outputs = [o.transpose(0, 1) for o in outputs]
+    if dtypes is not None:
+        outputs, finals = (
+            [t.to(dtype) for t, dtype in zip(ts, dtypes, strict=False)] for ts in (outputs, finals)
+        )
+    return outputs, finals
+
+
+def _native_layer(cell: Cell, config: Config, return_cells: bool) -> Callable:
+    if cell is LSTM:
+        return partial(cell.layer, recompute=config.recompute, return_cells=return_cells)
+    return partial(cell.layer, recompute=config.recompute) if cell is GRU else cell.layer
+
+
+def _layers(
+    layer: Callable,
+    config: Config,
+    x: Tensor,
+    states: States,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    prepacked: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], States]:
+    D = 2 if config.bidirectional else 1
+    per_layer = len(weights) // config.num_layers
+    if per_layer < 2 * D or len(weights) % (config.num_layers * D):
+        raise ValueError(
+            f"expected equally many weights for {config.num_layers} x {D} layers, got {len(weights)} tensors"
+        )
+    finals = []
+    for i in range(config.num_layers):
+        if i > 0 and config.dropout > 0 and config.training:
+            x = F.dropout(x, config.dropout)
+        options = {} if prepacked is None else {"packed": prepacked[i]}
+        x, *rest = layer(
+            x,
+            *(s[i * D : (i + 1) * D] for s in states),
+            weights[i * per_layer : (i + 1) * per_layer],
+            batch_sizes=batch_sizes,
+            resets=resets,
+            bidirectional=config.bidirectional,
+            **options,
+        )
+        finals.append(rest[: len(states)])
+    finals = finals[0] if len(finals) == 1 else [torch.cat(kind) for kind in zip(*finals, strict=True)]
+    return [x, *(c.to(x.dtype) for c in rest[len(states) :] if c is not None)], finals
+
+
+def _torch_layers(
+    cell: Cell,
+    config: Config,
+    x: Tensor,
+    states: States,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+) -> tuple[list[Tensor], States]:
+    hx = states if cell is LSTM else states[0]
+    has_biases = len(weights) // (config.num_layers * (2 if config.bidirectional else 1)) >= 4
+    settings = (has_biases, config.num_layers, config.dropout, config.training, config.bidirectional)
+    if batch_sizes is None:
+        y, *finals = cell.torch(x, hx, weights, *settings, False)
+    else:
+        y, *finals = cell.torch(x, batch_sizes, hx, weights, *settings)
+    return [y], finals
+
+
+def _every_row_runs(batch_sizes: Tensor | None, states: States) -> bool:
+    return batch_sizes is None or int(batch_sizes[0]) == states[0].size(1)
+
+
+def _zeros(
+    cell: Cell, config: Config, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
+) -> States:
+    if batch_sizes is not None:
+        B = int(batch_sizes[0])
+    else:
+        B = x.size(0 if config.batch_first else 1)
+    H, P = weights[0].size(0) // cell.gates, weights[1].size(1)
+    L = config.num_layers * (2 if config.bidirectional else 1)
+    return [x.new_zeros(L, B, size) for size in (P, H)[: cell.states]]
+
+
+def _time_major(resets: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    if resets.dtype != torch.bool or resets.shape != x.shape[:2]:
+        expected, got = list(x.shape[:2]), list(resets.shape)
+        raise ValueError(f"resets must be torch.bool of shape {expected}, got {resets.dtype} of shape {got}")
+    return (resets.transpose(0, 1) if batch_first else resets).to(x.device).contiguous()
+
+
+def _autocast_dtypes(
+    cell: Cell, states: States, batch_sizes: Tensor | None
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """The dtype to compute in, and what torch gives to (output, h) and to (cells, c) under the same autocast.
+
+    Where torch runs a loop of single ops, a state blended with the one before takes the wider dtype.
+    """
+    dtype = torch.get_autocast_dtype("cpu")
+    projection = cell is LSTM and states[0].size(2) != states[1].size(2)
+    ragged = batch_sizes is not None and int(batch_sizes[0]) > int(batch_sizes[-1])
+    blends = cell is GRU or (cell is LSTM and (ragged or projection))
+    state_dtype = torch.promote_types(dtype, states[-1].dtype) if blends else dtype
+    return dtype, dtype if projection else state_dtype, state_dtype

@@ -1,0 +1,37 @@
+"""Where no kernel runs, torch does, and the user hears why: a warning, or an error if SEQKERNELS_STRICT=1."""
+
+import os
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_told: set[str] = set()
+
+
+def why_torch(x: Tensor) -> str | None:
+    """None when the kernels run on inputs like `x`, else the reason, in words, why torch runs instead."""
+    if x.device.type != "cpu":
+        return f"there are kernels for cpu tensors, not for {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"there are no kernels for {x.dtype}"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace, and the ONNX export on top of it, know torch's operators only"
+    if forward_ad._current_level >= 0:
+        return "the kernels have no forward-mode derivatives"
+    return None
+
+
+@torch.compiler.assume_constant_result  # so that it speaks while torch.compile traces
+def fall_back(reason: str) -> None:
+    """Say, once per reason, that torch runs and why; raise RuntimeError if SEQKERNELS_STRICT=1."""
+    if os.environ.get("SEQKERNELS_STRICT", "0") not in ("", "0"):
+        raise RuntimeError(f"seqkernels: {reason}, and SEQKERNELS_STRICT forbids to fall back to torch")
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"seqkernels falls back to torch: {reason}", stacklevel=4)
