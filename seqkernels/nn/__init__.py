@@ -1,0 +1,7 @@
+"""Drop-in modules for torch.nn's recurrent ones."""
+
+from seqkernels.nn.gru import GRU, GRUCell
+from seqkernels.nn.lstm import LSTM, LSTMCell
+from seqkernels.nn.rnn import RNN, RNNCell
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

@@ -1,0 +1,52 @@
+"""GRU and GRUCell: torch.nn's own constructors, parameters and errors, on the kernels of seqkernels."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import stack
+from seqkernels.nn._base import Recurrent, leave_to_torch, step
+from seqkernels.ops.gru import gru_cell
+
+
+class GRU(Recurrent):
+    """torch.nn.GRU, with the same constructor, parameters, state_dict and results.
+
+    forward(input, hx=None, *, lengths=None, resets=None) -> output, h_n
+    lengths, resets and the attribute `recompute`: see `seqkernels.functional.lstm`; unbatched they have the
+    shapes [] and [T]. `prepack_()` serves inference with frozen weights.
+    Equal to `torch.nn.GRU(...)(input, hx)`.
+    """
+
+    _torch = torch.nn.GRU
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+    def _cell(self) -> stack.Cell:
+        return stack.GRU
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ):
+        result = self._run(input, None if hx is None else (hx,), lengths, resets)
+        if result is None:
+            return leave_to_torch(self, input, hx, lengths, resets)
+        (output,), (h_n,) = result
+        return output, h_n
+
+
+class GRUCell(torch.nn.GRUCell):
+    """torch.nn.GRUCell, with the same constructor, parameters, state_dict and results."""
+
+    _torch = torch.nn.GRUCell
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return step(self, gru_cell, 1, input, hx)

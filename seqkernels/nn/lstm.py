@@ -1,0 +1,55 @@
+"""LSTM and LSTMCell: torch.nn's own constructors, parameters and errors, on the kernels of seqkernels."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import stack
+from seqkernels.nn._base import Recurrent, leave_to_torch, step
+from seqkernels.ops.lstm import lstm_cell
+
+
+class LSTM(Recurrent):
+    """torch.nn.LSTM, with the same constructor, parameters, state_dict and results.
+
+    forward(input, hx=None, *, lengths=None, resets=None, return_cell_states=False)
+        -> output, (h_n, c_n), and if return_cell_states every c_t of the last layer, laid out as output is
+    lengths, resets and the attribute `recompute`: see `seqkernels.functional.lstm`; unbatched they have the
+    shapes [] and [T]. `prepack_()` serves inference with frozen weights.
+    Equal to `torch.nn.LSTM(...)(input, hx)`.
+    """
+
+    _torch = torch.nn.LSTM
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _cell(self) -> stack.Cell:
+        return stack.LSTM
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+    ):
+        result = self._run(input, hx, lengths, resets, return_cell_states)
+        if result is None:
+            return leave_to_torch(self, input, hx, lengths, resets)
+        (output, *cells), states = result
+        return output, tuple(states), *cells
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """torch.nn.LSTMCell, with the same constructor, parameters, state_dict and results."""
+
+    _torch = torch.nn.LSTMCell
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return step(self, lstm_cell, 2, input, hx)

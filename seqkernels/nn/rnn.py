@@ -1,0 +1,61 @@
+"""RNN and RNNCell: torch.nn's own constructors, parameters and errors, on the kernels of seqkernels."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import stack
+from seqkernels.nn._base import Recurrent, leave_to_torch, step
+from seqkernels.ops.rnn import rnn_cell
+
+
+class RNN(Recurrent):
+    """torch.nn.RNN, with the same constructor, parameters, state_dict and results.
+
+    forward(input, hx=None, *, lengths=None, resets=None) -> output, h_n
+    lengths and resets: see `seqkernels.functional.lstm`; unbatched they have the shapes [] and [T].
+    `prepack_()` serves inference with frozen weights. `recompute` changes nothing: no gates are kept.
+    Equal to `torch.nn.RNN(...)(input, hx)`.
+    """
+
+    _torch = torch.nn.RNN
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in stack.RNN:
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__("RNN_" + self.nonlinearity.upper(), *args, **kwargs)
+
+    def _cell(self) -> stack.Cell:
+        return stack.RNN[self.mode.removeprefix("RNN_").lower()]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ):
+        result = self._run(input, None if hx is None else (hx,), lengths, resets)
+        if result is None:
+            return leave_to_torch(self, input, hx, lengths, resets)
+        (output,), (h_n,) = result
+        return output, h_n
+
+
+class RNNCell(torch.nn.RNNCell):
+    """torch.nn.RNNCell, with the same constructor, parameters, state_dict and results."""
+
+    _torch = torch.nn.RNNCell
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in stack.RNN:
+            return leave_to_torch(self, input, hx)
+        return step(self, rnn_cell, 1, input, hx, self.nonlinearity)
