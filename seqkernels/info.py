@@ -64,7 +64,6 @@ def collect() -> dict[str, str]:
         "torch threads": str(torch.get_num_threads()),
         "isa active": torch.ops.seqkernels.get_isa(),
         "isa supported": ", ".join(_kernels.supported_isas()),
-        "built with": _kernels.build_info(),
         "cuda kernels": "no (this version runs on CPUs)",
         "torch cuda": torch.version.cuda or "no",
         "gpu": gpus(),
