@@ -1,0 +1,62 @@
+// GRU gate arithmetic, linear before reset.
+
+struct Gru {
+  using FwdParams = GruFwdParams;
+  using BwdParams = GruBwdParams;
+  // W_hn h + b_hn is multiplied by r before it meets W_in x + b_in, so gate 2 keeps its recurrent part apart (q).
+  static constexpr int kGates = 3, kSaved = 4, kSplitGate = 2;
+  static constexpr bool kCellState = false, kActivation = false;
+  // Gate gradients lie in slots n, r, z, rn (= r times n's): W_ih meets the first three, W_hh the last three.
+  static constexpr int kSlots = 4, kInputSlot[] = {1, 2, 0}, kRecurrentSlot[] = {1, 2, 3};
+  static constexpr int kFirstInput = 0, kFirstRecurrent = 1;
+  static constexpr bool kDirect = true;  // h_t = ... + z h_{t-1}
+
+  template <class S>
+  static void fwd(const FwdTile<S>& t) {
+    using T = Acc<S>;
+    constexpr int W = kLanes<T>;
+    for (int64_t b = 0; b < t.rows; b++) {
+      const T* C = t.C + b * t.ldc;
+      for (int64_t u = 0; u < t.units; u += W) {
+        const int64_t m = t.units - u;
+        const Vec<T> q = load(t.q + b * t.ldq + u), h_prev = load(t.h_prev + b * t.ldh_prev + u);
+        const Vec<T> r = sigmoid<T>(load(C + u)), z = sigmoid<T>(load(C + t.gate + u));
+        const Vec<T> n = tanh<T>(load(C + 2 * t.gate + u) + r * q);
+        const Vec<T> h = n + z * (h_prev - n);
+        store(t.h + b * t.ldh + u, h, m);
+        if (t.y) store(t.y + b * t.ldy + u, h, m);
+        if (t.gates) {
+          S* gates = t.gates + b * t.ldgates + u;
+          store(gates, r, m);
+          store(gates + t.H, z, m);
+          store(gates + 2 * t.H, n, m);
+          store(gates + 3 * t.H, q, m);
+        }
+      }
+    }
+  }
+
+  template <class S>
+  static void bwd(const BwdTile<S>& t) {
+    using T = Acc<S>;
+    constexpr int W = kLanes<T>;
+    for (int64_t b = 0; b < t.rows; b++) {
+      for (int64_t u = 0; u < t.units; u += W) {
+        const int64_t m = t.units - u;
+        const S* gates = t.gates + b * t.ldgates + u;
+        const Vec<T> r = load(gates, m), z = load(gates + t.H, m), n = load(gates + 2 * t.H, m),
+                     q = load(gates + 3 * t.H, m);
+        T* dh_at = t.dh + b * t.lddh + u;
+        Vec<T> dh = load(dh_at);
+        if (t.dy) dh += load(t.dy + b * t.lddy + u, m);
+        const Vec<T> dn = dh * (T(1) - z) * (T(1) - n * n);
+        T* dG = t.dG + b * t.lddG + u;
+        store(dG, dn, m);
+        store(dG + t.H, dn * q * (r * (T(1) - r)), m);
+        store(dG + 2 * t.H, dh * (load(t.h_prev + b * t.ldh_prev + u, m) - n) * (z * (T(1) - z)), m);
+        store(dG + 3 * t.H, dn * r, m);
+        store(dh_at, dh * z);
+      }
+    }
+  }
+};

@@ -1,0 +1,98 @@
+// The body of every ISA file: included inside its anonymous namespace, so that each instruction set has its own copies.
+
+#include "vec.h"
+
+#include "math.inl.h"
+
+#include "gemm.inl.h"
+
+#include "team.inl.h"
+
+#include "sequence.inl.h"
+
+#include "weights.inl.h"
+
+#include "layer_fwd.inl.h"
+
+#include "layer_bwd.inl.h"
+
+#include "gru.inl.h"
+#include "lstm.inl.h"
+#include "rnn.inl.h"
+
+// 24 independent chains of multiply-adds in AVX-512 registers (12 elsewhere), as many as a tile has accumulators: more
+// than enough for two units of 4 cycles latency. Returns the flops done.
+template <class S>
+static double fma_peak(int64_t n) {
+  using T = Acc<S>;
+  constexpr int kChains = 2 * MR;
+  Vec<T> a[kChains], b = splat(T(1) - T(1) / 1024), c = splat(T(1) / 1024);
+  SEQ_UNROLL for (int i = 0; i < kChains; i++) a[i] = splat(T(i));
+  for (int64_t k = 0; k < n; k++) {
+    SEQ_UNROLL for (int i = 0; i < kChains; i++) a[i] = a[i] * b + c;
+  }
+  Vec<T> sum{};
+  SEQ_UNROLL for (int i = 0; i < kChains; i++) sum += a[i];
+  volatile T sink = sum[0];
+  (void)sink;
+  return 2.0 * double(n) * kChains * kLanes<T>;
+}
+
+template <class T>
+static void activation(int f, const T* x, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> v = load(x + i, n - i);
+    store(y + i, f == 0 ? sigmoid<T>(v) : tanh<T>(v), n - i);
+  }
+}
+
+// Calls fn.template operator()<S>() with the storage type of `dtype`.
+template <class Fn>
+static auto with_storage(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::f64:
+      return fn.template operator()<double>();
+    case DType::bf16:
+      return fn.template operator()<bf16>();
+    case DType::f16:
+      return fn.template operator()<f16>();
+    default:
+      return fn.template operator()<float>();
+  }
+}
+
+template <class Cell>
+static void fwd_entry(const typename Cell::FwdParams& p) {
+  with_storage(p.dtype, [&]<class S>() { layer_fwd<Cell, S>(p); });
+}
+template <class Cell>
+static void bwd_entry(const typename Cell::BwdParams& p) {
+  with_storage(p.dtype, [&]<class S>() { layer_bwd<Cell, S>(p); });
+}
+
+// Weights packed ahead of time, for LayerParams::packed. Returns the bytes; writes unless out is null.
+template <class Cell>
+static int64_t pack_entry(const LayerParams& p, void* out) {
+  return with_storage(p.dtype, [&]<class S>() {
+    using T = Acc<S>;
+    ForwardWeights<Cell, S> weights(p);
+    for (int d = 0; out && d < p.D; d++) {
+      weights.panels[d] = static_cast<T*>(out) + d * weights.size();
+      weights.pack_panels(d, 0, 1);
+    }
+    return int64_t(sizeof(T)) * p.D * weights.size();
+  });
+}
+
+static const KernelTable kTable = {
+    fwd_entry<Lstm>,  bwd_entry<Lstm>,  fwd_entry<Gru>,  bwd_entry<Gru>,
+    fwd_entry<Rnn>,   bwd_entry<Rnn>,   pack_entry<Lstm>, pack_entry<Gru>,
+    pack_entry<Rnn>,
+    [](DType dtype, int64_t n) { return with_storage(dtype, [&]<class S>() { return fma_peak<S>(n); }); },
+    [](int f, DType dtype, const void* x, void* y, int64_t n) {
+      if (dtype == DType::f64)
+        activation(f, static_cast<const double*>(x), static_cast<double*>(y), n);
+      else
+        activation(f, static_cast<const float*>(x), static_cast<float*>(y), n);
+    },
+};

@@ -1,0 +1,528 @@
+// Backward of one layer, for every cell.
+//
+// Time is walked back in chunks of some 256 tokens. Within a chunk each thread owns rows and units as in forward: the
+// cell's epilogue turns dh into the gate gradients dG, then dh = dG W_hh for the step before. A chunk done, dG is still
+// in cache and all threads of the direction share the rest by tokens (dx = dG W_ih) and by gate rows
+// (dW += dG^T [x | h], with x and h packed into panels once a chunk). So dG never exists for the whole sequence, each
+// weight gradient has one owner (no atomics, no copies: same bits every time), and the barriers are two a chunk.
+
+// What a cell's backward epilogue works on: a block of `units` columns for `rows` rows of one step.
+template <class S>
+struct BwdTile {
+  using T = Acc<S>;
+  int64_t rows, units, H;
+  const S* gates;  // saved activations, gate g at column g * H
+  int64_t ldgates;
+  const S* dy;  // or null
+  int64_t lddy;
+  T* dh;  // in: gradient of h from later steps; out: what reaches h_{t-1} past the matrix product (GRU)
+  int64_t lddh;
+  T* dG;  // gate gradients, slot s at column s * H
+  int64_t lddG;
+  const S* h_prev;  // GRU
+  int64_t ldh_prev;
+  const S* y;  // RNN: h_t
+  int64_t ldy;
+  const T *c, *c_prev;  // LSTM
+  int64_t ldc, ldc_prev;
+  const T* dcells;  // or null
+  int64_t lddcells;
+  T* dc;  // in: gradient of c_t from later steps; out: of c_{t-1}
+  int64_t lddc;
+  T* m;  // LSTM with projection: m_t again, for dW_hr; or null
+  int64_t ldm;
+  bool relu;
+};
+
+template <class Cell, class S>
+struct LayerBwd {
+  using T = Acc<S>;
+  using Params = typename Cell::BwdParams;
+  static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
+  static constexpr int64_t kChunkTokens = 256, kRebuildTokens = 48;
+
+  const Params& p;
+  Sequence seq;
+  const int64_t I, H, P, B, D;
+  BackwardWeights<Cell, S> weights;
+  ForwardWeights<Cell, S> forward;  // to rebuild the gates; panels only then
+  const bool rebuild, projected;
+  int team;
+  int64_t steps, chunk_tokens;  // of a chunk, at most
+  const int64_t ldG, ldh, ldcell;
+
+  // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows, padded].
+  T *dG[2], *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dh_chunk[2], *m_chunk[2];
+  S* gates[2];
+  T *x_panels[2], *h_panels[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
+  T* dx_reverse;
+  Barrier *everyone, *direction_barriers, *row_barriers;
+  T* local;  // per thread
+  int64_t local_size;
+
+  explicit LayerBwd(const Params& params)
+      : p(params),
+        seq(params),
+        I(p.I),
+        H(p.H),
+        P(p.P),
+        B(p.B),
+        D(p.D),
+        weights(params),
+        forward(params),
+        rebuild(Cell::kSaved > 0 && !p.gates),
+        projected(weights.projected),
+        team(1),
+        steps(1),
+        chunk_tokens(0),
+        ldG(round_up(kSlots * p.H, kLanes<T>) + kLanes<T>),
+        ldh(round_up(p.P, 2 * kLanes<T>) + kLanes<T>),
+        ldcell(round_up(p.H, 2 * kLanes<T>) + kLanes<T>) {}
+
+  static constexpr bool kSame = sizeof(S) == sizeof(T);
+  int64_t padded(int64_t n) const { return round_up(n, kLanes<T>); }
+  bool in_place(int64_t columns) const { return kSame && columns == padded(columns); }
+
+  void layout(Arena& a) {
+    seq.layout(a);
+    weights.layout(a);
+    if (rebuild) forward.layout(a);
+    const int64_t average = seq.tokens / p.T;
+    steps = kChunkTokens > average && average > 0 ? kChunkTokens / average : 1;
+    if (steps > p.T) steps = p.T;
+    chunk_tokens = steps * B < seq.tokens ? steps * B : seq.tokens;
+    const Panels<T> xs{I, chunk_tokens}, hs{P, chunk_tokens};
+    for (int64_t d = 0; d < D; d++) {
+      dG[d] = a.take<T>(chunk_tokens * ldG);
+      dh[d] = a.take<T>(B * ldh);
+      dc[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
+      c0[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
+      dm[d] = projected ? a.take<T>(B * ldcell) : nullptr;
+      dh_chunk[d] = projected ? a.take<T>(chunk_tokens * ldh) : nullptr;
+      m_chunk[d] = projected ? a.take<T>(chunk_tokens * ldcell) : nullptr;
+      dh0[d] = p.resets ? a.take<T>(B * ldh) : nullptr;
+      dc0[d] = p.resets && Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
+      gates[d] = rebuild ? a.take<S>(chunk_tokens * Cell::kSaved * H) : nullptr;
+      x_panels[d] = a.take<T>(xs.size());
+      h_panels[d] = a.take<T>(hs.size());
+      dw_ih[d] = in_place(I) ? static_cast<T*>(p.dw[d].w_ih) : a.take<T>(G * H * padded(I));
+      dw_hh[d] = in_place(P) ? static_cast<T*>(p.dw[d].w_hh) : a.take<T>(G * H * padded(P));
+      dw_hr[d] = !projected ? nullptr : in_place(H) ? static_cast<T*>(p.dw[d].w_hr) : a.take<T>(P * padded(H));
+      db[d] = a.take<T>(kSlots * H);
+    }
+    dx_reverse = D == 2 && p.dx ? a.take<T>(seq.tokens * I) : nullptr;
+    everyone = a.take<Barrier>(1);
+    direction_barriers = a.take<Barrier>(2);
+    row_barriers = a.take<Barrier>(2 * team);
+    local_size = chunk_tokens * NR<T>;  // one panel of dx
+    const int64_t rebuild_size = kRebuildTokens * (I + P + 2 * kLanes<T> + (G + 3) * NR<T>);
+    if (rebuild && local_size < rebuild_size) local_size = rebuild_size;
+    local = a.take<T>(team * local_size);
+  }
+
+  void prepare() {
+    seq.prepare();
+    __builtin_memset(static_cast<void*>(everyone), 0, sizeof(Barrier));
+    __builtin_memset(static_cast<void*>(direction_barriers), 0, 2 * sizeof(Barrier));
+    __builtin_memset(static_cast<void*>(row_barriers), 0, 2 * team * sizeof(Barrier));
+  }
+
+  void thread(int id, int size) {
+    const Plan plan = make_plan<T>(seq, size, G);
+    const int group = plan.concurrent == 2 ? size / 2 : size;
+    const int first = plan.concurrent == 2 ? id / group : 0, rank = plan.concurrent == 2 ? id % group : id;
+    if (first < plan.concurrent) {
+      for (int d = first; d < D; d += plan.concurrent) {
+        weights.pack(d, rank, group);
+        if (rebuild) forward.pack(d, rank, group);
+        Worker worker(*this, plan, d, id, rank, group, direction_barriers + first,
+                      row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
+        worker.run();
+      }
+    }
+    if (!dx_reverse) return;
+    everyone->wait(size);
+    const int64_t n = seq.tokens * I, begin = n * id / size, end = n * (id + 1) / size;
+    S* dx = static_cast<S*>(p.dx);
+    for (int64_t i = begin; i < end; i += kLanes<T>)
+      store(dx + i, load(dx + i, end - i) + load(dx_reverse + i, end - i), end - i);
+  }
+
+  // One thread's share of one direction.
+  struct Worker {
+    const LayerBwd& f;
+    const Params& p;
+    const Sequence& seq;
+    const int d, rank, group;
+    const bool owner;         // of rows; other threads only share the chunk's products
+    const int64_t r0, r1;     // rows
+    const int64_t j0, j1;     // unit blocks
+    const int64_t k0, k1;     // blocks of P: the units unless projected
+    const int64_t n0, n1;     // gate rows of the weight gradients
+    const int64_t q0, q1;     // rows of dW_hr
+    const int sharing;
+    Barrier *direction, *rows_barrier;
+    T* local;
+    int64_t lo = 0, hi = 0;   // the chunk's steps, in memory order
+    bool first_chunk = true;
+
+    Worker(const LayerBwd& layer, const Plan& plan, int dir, int id, int rank_, int group_, Barrier* all, Barrier* own)
+        : f(layer),
+          p(layer.p),
+          seq(layer.seq),
+          d(dir),
+          rank(rank_),
+          group(group_),
+          owner(rank_ < plan.per_direction()),
+          r0(owner ? row_split(seq, plan.row_groups, rank / plan.unit_groups) : 0),
+          r1(owner ? row_split(seq, plan.row_groups, rank / plan.unit_groups + 1) : 0),
+          j0(blocks(f.H) * (rank % plan.unit_groups) / plan.unit_groups),
+          j1(blocks(f.H) * (rank % plan.unit_groups + 1) / plan.unit_groups),
+          k0(blocks(f.P) * (rank % plan.unit_groups) / plan.unit_groups),
+          k1(blocks(f.P) * (rank % plan.unit_groups + 1) / plan.unit_groups),
+          n0(G * f.H * rank / group),
+          n1(G * f.H * (rank + 1) / group),
+          q0(f.P * rank / group),
+          q1(f.P * (rank + 1) / group),
+          sharing(owner ? plan.unit_groups : 1),
+          direction(all),
+          rows_barrier(own),
+          local(layer.local + id * layer.local_size) {}
+
+    static int64_t blocks(int64_t n) { return (n + NR<T> - 1) / NR<T>; }
+    int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
+    int64_t row_of(int64_t t) const { return seq.token(t) - seq.token(lo); }  // of a chunk's buffers
+    int64_t chunk_size() const { return seq.token(hi) - seq.token(lo); }
+    int64_t width(int64_t n, int64_t j) const { return n - j * NR<T> < NR<T> ? n - j * NR<T> : NR<T>; }
+
+    // The state before step t is the initial one.
+    bool initial(int64_t t, int64_t b) const {
+      const int64_t before = d ? t + 1 : t - 1;
+      if (before < 0 || before >= p.T || seq.rows(before) <= b) return true;
+      return p.resets && p.resets[t * f.B + b];
+    }
+    const S* h_prev(int64_t t, int64_t b) const {
+      if (initial(t, b)) return static_cast<const S*>(p.h0) + (d * f.B + b) * f.P;
+      return y(d ? t + 1 : t - 1, b);
+    }
+    const S* y(int64_t t, int64_t b) const {
+      return static_cast<const S*>(p.y) + ((seq.token(t) + b) * f.D + d) * f.P;
+    }
+
+    void run() {
+      init_state();
+      direction->wait(group);
+      for (int64_t end = p.T, begin; end > 0; end = begin) {
+        begin = (end - 1) / f.steps * f.steps;
+        lo = d ? time(end - 1) : begin, hi = d ? time(begin) + 1 : end;
+        if (f.rebuild) rebuild_gates(), direction->wait(group);
+        pack_inputs();
+        if (owner)
+          for (int64_t s = end - 1; s >= begin; s--) step(s);
+        direction->wait(group);
+        input_gradient();
+        weight_gradients();
+        first_chunk = false;
+        direction->wait(group);
+      }
+      finish();
+    }
+
+    // Own rows, own columns of P and of H.
+    template <class Fn>
+    void each_state(const Fn& fn) const {
+      for (int64_t b = r0; b < r1; b++)
+        for (int64_t k = k0; k < k1; k++)
+          for (int64_t i = k * NR<T>, e = i + width(f.P, k); i < e; i += kLanes<T>) fn(b, i, e - i);
+    }
+    template <class Fn>
+    void each_cell(const Fn& fn) const {
+      if constexpr (Cell::kCellState)
+        for (int64_t b = r0; b < r1; b++)
+          for (int64_t j = j0; j < j1; j++)
+            for (int64_t i = j * NR<T>, e = i + width(f.H, j); i < e; i += kLanes<T>) fn(b, i, e - i);
+    }
+
+    void init_state() const {
+      const int64_t h_at = d * f.B * f.P;
+      each_state([&](int64_t b, int64_t i, int64_t n) {
+        const S* from = static_cast<const S*>(p.dhn) + h_at + b * f.P + i;
+        store(f.dh[d] + b * f.ldh + i, p.dhn ? load(from, n) : Vec<T>{});
+        if (p.resets) store(f.dh0[d] + b * f.ldh + i, Vec<T>{});
+      });
+      if constexpr (Cell::kCellState) {
+        const int64_t c_at = d * f.B * f.H;
+        each_cell([&](int64_t b, int64_t i, int64_t n) {
+          const S* from = static_cast<const S*>(p.dcn) + c_at + b * f.H + i;
+          store(f.dc[d] + b * f.ldcell + i, p.dcn ? load(from, n) : Vec<T>{});
+          store(f.c0[d] + b * f.ldcell + i, load(static_cast<const S*>(p.c0) + c_at + b * f.H + i, n));
+          if (p.resets) store(f.dc0[d] + b * f.ldcell + i, Vec<T>{});
+        });
+      }
+    }
+
+    // x and h_{t-1} of the chunk's tokens into panels, for the weight gradients. Tokens are shared out.
+    void pack_inputs() const {
+      const int64_t m = chunk_size(), begin = m * rank / group, end = m * (rank + 1) / group;
+      const Panels<T> xs{f.I, m}, hs{f.P, m};
+      each_token(begin, end, [&](int64_t row, int64_t t, int64_t b) {
+        const S *x = seq.template x<S>(t, b), *h = h_prev(t, b);
+        for (int64_t j = 0; j < xs.count(); j++)
+          pack_row(x + j * NR<T>, f.I - j * NR<T>, f.x_panels[d] + xs.offset(j) + row * xs.width(j), xs.width(j));
+        for (int64_t j = 0; j < hs.count(); j++)
+          pack_row(h + j * NR<T>, f.P - j * NR<T>, f.h_panels[d] + hs.offset(j) + row * hs.width(j), hs.width(j));
+      });
+    }
+    template <class Fn>
+    void each_token(int64_t begin, int64_t end, const Fn& fn) const {
+      for (int64_t t = lo, row = 0; t < hi; t++) {
+        const int64_t n = seq.rows(t);
+        for (int64_t b = begin > row ? begin - row : 0; b < n && row + b < end; b++) fn(row + b, t, b);
+        row += n;
+      }
+    }
+
+    // Gates of the chunk from x and h_{t-1}: no recurrence, so plain products over blocks of tokens.
+    void rebuild_gates() {
+      const int64_t m = chunk_size(), end = m * (rank + 1) / group, ldx = f.I, ldp = f.P;
+      T *x = local, *h = x + kRebuildTokens * ldx, *C = h + kRebuildTokens * ldp, *Q = C + kRebuildTokens * G * NR<T>,
+        *unused = Q + kRebuildTokens * NR<T>;
+      __builtin_memset(unused, 0, sizeof(T) * kRebuildTokens * 2 * NR<T>);
+      for (int64_t m0 = m * rank / group; m0 < end; m0 += kRebuildTokens) {
+        const int64_t n = end - m0 < kRebuildTokens ? end - m0 : kRebuildTokens;
+        each_token(m0, m0 + n, [&](int64_t row, int64_t t, int64_t b) {
+          copy_row(seq.template x<S>(t, b), f.I, x + (row - m0) * ldx);
+          copy_row(h_prev(t, b), f.P, h + (row - m0) * ldp);
+        });
+        for (int64_t j = 0; j < blocks(f.H); j++) {
+          const ForwardWeights<Cell, S>& w = f.forward;
+          const int64_t wide = w.in.width(j), u = j * NR<T>;
+          for (int g = 0; g < G; g++) {
+            T* c = C + g * NR<T>;
+            gemm_panel(n, wide, f.I, x, ldx, w.input(d, g, j), wide, w.bias[d] + g * w.in.padded() + u, 0, c, G * NR<T>);
+            if (g == Cell::kSplitGate)
+              gemm_panel(n, wide, f.P, h, ldp, w.recurrent(d, g, j), wide, w.q_bias[d] + u, 0, Q, NR<T>);
+            else
+              gemm_panel(n, wide, f.P, h, ldp, w.recurrent(d, g, j), wide, c, G * NR<T>, c, G * NR<T>);
+          }
+          FwdTile<S> tile{};
+          tile.rows = n, tile.units = width(f.H, j), tile.H = f.H;
+          tile.C = C, tile.ldc = G * NR<T>, tile.gate = NR<T>;
+          tile.q = Q, tile.ldq = NR<T>;
+          tile.h_prev = unused, tile.ldh_prev = NR<T>;
+          tile.h = unused, tile.ldh = NR<T>;
+          tile.c = unused + kRebuildTokens * NR<T>, tile.ldcell = NR<T>;
+          tile.gates = f.gates[d] + m0 * Cell::kSaved * f.H + u, tile.ldgates = Cell::kSaved * f.H;
+          Cell::template fwd<S>(tile);
+        }
+      }
+    }
+    static void copy_row(const S* from, int64_t n, T* to) {
+      for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load(from + i, n - i), n - i);
+    }
+
+    void step(int64_t s) {
+      const int64_t t = time(s), n = seq.rows(t, r0, r1);
+      const S* dy = p.dy ? static_cast<const S*>(p.dy) + ((seq.token(t) + r0) * f.D + d) * f.P : nullptr;
+      T* dh = f.dh[d] + r0 * f.ldh;
+      if (f.projected) project_gradient(t, n, dy);
+      for (int64_t j = j0; j < j1; j++)
+        for (int64_t b = 0, end; b < n; b = end) {  // runs of rows that have, or have not, a step before
+          const bool start = initial(t, r0 + b);
+          for (end = b + 1; end < n && initial(t, r0 + end) == start; end++) {
+          }
+          epilogue(t, j, r0 + b, end - b, start, dy ? dy + b * f.D * f.P : nullptr);
+        }
+      rows_barrier->wait(sharing);
+      const T* dG = f.dG[d] + (row_of(t) + r0) * f.ldG + Cell::kFirstRecurrent * f.H;
+      for (int64_t k = k0; k < k1 && n > 0; k++)
+        gemm_into(n, f.weights.rec, k, dG, f.ldG, f.weights.recurrent(d, k), Cell::kDirect, dh, f.ldh);
+      if (p.resets) reset(t, n);
+      if (f.projected) rows_barrier->wait(sharing);
+    }
+
+    // C (+)= A panel, C wide enough for whole vectors.
+    void gemm_into(int64_t n, const Panels<T>& shape, int64_t j, const T* a, int64_t lda, const T* panel, bool add, T* c,
+                   int64_t ldc) const {
+      T* to = c + j * NR<T>;
+      gemm_panel(n, shape.width(j), shape.K, a, lda, panel, shape.width(j), add ? to : nullptr, ldc, to, ldc);
+    }
+
+    // dh of P columns, own ones summed and kept for dW_hr, becomes dm = dh W_hr of H columns.
+    void project_gradient(int64_t t, int64_t n, const S* dy) {
+      T* chunk = f.dh_chunk[d] + (row_of(t) + r0) * f.ldh;
+      for (int64_t b = 0; b < n; b++)
+        for (int64_t k = k0; k < k1; k++)
+          for (int64_t i = k * NR<T>, e = i + width(f.P, k); i < e; i += kLanes<T>) {
+            Vec<T> g = load(f.dh[d] + (r0 + b) * f.ldh + i);
+            if (dy) g += load(dy + b * f.D * f.P + i, e - i);
+            store(chunk + b * f.ldh + i, g);
+          }
+      rows_barrier->wait(sharing);
+      for (int64_t j = j0; j < j1 && n > 0; j++)
+        gemm_into(n, f.weights.proj, j, chunk, f.ldh, f.weights.projection(d, j), false, f.dm[d] + r0 * f.ldcell, f.ldcell);
+    }
+
+    void epilogue(int64_t t, int64_t j, int64_t b, int64_t n, bool start, const S* dy) const {
+      const int64_t u = j * NR<T>, token = seq.token(t) + b, row = row_of(t) + b;
+      BwdTile<S> tile{};
+      tile.rows = n, tile.units = width(f.H, j), tile.H = f.H;
+      if (f.rebuild)
+        tile.gates = f.gates[d] + row * Cell::kSaved * f.H + u, tile.ldgates = Cell::kSaved * f.H;
+      else if (Cell::kSaved)
+        tile.gates = static_cast<const S*>(p.gates) + (token * f.D + d) * Cell::kSaved * f.H + u,
+        tile.ldgates = f.D * Cell::kSaved * f.H;
+      if (f.projected) {
+        tile.dh = f.dm[d] + b * f.ldcell + u, tile.lddh = f.ldcell;
+        tile.m = f.m_chunk[d] + row * f.ldcell + u, tile.ldm = f.ldcell;
+      } else {
+        tile.dh = f.dh[d] + b * f.ldh + u, tile.lddh = f.ldh;
+        if (dy) tile.dy = dy + u, tile.lddy = f.D * f.P;
+      }
+      tile.dG = f.dG[d] + row * f.ldG + u, tile.lddG = f.ldG;
+      tile.h_prev = h_prev(t, b) + u, tile.ldh_prev = start ? f.P : f.D * f.P;
+      tile.y = y(t, b) + u, tile.ldy = f.D * f.P;
+      if constexpr (Cell::kCellState) {
+        const T* cells = static_cast<const T*>(p.cells) + d * f.H + u;
+        tile.c = cells + token * f.D * f.H, tile.ldc = f.D * f.H;
+        if (start)
+          tile.c_prev = f.c0[d] + b * f.ldcell + u, tile.ldc_prev = f.ldcell;
+        else
+          tile.c_prev = cells + (seq.token(d ? t + 1 : t - 1) + b) * f.D * f.H, tile.ldc_prev = f.D * f.H;
+        if (p.dcells)
+          tile.dcells = static_cast<const T*>(p.dcells) + (token * f.D + d) * f.H + u, tile.lddcells = f.D * f.H;
+        tile.dc = f.dc[d] + b * f.ldcell + u, tile.lddc = f.ldcell;
+      }
+      if constexpr (Cell::kActivation) tile.relu = p.relu;
+      Cell::template bwd<S>(tile);
+    }
+
+    // The state before step t was the initial one: its gradient goes there and no further back.
+    void reset(int64_t t, int64_t n) const {
+      auto hand_over = [](T* from, T* to) {
+        store(to, load(to) + load(from));
+        store(from, Vec<T>{});
+      };
+      auto flagged = [&](int64_t b) { return b - r0 < n && p.resets[t * f.B + b]; };
+      each_state([&](int64_t b, int64_t i, int64_t) {
+        if (flagged(b)) hand_over(f.dh[d] + b * f.ldh + i, f.dh0[d] + b * f.ldh + i);
+      });
+      each_cell([&](int64_t b, int64_t i, int64_t) {
+        if (flagged(b)) hand_over(f.dc[d] + b * f.ldcell + i, f.dc0[d] + b * f.ldcell + i);
+      });
+    }
+
+    // dx = dG W_ih for this thread's tokens of the chunk.
+    void input_gradient() const {
+      if (!p.dx) return;
+      const int64_t m = chunk_size(), m0 = m * rank / group, n = m * (rank + 1) / group - m0;
+      if (n == 0) return;
+      const Panels<T>& in = f.weights.in;
+      const T* dG = f.dG[d] + m0 * f.ldG + Cell::kFirstInput * f.H;
+      const int64_t token = seq.token(lo) + m0;
+      for (int64_t j = 0; j < in.count(); j++) {
+        const int64_t w = width(f.I, j), u = j * NR<T>;
+        if (d == 1) {
+          input_block(n, j, dG, f.dx_reverse + token * f.I + u, w);
+        } else {
+          input_block(n, j, dG, static_cast<S*>(p.dx) + token * f.I + u, w);
+        }
+      }
+    }
+    template <class Out>
+    void input_block(int64_t n, int64_t j, const T* dG, Out* dx, int64_t w) const {
+      const Panels<T>& in = f.weights.in;
+      if constexpr (sizeof(Out) == sizeof(T)) {
+        if (w % kLanes<T> == 0)
+          return gemm_panel(n, w, in.K, dG, f.ldG, f.weights.input(d, j), w, static_cast<const T*>(nullptr), 0, dx, f.I);
+      }
+      gemm_panel(n, in.width(j), in.K, dG, f.ldG, f.weights.input(d, j), in.width(j), static_cast<const T*>(nullptr), 0,
+                 local, NR<T>);
+      for (int64_t b = 0; b < n; b++)
+        for (int64_t i = 0; i < w; i += kLanes<T>) store(dx + b * f.I + i, load(local + b * NR<T> + i), w - i);
+    }
+
+    // dW += dG^T [x | h_{t-1}] for this thread's gate rows, db += dG summed over tokens.
+    void weight_gradients() const {
+      const int64_t m = chunk_size();
+      for (int64_t n = n0, end; n < n1; n = end) {
+        const int64_t g = n / f.H, u = n % f.H;
+        end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
+        const T *dG_in = f.dG[d] + Cell::kInputSlot[g] * f.H + u, *dG_rec = f.dG[d] + Cell::kRecurrentSlot[g] * f.H + u;
+        outer(end - n, m, dG_in, f.ldG, f.x_panels[d], f.I, f.dw_ih[d] + n * f.padded(f.I));
+        outer(end - n, m, dG_rec, f.ldG, f.h_panels[d], f.P, f.dw_hh[d] + n * f.padded(f.P));
+        bias_gradient(Cell::kInputSlot[g] * f.H + u, end - n, m);
+        if (Cell::kRecurrentSlot[g] != Cell::kInputSlot[g]) bias_gradient(Cell::kRecurrentSlot[g] * f.H + u, end - n, m);
+      }
+      if (!f.projected || q0 == q1) return;
+      const T* m_rows = f.m_chunk[d];
+      for (int64_t j = 0; j < blocks(f.H); j++) {
+        T* to = f.dw_hr[d] + q0 * f.padded(f.H) + j * NR<T>;
+        gemm_panel<true>(q1 - q0, f.weights.proj.width(j), m, f.dh_chunk[d] + q0, f.ldh, m_rows + j * NR<T>, f.ldcell,
+                         first_chunk ? nullptr : to, f.padded(f.H), to, f.padded(f.H));
+      }
+    }
+    void outer(int64_t n, int64_t m, const T* dG, int64_t ldG, const T* panels, int64_t columns, T* dw) const {
+      const Panels<T> shape{columns, m};
+      const int64_t ld = f.padded(columns);
+      for (int64_t j = 0; j < shape.count(); j++) {
+        T* to = dw + j * NR<T>;
+        gemm_panel<true>(n, shape.width(j), m, dG, ldG, panels + shape.offset(j), shape.width(j),
+                         first_chunk ? nullptr : to, ld, to, ld);
+      }
+    }
+    void bias_gradient(int64_t column, int64_t n, int64_t m) const {
+      T* to = f.db[d] + column;
+      for (int64_t i = 0; i < n; i += kLanes<T>) {
+        Vec<T> sum = first_chunk ? Vec<T>{} : load(to + i, n - i);
+        for (int64_t row = 0; row < m; row++) sum += load(f.dG[d] + row * f.ldG + column + i, n - i);
+        store(to + i, sum, n - i);
+      }
+    }
+
+    // Sums into the caller's tensors, each by the thread that owns it.
+    void finish() const {
+      const int64_t h_at = d * f.B * f.P, c_at = d * f.B * f.H;
+      each_state([&](int64_t b, int64_t i, int64_t n) {
+        Vec<T> g = load(f.dh[d] + b * f.ldh + i);
+        if (p.resets) g += load(f.dh0[d] + b * f.ldh + i);
+        store(static_cast<S*>(p.dh0) + h_at + b * f.P + i, g, n);
+      });
+      if constexpr (Cell::kCellState) {
+        each_cell([&](int64_t b, int64_t i, int64_t n) {
+          Vec<T> g = load(f.dc[d] + b * f.ldcell + i);
+          if (p.resets) g += load(f.dc0[d] + b * f.ldcell + i);
+          store(static_cast<S*>(p.dc0) + c_at + b * f.H + i, g, n);
+        });
+      }
+      const Weights<void*>& out = p.dw[d];
+      for (int64_t n = n0; n < n1; n++) {
+        if (!f.in_place(f.I)) write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
+        if (!f.in_place(f.P)) write_row(f.dw_hh[d] + n * f.padded(f.P), static_cast<S*>(out.w_hh) + n * f.P, f.P);
+        if (!out.b_ih) continue;
+        const int64_t g = n / f.H, u = n % f.H;
+        write_row(f.db[d] + Cell::kInputSlot[g] * f.H + u, static_cast<S*>(out.b_ih) + n, 1);
+        write_row(f.db[d] + Cell::kRecurrentSlot[g] * f.H + u, static_cast<S*>(out.b_hh) + n, 1);
+      }
+      if (f.projected && !f.in_place(f.H))
+        for (int64_t q = q0; q < q1; q++)
+          write_row(f.dw_hr[d] + q * f.padded(f.H), static_cast<S*>(out.w_hr) + q * f.H, f.H);
+    }
+    static void write_row(const T* from, S* to, int64_t n) {
+      for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load(from + i, n - i), n - i);
+    }
+  };
+};
+
+template <class Cell, class S>
+static void layer_bwd(const typename Cell::BwdParams& p) {
+  LayerBwd<Cell, S> layer(p);
+  Arena count;
+  layer.team = p.parallel.threads;
+  layer.layout(count);
+  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
+  layer.layout(arena);
+  layer.prepare();
+  run_team(p.parallel, team_size(layer.seq, Cell::kGates), [&](int id, int size) { layer.thread(id, size); });
+  scratch_free(arena.base);
+}

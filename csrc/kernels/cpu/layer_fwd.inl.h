@@ -1,0 +1,328 @@
+// Forward of one layer, for every cell.
+//
+// A thread owns rows [r0, r1) and units [u0, u1) of one direction for all time steps. It projects a chunk of steps at
+// once into its own C (sized to stay in L2), then walks the chunk: for each block of NR units, the recurrent product is
+// added to C gate by gate, and the cell's epilogue turns C into h while the block is in L1. The state h lives in two
+// buffers that take turns, so one barrier a step (among the threads that share rows) is enough; threads that own whole
+// rows never wait. Weight traffic per step is the panels of the own units; see step_cycles for what that costs.
+
+// What a cell's epilogue works on: a block of `units` columns for `rows` rows that are consecutive tokens of one step.
+template <class S>
+struct FwdTile {
+  using T = Acc<S>;
+  int64_t rows, units, H;
+  const T* C;  // pre-activations, gate g at column g * gate
+  int64_t ldc, gate;
+  const T* q;  // GRU: W_hn h + b_hn
+  int64_t ldq;
+  const T* h_prev;
+  T* h;  // [rows, ldh]
+  int64_t ldh_prev, ldh;
+  T* c;  // LSTM: cell state, in place
+  int64_t ldcell;
+  S* y;  // or null
+  int64_t ldy;
+  S* gates;  // or null; gate g at column g * H
+  int64_t ldgates;
+  T* cells;  // or null
+  int64_t ldcells;
+  bool relu;
+};
+
+template <class Cell, class S>
+struct LayerFwd {
+  using T = Acc<S>;
+  using Params = typename Cell::FwdParams;
+  static constexpr int G = Cell::kGates;
+  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 384 << 10;
+
+  const Params& p;
+  Sequence seq;
+  const int64_t I, H, P, B;
+  ForwardWeights<Cell, S> weights;
+  int team;
+
+  // Shared, one of each per direction.
+  T *state[2], *m[2], *cell[2];
+  Barrier *everyone, *row_barriers;
+  // One of each per thread.
+  T *C, *Q, *X;
+  int64_t c_size, x_size;
+  const int64_t ldh, ldm, ldcell;
+
+  explicit LayerFwd(const Params& params)
+      : p(params),
+        seq(params),
+        I(p.I),
+        H(p.H),
+        P(p.P),
+        B(p.B),
+        weights(params),
+        team(1),
+        ldh(round_up(P, 2 * kLanes<T>) + kLanes<T>),
+        ldm(round_up(H, 2 * kLanes<T>) + kLanes<T>),
+        ldcell(round_up(H, kLanes<T>)) {}
+
+  void layout(Arena& a) {
+    seq.layout(a);
+    weights.layout(a);
+    for (int d = 0; d < p.D; d++) {
+      state[d] = a.take<T>(2 * B * ldh);
+      m[d] = weights.projected ? a.take<T>(B * ldm) : nullptr;
+      cell[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
+    }
+    everyone = a.take<Barrier>(1);
+    row_barriers = a.take<Barrier>(2 * team);
+    c_size = B * (G * NR<T>) > kChunkBytes / int64_t(sizeof(T)) ? B * (G * NR<T>) : kChunkBytes / int64_t(sizeof(T));
+    x_size = sizeof(S) == sizeof(T) ? 0 : (B > kChunkTokens ? B : kChunkTokens) * I;
+    C = a.take<T>(team * c_size);
+    Q = a.take<T>(team * B * NR<T>);
+    X = a.take<T>(team * x_size);
+  }
+
+  void prepare() {
+    seq.prepare();
+    __builtin_memset(static_cast<void*>(everyone), 0, sizeof(Barrier));
+    __builtin_memset(static_cast<void*>(row_barriers), 0, 2 * team * sizeof(Barrier));
+  }
+
+  void thread(int id, int size) {
+    const Plan plan = make_plan<T>(seq, size, G);
+    const int members = plan.per_direction();
+    const int first = plan.concurrent == 2 ? id / (size / 2) : 0, rank = plan.concurrent == 2 ? id % (size / 2) : id;
+    for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, plan.concurrent == 2 ? size / 2 : size);
+    everyone->wait(size);
+    if (rank >= members || first >= plan.concurrent) return;
+    for (int d = first; d < p.D; d += plan.concurrent) {
+      Worker worker(*this, plan, d, id, rank, row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
+      worker.run();
+    }
+  }
+
+  // One thread's share of one direction.
+  struct Worker {
+    const LayerFwd& f;
+    const Params& p;
+    const Sequence& seq;
+    const ForwardWeights<Cell, S>& weights;
+    const int d;
+    const int64_t r0, r1, R;  // rows
+    const int64_t j0, j1;     // unit blocks
+    const int64_t k0, k1;     // projection blocks
+    const int64_t u0, width;  // first unit, units (padded)
+    const int sharing;        // threads that share these rows
+    Barrier* barrier;
+    T *C, *Q, *X;
+    int64_t steps;  // in a chunk
+    bool by_block;  // a chunk is one step: project block by block, C holds one block
+    int64_t ldc, gate;
+
+    Worker(const LayerFwd& layer, const Plan& plan, int direction, int id, int rank, Barrier* b)
+        : f(layer),
+          p(layer.p),
+          seq(layer.seq),
+          weights(layer.weights),
+          d(direction),
+          r0(row_split(seq, plan.row_groups, rank / plan.unit_groups)),
+          r1(row_split(seq, plan.row_groups, rank / plan.unit_groups + 1)),
+          R(r1 - r0),
+          j0(weights.in.count() * (rank % plan.unit_groups) / plan.unit_groups),
+          j1(weights.in.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
+          k0(weights.proj.count() * (rank % plan.unit_groups) / plan.unit_groups),
+          k1(weights.proj.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
+          u0(j0 * NR<T>),
+          width((j1 * NR<T> < weights.in.padded() ? j1 * NR<T> : weights.in.padded()) - u0),
+          sharing(plan.unit_groups),
+          barrier(b),
+          C(layer.C + id * layer.c_size),
+          Q(layer.Q + id * layer.B * NR<T>),
+          X(layer.X + id * layer.x_size) {
+      const int64_t fits = f.c_size / (G * width + kLanes<T>), tokens = fits < kChunkTokens ? fits : kChunkTokens;
+      steps = R > 0 && tokens > R ? tokens / R : 1;
+      by_block = steps == 1;
+      gate = by_block ? NR<T> : width;
+      ldc = G * gate + (by_block ? 0 : kLanes<T>);
+    }
+
+    T* state(int64_t step) const { return f.state[d] + (step & 1) * f.B * f.ldh; }
+    int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
+
+    void run() {
+      init_state();
+      barrier->wait(sharing);
+      for (int64_t begin = 0; begin < p.T; begin += steps) {
+        const int64_t end = begin + steps < p.T ? begin + steps : p.T;
+        const int64_t lo = d ? time(end - 1) : begin, hi = d ? time(begin) + 1 : end;  // chunk in memory order
+        if (!by_block) project(lo, hi, j0, j1);
+        int64_t row = 0;  // of C: the step's first; the chunk's steps lie in memory order
+        if (d)
+          for (int64_t t = lo; t < hi; t++) row += seq.rows(t, r0, r1);
+        for (int64_t s = begin; s < end; s++) {
+          const int64_t n = seq.rows(time(s), r0, r1);
+          if (d) row -= n;
+          step(s, n, by_block ? C : C + row * ldc);
+          if (!d) row += n;
+        }
+      }
+      final_state();
+    }
+
+    void init_state() {
+      const S* h0 = static_cast<const S*>(p.h0) + d * f.B * f.P;
+      for (int64_t b = r0; b < r1; b++)
+        for (int half = 0; half < 2; half++) set_h(b, state(half), h0);
+      if constexpr (Cell::kCellState)
+        for (int64_t b = r0; b < r1; b++) set_c(b);
+    }
+    // Own columns of h and c back to their initial values.
+    int64_t h_begin() const { return weights.projected ? k0 * NR<T> : u0; }
+    int64_t h_end() const {
+      const int64_t end = weights.projected ? k1 * NR<T> : u0 + width;
+      return end < f.P ? end : f.P;
+    }
+    void set_h(int64_t b, T* to, const S* h0) const {
+      for (int64_t j = h_begin(); j < h_end(); j++) to[b * f.ldh + j] = scalar(h0[b * f.P + j]);
+    }
+    void set_c(int64_t b) const {
+      const S* c0 = static_cast<const S*>(p.c0) + d * f.B * f.H;
+      for (int64_t j = u0; j < u0 + width; j++)
+        f.cell[d][b * f.ldcell + j] = j < f.H ? scalar(c0[b * f.H + j]) : T(0);
+    }
+
+    // C = x W_ih^T + bias for the steps [lo, hi) and unit blocks [ja, jb). Where the tokens of own rows do not lie one
+    // after another, tiles run along the rows of each step, or along time for few rows.
+    void project(int64_t lo, int64_t hi, int64_t ja, int64_t jb) {
+      int64_t n = 0;
+      for (int64_t t = lo; t < hi; t++) n += seq.rows(t, r0, r1);
+      if (n == 0) return;
+      if constexpr (sizeof(S) != sizeof(T)) {
+        T* to = X;
+        for (int64_t t = lo; t < hi; t++)
+          for (int64_t b = r0; b < r0 + seq.rows(t, r0, r1); b++, to += f.I) {
+            const S* x = seq.template x<S>(t, b);
+            for (int64_t i = 0; i < f.I; i += kLanes<T>) store(to + i, load(x + i, f.I - i), f.I - i);
+          }
+        project(ja, jb, n, X, f.I, C, ldc);
+      } else if (seq.x_contiguous() && R == f.B) {
+        project(ja, jb, n, seq.template x<S>(lo, 0), p.x_b, C, ldc);
+      } else if (p.batch_sizes || R >= 8 || hi - lo == 1) {
+        T* to = C;
+        for (int64_t t = lo; t < hi; t++) {
+          const int64_t rows = seq.rows(t, r0, r1);
+          project(ja, jb, rows, seq.template x<S>(t, r0), p.x_b, to, ldc);
+          to += rows * ldc;
+        }
+      } else {
+        for (int64_t b = r0; b < r1; b++)
+          project(ja, jb, hi - lo, seq.template x<S>(lo, b), p.x_t, C + (b - r0) * ldc, R * ldc);
+      }
+    }
+    void project(int64_t ja, int64_t jb, int64_t n, const T* x, int64_t ldx, T* to, int64_t ld) {
+      for (int64_t j = ja; j < jb; j++)
+        for (int g = 0; g < G; g++)
+          gemm_panel(n, weights.in.width(j), f.I, x, ldx, weights.input(d, g, j), weights.in.width(j),
+                     weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0, to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
+    }
+
+    void step(int64_t s, int64_t n, T* c_rows) {
+      const int64_t t = time(s);
+      if (n > 0) {
+        const T* h = state(s) + r0 * f.ldh;
+        for (int64_t j = j0; j < j1; j++) {
+          if (by_block) project(t, t + 1, j, j + 1);
+          T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
+          const int64_t w = weights.rec.width(j);
+          for (int g = 0; g < G; g++) {
+            const T* panel = weights.recurrent(d, g, j);
+            if (g == Cell::kSplitGate)
+              gemm_panel(n, w, f.P, h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q, NR<T>);
+            else
+              gemm_panel(n, w, f.P, h, f.ldh, panel, w, block + g * gate, ldc, block + g * gate, ldc);
+          }
+          epilogue(s, t, n, j, block);
+        }
+      }
+      if (weights.projected) {
+        barrier->wait(sharing);
+        if (n > 0) project_state(s, t, n);
+      }
+      if (p.resets && s + 1 < p.T) reset(s + 1);
+      barrier->wait(sharing);
+    }
+
+    void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, const T* block) {
+      const int64_t u = j * NR<T>, token = seq.token(t) + r0, D = p.D;
+      FwdTile<S> tile{};
+      tile.rows = n, tile.units = f.H - u < NR<T> ? f.H - u : NR<T>, tile.H = f.H;
+      tile.C = block, tile.ldc = ldc, tile.gate = gate;
+      tile.q = Q, tile.ldq = NR<T>;
+      tile.h_prev = state(s) + r0 * f.ldh + u, tile.ldh_prev = f.ldh;
+      if (weights.projected) {
+        tile.h = f.m[d] + r0 * f.ldm + u, tile.ldh = f.ldm;
+      } else {
+        tile.h = state(s + 1) + r0 * f.ldh + u, tile.ldh = f.ldh;
+        tile.y = static_cast<S*>(p.y) + (token * D + d) * f.P + u, tile.ldy = D * f.P;
+      }
+      if (p.gates)
+        tile.gates = static_cast<S*>(p.gates) + (token * D + d) * Cell::kSaved * f.H + u, tile.ldgates = D * Cell::kSaved * f.H;
+      if constexpr (Cell::kCellState) {
+        tile.c = f.cell[d] + r0 * f.ldcell + u, tile.ldcell = f.ldcell;
+        if (p.cells) tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
+      }
+      if constexpr (Cell::kActivation) tile.relu = p.relu;
+      Cell::template fwd<S>(tile);
+    }
+
+    // h = m W_hr^T, own columns.
+    void project_state(int64_t s, int64_t t, int64_t n) {
+      for (int64_t k = k0; k < k1; k++) {
+        const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = f.P - u < NR<T> ? f.P - u : NR<T>;
+        gemm_panel(n, w, f.H, f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w, static_cast<const T*>(nullptr), 0, Q,
+                   NR<T>);
+        for (int64_t b = 0; b < n; b++)
+          for (int64_t i = 0; i < valid; i += kLanes<T>) {
+            const Vec<T> h = load(Q + b * NR<T> + i);
+            store(state(s + 1) + (r0 + b) * f.ldh + u + i, h, valid - i);
+            store(static_cast<S*>(p.y) + ((seq.token(t) + r0 + b) * p.D + d) * f.P + u + i, h, valid - i);
+          }
+      }
+    }
+
+    void reset(int64_t s) {
+      const S* h0 = static_cast<const S*>(p.h0) + d * f.B * f.P;
+      for (int64_t b = r0; b < r1; b++) {
+        if (!p.resets[time(s) * f.B + b]) continue;
+        set_h(b, state(s), h0);
+        if constexpr (Cell::kCellState) set_c(b);
+      }
+    }
+
+    // A row's last state is in the buffer of its last step: forwards its length tells which, backwards all end together.
+    void final_state() {
+      int64_t length = p.T;
+      for (int64_t b = r0; b < r1; b++) {
+        while (length > 0 && seq.rows(length - 1) <= b) length--;
+        const T* h = state(d || length == 0 ? p.T : length) + b * f.ldh;
+        S* hn = static_cast<S*>(p.hn) + (d * f.B + b) * f.P;
+        for (int64_t j = h_begin(); p.hn && j < h_end(); j += kLanes<T>) store(hn + j, load(h + j), h_end() - j);
+        if constexpr (Cell::kCellState) {
+          S* cn = static_cast<S*>(p.cn) + (d * f.B + b) * f.H;
+          for (int64_t j = u0; j < u0 + width; j += kLanes<T>) store(cn + j, load(f.cell[d] + b * f.ldcell + j), f.H - j);
+        }
+      }
+    }
+  };
+};
+
+template <class Cell, class S>
+static void layer_fwd(const typename Cell::FwdParams& p) {
+  LayerFwd<Cell, S> layer(p);
+  Arena count;
+  layer.team = p.parallel.threads;
+  layer.layout(count);
+  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
+  layer.layout(arena);
+  layer.prepare();
+  run_team(p.parallel, team_size(layer.seq, Cell::kGates), [&](int id, int size) { layer.thread(id, size); });
+  scratch_free(arena.base);
+}

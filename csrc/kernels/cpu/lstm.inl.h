@@ -1,0 +1,66 @@
+// LSTM gate arithmetic.
+
+struct Lstm {
+  using FwdParams = LstmFwdParams;
+  using BwdParams = LstmBwdParams;
+  static constexpr int kGates = 4, kSaved = 4, kSplitGate = -1;
+  static constexpr bool kCellState = true, kActivation = false;
+  // Gate gradients lie in slots; both products read all four.
+  static constexpr int kSlots = 4, kInputSlot[] = {0, 1, 2, 3}, kRecurrentSlot[] = {0, 1, 2, 3};
+  static constexpr int kFirstInput = 0, kFirstRecurrent = 0;
+  static constexpr bool kDirect = false;  // h_{t-1} acts through W_hh only
+
+  template <class S>
+  static void fwd(const FwdTile<S>& t) {
+    using T = Acc<S>;
+    constexpr int W = kLanes<T>;
+    for (int64_t b = 0; b < t.rows; b++) {
+      const T* C = t.C + b * t.ldc;
+      for (int64_t u = 0; u < t.units; u += W) {
+        const int64_t n = t.units - u;
+        const Vec<T> i = sigmoid<T>(load(C + u)), f = sigmoid<T>(load(C + t.gate + u));
+        const Vec<T> g = tanh<T>(load(C + 2 * t.gate + u)), o = sigmoid<T>(load(C + 3 * t.gate + u));
+        T* cell = t.c + b * t.ldcell + u;
+        const Vec<T> c = f * load(cell) + i * g;
+        const Vec<T> h = o * tanh<T>(c);
+        store(cell, c);
+        store(t.h + b * t.ldh + u, h, n);
+        if (t.y) store(t.y + b * t.ldy + u, h, n);
+        if (t.cells) store(t.cells + b * t.ldcells + u, c, n);
+        if (t.gates) {
+          S* gates = t.gates + b * t.ldgates + u;
+          store(gates, i, n);
+          store(gates + t.H, f, n);
+          store(gates + 2 * t.H, g, n);
+          store(gates + 3 * t.H, o, n);
+        }
+      }
+    }
+  }
+
+  template <class S>
+  static void bwd(const BwdTile<S>& t) {
+    using T = Acc<S>;
+    constexpr int W = kLanes<T>;
+    for (int64_t b = 0; b < t.rows; b++) {
+      for (int64_t u = 0; u < t.units; u += W) {
+        const int64_t n = t.units - u;
+        const S* gates = t.gates + b * t.ldgates + u;
+        const Vec<T> i = load(gates, n), f = load(gates + t.H, n), g = load(gates + 2 * t.H, n),
+                     o = load(gates + 3 * t.H, n);
+        const Vec<T> tanh_c = tanh<T>(load(t.c + b * t.ldc + u, n));
+        Vec<T> dh = load(t.dh + b * t.lddh + u);
+        if (t.dy) dh += load(t.dy + b * t.lddy + u, n);
+        Vec<T> dc = load(t.dc + b * t.lddc + u) + dh * o * (T(1) - tanh_c * tanh_c);
+        if (t.dcells) dc += load(t.dcells + b * t.lddcells + u, n);
+        T* dG = t.dG + b * t.lddG + u;
+        store(dG, dc * g * (i * (T(1) - i)), n);
+        store(dG + t.H, dc * load(t.c_prev + b * t.ldc_prev + u, n) * (f * (T(1) - f)), n);
+        store(dG + 2 * t.H, dc * i * (T(1) - g * g), n);
+        store(dG + 3 * t.H, dh * tanh_c * (o * (T(1) - o)), n);
+        store(t.dc + b * t.lddc + u, dc * f);
+        if (t.m) store(t.m + b * t.ldm + u, o * tanh_c);
+      }
+    }
+  }
+};

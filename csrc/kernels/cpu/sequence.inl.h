@@ -1,0 +1,109 @@
+// Where tokens lie, and how a layer is divided among threads: what forward and backward have in common.
+
+// Rows and tokens of each step; dense and packed sequences look the same from here on.
+struct Sequence {
+  const LayerParams& p;
+  int64_t tokens;            // of all steps
+  int64_t* first = nullptr;  // packed: [T + 1] first token of each step, filled by prepare()
+
+  explicit Sequence(const LayerParams& params) : p(params), tokens(params.T * params.B) {
+    if (!p.batch_sizes) return;
+    tokens = 0;
+    for (int64_t t = 0; t < p.T; t++) tokens += p.batch_sizes[t];
+  }
+  void layout(Arena& a) {
+    if (p.batch_sizes) first = a.take<int64_t>(p.T + 1);
+  }
+  void prepare() {
+    if (!first) return;
+    first[0] = 0;
+    for (int64_t t = 0; t < p.T; t++) first[t + 1] = first[t] + p.batch_sizes[t];
+  }
+  int64_t rows(int64_t t) const { return p.batch_sizes ? p.batch_sizes[t] : p.B; }
+  int64_t token(int64_t t) const { return first ? first[t] : t * p.B; }
+  // Rows of [r0, r1) that live at step t.
+  int64_t rows(int64_t t, int64_t r0, int64_t r1) const {
+    const int64_t n = rows(t);
+    return n <= r0 ? 0 : (n < r1 ? n : r1) - r0;
+  }
+  template <class S>
+  const S* x(int64_t t, int64_t b) const {
+    return static_cast<const S*>(p.x) + (first ? (first[t] + b) * p.x_b : t * p.x_t + b * p.x_b);
+  }
+  // Tokens of consecutive steps, all rows, lie one after another.
+  bool x_contiguous() const { return first || p.x_t == p.B * p.x_b; }
+};
+
+// A direction's threads form a grid: row_groups (no communication) x unit_groups (a barrier each step).
+struct Plan {
+  int concurrent;  // directions at once
+  int row_groups, unit_groups;
+  int per_direction() const { return row_groups * unit_groups; }
+};
+
+// Cycles of one thread's recurrent step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate arithmetic, barrier.
+// The numbers are rounded from measurements on Zen 5 and Golden Cove; only their order matters for the choice.
+template <class T>
+static double step_cycles(int64_t rows, int64_t units, int64_t K, int G, bool barrier) {
+  if (rows == 0) return barrier ? 1000 : 0;
+  const double panels = double(G) * round_up(units, kLanes<T>) / NR<T>, tiles = double((rows + MR - 1) / MR);
+  const double bytes = panels * NR<T> * K * sizeof(T);
+  const double bandwidth = bytes <= (24 << 10) ? 128 : bytes <= (1 << 20) ? 40 : 10;
+  const double fma = double(rows), loads = (2 * tiles + rows) / 2, traffic = 2 * SEQKERNELS_VEC_BYTES / bandwidth;
+  double k = fma > loads ? fma : loads;
+  if (traffic > k) k = traffic;
+  return panels * K * k + 15.0 * G * rows * units / kLanes<T> + (barrier ? 1000 : 0);
+}
+
+// Rows [split(i), split(i + 1)) belong to row group i: the same number of tokens each.
+static int64_t row_split(const Sequence& seq, int groups, int i) {
+  const int64_t B = seq.p.B;
+  if (!seq.p.batch_sizes || i == 0 || i == groups) return B * i / groups;
+  int64_t lo = 0, hi = B;
+  const double target = double(seq.tokens) * i / groups;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    double below = 0;
+    for (int64_t t = 0; t < seq.p.T; t++) below += double(seq.rows(t, 0, mid));
+    if (below < target)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo;
+}
+
+template <class T>
+static Plan make_plan(const Sequence& seq, int threads, int G) {
+  const LayerParams& p = seq.p;
+  const bool concurrent = p.D == 2 && threads >= 2 && (threads % 2 == 0 || threads >= 6);
+  const int size = concurrent ? threads / 2 : threads;
+  const int64_t blocks = (p.H + NR<T> - 1) / NR<T>;
+  const int64_t samples = p.batch_sizes ? (p.T < 64 ? p.T : 64) : 1;
+  Plan best{concurrent ? 2 : 1, 1, 1};
+  double least = -1;
+  for (int rg = 1; rg <= size && (rg <= p.B || rg == 1); rg++) {
+    const int ug = int(size / rg < blocks ? size / rg : blocks);
+    const int64_t units = (blocks + ug - 1) / ug * NR<T>;
+    double worst = 0;
+    for (int i = 0; i < rg; i++) {
+      const int64_t r0 = row_split(seq, rg, i), r1 = row_split(seq, rg, i + 1);
+      double sum = 0;
+      for (int64_t s = 0; s < samples; s++)
+        sum += step_cycles<T>(seq.rows(p.T * s / samples, r0, r1), units < p.H ? units : p.H, p.P, G, ug > 1);
+      if (sum > worst) worst = sum;
+    }
+    if (least < 0 || worst < least) least = worst, best.row_groups = rg, best.unit_groups = ug;
+  }
+  return best;
+}
+
+// Work below this many multiply-adds is not worth waking another thread (5 us at 100 Gmul-add/s).
+constexpr double kWorkPerThread = 5e5;
+
+static int team_size(const Sequence& seq, int G) {
+  const LayerParams& p = seq.p;
+  const double work = double(seq.p.D) * double(seq.tokens) * G * double(p.H) * double(p.I + p.P);
+  const double threads = work / kWorkPerThread;
+  return threads >= p.parallel.threads ? p.parallel.threads : threads < 1 ? 1 : int(threads);
+}

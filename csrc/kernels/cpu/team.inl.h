@@ -1,0 +1,65 @@
+// Threads of one kernel call: who they are, how they wait for each other, what memory they share.
+
+// Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. After 20,000 turns (some 100 us:
+// more threads than cores) it yields. One cache line for arrivals, one for the release.
+struct Barrier {
+  alignas(64) int arrived;
+  alignas(64) int phase;
+
+  void wait(int size) {
+    if (size == 1) return;
+    const int now = __atomic_load_n(&phase, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == size) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&phase, now + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; spins++) {
+      if (spins < 20000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+};
+
+// Runs body(id, size) on up to `want` threads at once. A range of several ids may come to one thread (a pool that is
+// busy, a nested parallel region); so the threads first count themselves, and `size` is how many really came.
+template <class Body>
+static void run_team(const Parallel& parallel, int want, const Body& body) {
+  if (want <= 1 || parallel.run == nullptr) return body(0, 1);
+  struct Team {
+    const Body& body;
+    int64_t want;
+    int members = 0;
+    int64_t covered = 0;
+  } team{body, want};
+  parallel.run(
+      parallel.ctx, want,
+      [](void* arg, int64_t begin, int64_t end) {
+        Team& t = *static_cast<Team*>(arg);
+        const int id = __atomic_fetch_add(&t.members, 1, __ATOMIC_ACQ_REL);
+        __atomic_add_fetch(&t.covered, end - begin, __ATOMIC_ACQ_REL);
+        for (int spins = 0; __atomic_load_n(&t.covered, __ATOMIC_ACQUIRE) < t.want; spins++)
+          if (spins > 20000) sched_yield();
+        t.body(id, __atomic_load_n(&t.members, __ATOMIC_ACQUIRE));
+      },
+      &team);
+}
+
+// Scratch memory by two passes over the same take() calls: the first counts, the second hands out.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(n * int64_t(sizeof(T)), 64) + 64;  // the odd line keeps buffers off each other's cache sets
+    return p;
+  }
+};

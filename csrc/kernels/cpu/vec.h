@@ -1,0 +1,122 @@
+// One vector type for every instruction set, on the compilers' own vector extensions: Vec<float>, Vec<double> of
+// SEQKERNELS_VEC_BYTES (16 SSE2 and NEON, 32 AVX2, 64 AVX-512). Operators are the language's; a * b + c contracts to FMA.
+// Included inside the anonymous namespace of an ISA file, so that no AVX-512 copy of an inline function can leak out.
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(SEQKERNELS_VEC_BYTES)));
+  typedef T unaligned __attribute__((vector_size(SEQKERNELS_VEC_BYTES), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = SEQKERNELS_VEC_BYTES / sizeof(T);
+
+#define SEQ_INLINE static inline __attribute__((always_inline))
+#define SEQ_UNROLL _Pragma("GCC unroll 16")
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The arithmetic type behind a storage type.
+template <class S>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class S>
+using Acc = typename AccOf<S>::type;
+
+template <class T>
+SEQ_INLINE Vec<T> splat(T s) {
+  return s - Vec<T>{};
+}
+
+using U32 = Vec<uint32_t>;
+typedef uint16_t U16 __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2)));
+typedef uint16_t U16u __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2), aligned(2), may_alias));
+
+// Loads and stores of kLanes elements, converting between storage and arithmetic type.
+template <class T>
+SEQ_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
+template <class T>
+SEQ_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
+
+SEQ_INLINE Vec<float> load(const bf16* p) {
+  return (Vec<float>)(__builtin_convertvector((U16)(*reinterpret_cast<const U16u*>(p)), U32) << 16);
+}
+SEQ_INLINE void store(bf16* p, Vec<float> v) {  // to nearest even; a NaN stays a NaN
+  U32 u = (U32)v;
+  U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  U32 is_nan = (U32)(v != v);
+  *reinterpret_cast<U16u*>(p) =
+      __builtin_convertvector((rounded & ~is_nan) | (((u >> 16) | 0x40u) & is_nan), U16);
+}
+
+#if defined(__AVX512F__)
+SEQ_INLINE Vec<float> load(const f16* p) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+}
+SEQ_INLINE void store(f16* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+SEQ_INLINE Vec<float> load(const f16* p) { return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+SEQ_INLINE void store(f16* p, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Half precision by integer arithmetic: normal numbers rebias the exponent, subnormals go through a float addition.
+SEQ_INLINE Vec<float> load(const f16* p) {
+  U32 h = __builtin_convertvector((U16)(*reinterpret_cast<const U16u*>(p)), U32);
+  U32 sign = (h & 0x8000u) << 16, mag = (h & 0x7fffu) << 13;
+  U32 is_max = (U32)(mag >= (0x7c00u << 13)), is_sub = (U32)(mag < (0x0400u << 13));
+  U32 normal = mag + (112u << 23) + (is_max & (112u << 23));
+  U32 sub = (U32)((Vec<float>)(mag + (113u << 23)) - splat(6.103515625e-05f));
+  return (Vec<float>)(sign | (is_sub & sub) | (~is_sub & normal));
+}
+SEQ_INLINE void store(f16* p, Vec<float> v) {
+  U32 u = (U32)v, sign = u & 0x80000000u, mag = u ^ sign;
+  U32 is_nan = (U32)(mag > 0x7f800000u), is_inf = (U32)(mag >= 0x47800000u), is_sub = (U32)(mag < 0x38800000u);
+  U32 normal = (mag - (112u << 23) + 0xfffu + ((mag >> 13) & 1u)) >> 13;
+  U32 sub = (U32)((Vec<float>)mag + splat(0.5f)) - 0x3f000000u;
+  U32 out = (is_sub & sub) | (~is_sub & normal);
+  out = (is_inf & 0x7c00u) | (~is_inf & out);
+  out = (is_nan & 0x7e00u) | (~is_nan & out);
+  *reinterpret_cast<U16u*>(p) = __builtin_convertvector(out | (sign >> 16), U16);
+}
+#endif
+
+// The first n (1..kLanes) elements only; the other lanes read as zero and are not written.
+template <class S>
+SEQ_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
+  constexpr int W = kLanes<Acc<S>>;
+  if (n >= W) return load(p);
+  S tmp[W] = {};
+  for (int64_t i = 0; i < n; i++) tmp[i] = p[i];
+  return load(static_cast<const S*>(tmp));
+}
+template <class S>
+SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
+  constexpr int W = kLanes<Acc<S>>;
+  if (n >= W) return store(p, v);
+  S tmp[W];
+  store(static_cast<S*>(tmp), v);
+  for (int64_t i = 0; i < n; i++) p[i] = tmp[i];
+}
+
+template <class S>
+SEQ_INLINE Acc<S> scalar(S s) {
+  return load(&s, 1)[0];
+}

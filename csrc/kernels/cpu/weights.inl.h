@@ -1,0 +1,119 @@
+// Weights of one layer as the kernels read them: panels of NR units for the forward products, and of NR inputs for the
+// backward products, where the sum runs over the gates.
+
+// Forward, one direction: G gates of w_ih [I, H], G gates of w_hh [P, H], w_hr [H, P]; the biases summed where they may be.
+template <class Cell, class S>
+struct ForwardWeights {
+  using T = Acc<S>;
+  static constexpr int G = Cell::kGates;
+  const LayerParams& p;
+  const int64_t H, I, P;
+  const bool projected;
+  const Panels<T> in, rec, proj;
+  T *panels[2], *bias[2], *q_bias[2];  // bias [G, padded H]; q_bias: b_hh of the gate that keeps it apart
+
+  explicit ForwardWeights(const LayerParams& params)
+      : p(params),
+        H(p.H),
+        I(p.I),
+        P(p.P),
+        projected(p.w[0].w_hr != nullptr),
+        in{H, I},
+        rec{H, P},
+        proj{P, H} {}
+
+  int64_t size() const { return G * (in.size() + rec.size()) + (projected ? proj.size() : 0); }
+  T* input(int d, int g, int64_t j) const { return panels[d] + g * in.size() + in.offset(j); }
+  T* recurrent(int d, int g, int64_t j) const { return panels[d] + G * in.size() + g * rec.size() + rec.offset(j); }
+  T* projection(int d, int64_t j) const { return panels[d] + G * (in.size() + rec.size()) + proj.offset(j); }
+
+  void layout(Arena& a) {
+    for (int d = 0; d < p.D; d++) {
+      panels[d] = p.packed ? const_cast<T*>(static_cast<const T*>(p.packed)) + d * size() : a.take<T>(size());
+      bias[d] = a.take<T>(G * in.padded());
+      q_bias[d] = a.take<T>(in.padded());
+    }
+  }
+
+  // Share `rank` of `size`.
+  void pack(int d, int rank, int size) const {
+    if (!p.packed) pack_panels(d, rank, size);
+    if (rank == 0) sum_biases(d);
+  }
+  // Neighbouring units go to one thread: with units split over all threads they are its own.
+  void pack_panels(int d, int rank, int size) const {
+    const Weights<const void*>& w = p.w[d];
+    const S *w_ih = static_cast<const S*>(w.w_ih), *w_hh = static_cast<const S*>(w.w_hh);
+    for (int g = 0; g < G; g++) {
+      for (int64_t j = in.count() * rank / size; j < in.count() * (rank + 1) / size; j++) {
+        const int64_t row = g * H + j * NR<T>, rows = H - j * NR<T>;
+        pack_transposed(w_ih + row * I, I, rows, I, input(d, g, j), in.width(j));
+        pack_transposed(w_hh + row * P, P, rows, P, recurrent(d, g, j), rec.width(j));
+      }
+    }
+    for (int64_t j = rank; projected && j < proj.count(); j += size)
+      pack_transposed(static_cast<const S*>(w.w_hr) + j * NR<T> * H, H, P - j * NR<T>, H, projection(d, j),
+                      proj.width(j));
+  }
+  void sum_biases(int d) const {
+    const Weights<const void*>& w = p.w[d];
+    for (int g = 0; g < G; g++) {
+      for (int64_t u = 0; u < in.padded(); u++) {
+        const bool real = w.b_ih && u < H;
+        const T bi = real ? scalar(static_cast<const S*>(w.b_ih)[g * H + u]) : T(0);
+        const T bh = real ? scalar(static_cast<const S*>(w.b_hh)[g * H + u]) : T(0);
+        bias[d][g * in.padded() + u] = g == Cell::kSplitGate ? bi : bi + bh;
+        if (g == Cell::kSplitGate) q_bias[d][u] = bh;
+      }
+    }
+  }
+};
+
+// Backward, one direction: w_ih [G*H, I] and w_hh [G*H, P] with their rows in the order of the gate gradients' slots,
+// w_hr [P, H].
+template <class Cell, class S>
+struct BackwardWeights {
+  using T = Acc<S>;
+  static constexpr int G = Cell::kGates;
+  const LayerParams& p;
+  const bool projected;
+  const Panels<T> in, rec, proj;
+  T* panels[2];
+
+  explicit BackwardWeights(const LayerParams& params)
+      : p(params),
+        projected(p.w[0].w_hr != nullptr),
+        in{p.I, G * p.H},
+        rec{p.P, G * p.H},
+        proj{p.H, p.P} {}
+
+  int64_t size() const { return in.size() + rec.size() + (projected ? proj.size() : 0); }
+  T* input(int d, int64_t j) const { return panels[d] + in.offset(j); }
+  T* recurrent(int d, int64_t j) const { return panels[d] + in.size() + rec.offset(j); }
+  T* projection(int d, int64_t j) const { return panels[d] + in.size() + rec.size() + proj.offset(j); }
+
+  void layout(Arena& a) {
+    for (int d = 0; d < p.D; d++) panels[d] = a.take<T>(size());
+  }
+
+  void pack(int d, int rank, int size) const {
+    const Weights<const void*>& w = p.w[d];
+    pack_columns(static_cast<const S*>(w.w_ih), in, Cell::kInputSlot, panels[d], rank, size);
+    pack_columns(static_cast<const S*>(w.w_hh), rec, Cell::kRecurrentSlot, panels[d] + in.size(), rank, size);
+    if (!projected) return;
+    for (int64_t j = rank; j < proj.count(); j += size)
+      for (int64_t k = 0; k < proj.K; k++)
+        pack_row(static_cast<const S*>(w.w_hr) + k * proj.N + j * NR<T>, proj.N - j * NR<T>,
+                 projection(d, j) + k * proj.width(j), proj.width(j));
+  }
+  // Gate g's rows become the K range of its slot, counted from the first slot of this product.
+  void pack_columns(const S* w, Panels<T> shape, const int (&slot)[G], T* out, int rank, int size) const {
+    int first = slot[0];
+    for (int g = 1; g < G; g++) first = slot[g] < first ? slot[g] : first;
+    for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++)
+      for (int g = 0; g < G; g++)
+        for (int64_t u = 0; u < p.H; u++)
+          pack_row(w + (g * p.H + u) * shape.N + j * NR<T>, shape.N - j * NR<T>,
+                   out + shape.offset(j) + ((slot[g] - first) * p.H + u) * shape.width(j), shape.width(j));
+  }
+};

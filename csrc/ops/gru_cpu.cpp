@@ -1,0 +1,70 @@
+#include "kernels/gru.h"
+
+#include "recurrent.h"
+
+namespace seqkernels::ops {
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors weights, OptionalTensor batch_sizes,
+                                                 OptionalTensor resets, OptionalTensor packed, bool bidirectional,
+                                                 bool save_gates) {
+  const LayerCall call("gru_layer_fwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
+  GruFwdParams p;
+  call.fill(p, h0, weights, batch_sizes, resets);
+  if (packed) p.packed = packed_panels(call, *packed);
+  Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.H));
+  Tensor hn = torch::stable::new_empty(x, h0.sizes());
+  Tensor gates = save_gates ? torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H))
+                            : none_like(x, x.scalar_type());
+  p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
+  if (save_gates) p.gates = gates.mutable_data_ptr();
+  gru_fwd(p);
+  return {y, hn, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTensor dhn, Tensor x, Tensor h0,
+                                                  Tensors weights, Tensor y, Tensor gates, OptionalTensor batch_sizes,
+                                                  OptionalTensor resets, bool bidirectional, bool need_dx) {
+  const LayerCall call("gru_layer_bwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
+  call.check(y, "y", call.tokens_by(call.D * call.H));
+  GruBwdParams p;
+  call.fill(p, h0, weights, batch_sizes, resets);
+  p.y = y.const_data_ptr();
+  if (gates.dim() > 1) {
+    call.check(gates, "gates", call.tokens_by(call.D * 4 * call.H));
+    p.gates = gates.const_data_ptr();
+  }
+  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
+  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  Tensor dx = need_dx ? torch::stable::new_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
+  Tensor dh0 = torch::stable::new_empty(x, h0.sizes());
+  Tensors dweights = weight_gradients(call, weights, p.dw);
+  if (need_dx) p.dx = dx.mutable_data_ptr();
+  p.dh0 = dh0.mutable_data_ptr();
+  gru_bwd(p);
+  return {dx, dh0, dweights};
+}
+
+std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+                                        OptionalTensor b_hh, bool save) {
+  const CellCall cell("gru_cell_fwd", 3, x, h, w_ih, w_hh, b_ih, b_hh);
+  GruFwdParams p;
+  cell.fill(p);
+  Tensor h_new = torch::stable::new_empty(x, h.sizes());
+  Tensor gates = save ? torch::stable::new_empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
+  p.y = h_new.mutable_data_ptr();
+  if (save) p.gates = gates.mutable_data_ptr();
+  gru_fwd(p);
+  return {h_new, gates};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+  m.impl("gru_layer_fwd", TORCH_BOX(&gru_layer_fwd));
+  m.impl("gru_layer_bwd", TORCH_BOX(&gru_layer_bwd));
+  m.impl("gru_cell_fwd", TORCH_BOX(&gru_cell_fwd));
+}
+
+}  // namespace seqkernels::ops

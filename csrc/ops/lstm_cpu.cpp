@@ -1,0 +1,83 @@
+#include "kernels/lstm.h"
+
+#include "recurrent.h"
+
+namespace seqkernels::ops {
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(
+    Tensor x, Tensor h0, Tensor c0, Tensors weights, OptionalTensor batch_sizes, OptionalTensor resets,
+    OptionalTensor packed, bool bidirectional, bool save_cells, bool save_gates) {
+  const LayerCall call("lstm_layer_fwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
+  call.check(c0, "c0", {call.D, call.B, call.H});
+  LstmFwdParams p;
+  call.fill(p, h0, weights, batch_sizes, resets);
+  if (packed) p.packed = packed_panels(call, *packed);
+  Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.P));
+  Tensor hn = torch::stable::new_empty(x, h0.sizes()), cn = torch::stable::new_empty(x, c0.sizes());
+  Tensor cells = save_cells
+                     ? torch::stable::new_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())
+                     : none_like(x, call.accumulation_type());
+  Tensor gates = save_gates ? torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H))
+                            : none_like(x, x.scalar_type());
+  p.c0 = c0.const_data_ptr();
+  p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr(), p.cn = cn.mutable_data_ptr();
+  if (save_cells) p.cells = cells.mutable_data_ptr();
+  if (save_gates) p.gates = gates.mutable_data_ptr();
+  lstm_fwd(p);
+  return {y, hn, cn, cells, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(
+    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dcells, Tensor x, Tensor h0, Tensor c0,
+    Tensors weights, Tensor y, Tensor cells, Tensor gates, OptionalTensor batch_sizes, OptionalTensor resets,
+    bool bidirectional, bool need_dx) {
+  const LayerCall call("lstm_layer_bwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
+  call.check(c0, "c0", {call.D, call.B, call.H});
+  call.check(y, "y", call.tokens_by(call.D * call.P));
+  call.check(cells, "cells", call.tokens_by(call.D * call.H), true);
+  LstmBwdParams p;
+  call.fill(p, h0, weights, batch_sizes, resets);
+  p.c0 = c0.const_data_ptr(), p.y = y.const_data_ptr(), p.cells = cells.const_data_ptr();
+  if (gates.dim() > 1) {
+    call.check(gates, "gates", call.tokens_by(call.D * 4 * call.H));
+    p.gates = gates.const_data_ptr();
+  }
+  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.P));
+  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.P});
+  p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
+  p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
+  Tensor dx = need_dx ? torch::stable::new_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
+  Tensor dh0 = torch::stable::new_empty(x, h0.sizes()), dc0 = torch::stable::new_empty(x, c0.sizes());
+  Tensors dweights = weight_gradients(call, weights, p.dw);
+  if (need_dx) p.dx = dx.mutable_data_ptr();
+  p.dh0 = dh0.mutable_data_ptr(), p.dc0 = dc0.mutable_data_ptr();
+  lstm_bwd(p);
+  return {dx, dh0, dc0, dweights};
+}
+
+// A cell is a layer of one step whose output is its final state.
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh,
+                                                 OptionalTensor b_ih, OptionalTensor b_hh, bool save) {
+  const CellCall cell("lstm_cell_fwd", 4, x, h, w_ih, w_hh, b_ih, b_hh);
+  cell.check(c, "c", {cell.B, cell.H});
+  LstmFwdParams p;
+  cell.fill(p);
+  Tensor h_new = torch::stable::new_empty(x, h.sizes()), c_new = torch::stable::new_empty(x, h.sizes());
+  Tensor gates = save ? torch::stable::new_empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
+  p.c0 = c.const_data_ptr(), p.y = h_new.mutable_data_ptr(), p.cn = c_new.mutable_data_ptr();
+  if (save) p.gates = gates.mutable_data_ptr();
+  lstm_fwd(p);
+  return {h_new, c_new, gates};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+  m.impl("lstm_layer_fwd", TORCH_BOX(&lstm_layer_fwd));
+  m.impl("lstm_layer_bwd", TORCH_BOX(&lstm_layer_bwd));
+  m.impl("lstm_cell_fwd", TORCH_BOX(&lstm_cell_fwd));
+}
+
+}  // namespace seqkernels::ops

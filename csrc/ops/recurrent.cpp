@@ -1,0 +1,275 @@
+#include "recurrent.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/table.h"
+
+namespace seqkernels::ops {
+
+namespace {
+
+std::string text(const std::vector<int64_t>& shape) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < shape.size(); i++) out << (i ? ", " : "") << shape[i];
+  out << "]";
+  return out.str();
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::optional<DType> dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      return std::nullopt;
+  }
+}
+
+int64_t weights_per_direction(const Tensors& weights, int64_t D) {
+  return weights.size() % D ? -1 : static_cast<int64_t>(weights.size()) / D;
+}
+
+}  // namespace
+
+Parallel torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* arg) {
+            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(arg, begin, end); });
+          },
+          nullptr};
+}
+
+LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h0, const Tensors& weights,
+                     const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool bidirectional)
+    : op(op_name), G(gates), D(bidirectional ? 2 : 1), x(x_) {
+  const auto type = dtype_of(x_.scalar_type());
+  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op, ": expected x of float32, float64, bfloat16 or float16");
+  dtype = *type;
+  STD_TORCH_CHECK(x_.is_cpu(), "seqkernels::", op, ": expected x on the CPU");
+  const int64_t dims = batch_sizes ? 2 : 3;
+  STD_TORCH_CHECK(x_.dim() == dims, "seqkernels::", op, ": expected x of ", dims, " dimensions (",
+                  batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(shape_of(x_)));
+  const int64_t per = weights_per_direction(weights, D);
+  STD_TORCH_CHECK(per == 2 || per == 4 || (G == 4 && (per == 3 || per == 5)), "seqkernels::", op,
+                  ": expected for each of ", D, " directions w_ih, w_hh (, b_ih, b_hh)", G == 4 ? " (, w_hr)" : "",
+                  ", got ", weights.size(), " weights");
+  has_bias = per >= 4;
+  projected = per % 2 == 1;
+  STD_TORCH_CHECK(h0.dim() == 3 && weights[0].dim() == 2 && weights[1].dim() == 2, "seqkernels::", op,
+                  ": expected h0 [D, B, P], w_ih [", G, "*H, I], w_hh [", G, "*H, P], got ", text(shape_of(h0)), ", ",
+                  text(shape_of(weights[0])), ", ", text(shape_of(weights[1])));
+  I = x_.size(dims - 1);
+  B = h0.size(1);
+  P = h0.size(2);
+  H = weights[0].size(0) / G;
+  STD_TORCH_CHECK(I > 0 && H > 0 && P > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
+  STD_TORCH_CHECK(x_.stride(dims - 1) == 1 || I == 1, "seqkernels::", op, ": expected x with unit stride in its last",
+                  " dimension, got stride ", x_.stride(dims - 1));
+  if (batch_sizes) {
+    const Tensor& sizes = *batch_sizes;
+    STD_TORCH_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1 &&
+                        sizes.is_contiguous(),
+                    "seqkernels::", op, ": expected batch_sizes as contiguous int64 [T] on the CPU");
+    T = sizes.size(0);
+    const int64_t* n = sizes.const_data_ptr<int64_t>();
+    N = 0;
+    for (int64_t t = 0; t < T; t++) {
+      STD_TORCH_CHECK(n[t] >= 0 && n[t] <= (t ? n[t - 1] : B), "seqkernels::", op,
+                      ": expected batch_sizes that never increase and start at or below B = ", B, ", got ", n[t],
+                      " at step ", t);
+      N += n[t];
+    }
+    STD_TORCH_CHECK(N == x_.size(0), "seqkernels::", op, ": expected x of sum(batch_sizes) = ", N, " tokens, got ",
+                    x_.size(0));
+    STD_TORCH_CHECK(!resets, "seqkernels::", op, ": resets need a dense sequence, got a packed one");
+    leading = {N};
+  } else {
+    T = x_.size(0);
+    STD_TORCH_CHECK(x_.size(1) == B, "seqkernels::", op, ": expected x and h0 of the same batch size, got ", x_.size(1),
+                    " and ", B);
+    N = T * B;
+    leading = {T, B};
+    if (resets) {
+      STD_TORCH_CHECK(resets->is_cpu() && resets->scalar_type() == ScalarType::Bool && resets->is_contiguous() &&
+                          shape_of(*resets) == leading,
+                      "seqkernels::", op, ": expected resets as contiguous bool ", text(leading), " on the CPU, got ",
+                      text(shape_of(*resets)));
+    }
+  }
+  STD_TORCH_CHECK(T > 0, "seqkernels::", op, ": Expected sequence length to be larger than 0 in RNN");
+  check(h0, "h0", {D, B, P});
+  for (int64_t d = 0; d < D; d++) {
+    const Tensor* w = &weights[d * per];
+    check(w[0], "w_ih", {G * H, I});
+    check(w[1], "w_hh", {G * H, P});
+    if (has_bias) check(w[2], "b_ih", {G * H}), check(w[3], "b_hh", {G * H});
+    if (projected) check(w[per - 1], "w_hr", {P, H});
+  }
+  STD_TORCH_CHECK(projected || P == H, "seqkernels::", op, ": expected h0 of ", H, " units, got ", P);
+}
+
+void LayerCall::check(const Tensor& t, const char* name, std::vector<int64_t> shape, bool accumulation) const {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
+                  "seqkernels::", op, ": expected ", name, accumulation ? " (accumulation type)" : "",
+                  " of the dtype and device of x");
+  STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape), ", got ",
+                  text(shape_of(t)));
+  STD_TORCH_CHECK(t.is_contiguous(), "seqkernels::", op, ": expected ", name, " contiguous");
+}
+
+const void* LayerCall::gradient(const OptionalTensor& t, const char* name, std::vector<int64_t> shape,
+                                bool accumulation) const {
+  if (!t) return nullptr;
+  check(*t, name, std::move(shape), accumulation);
+  return t->const_data_ptr();
+}
+
+std::vector<int64_t> LayerCall::tokens_by(int64_t columns) const {
+  std::vector<int64_t> shape = leading;
+  shape.push_back(columns);
+  return shape;
+}
+
+ScalarType LayerCall::accumulation_type() const {
+  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
+                     const OptionalTensor& resets) const {
+  p.dtype = dtype;
+  p.T = T, p.B = B, p.I = I, p.H = H, p.P = P, p.D = static_cast<int>(D);
+  if (batch_sizes) p.batch_sizes = batch_sizes->const_data_ptr<int64_t>();
+  if (resets) p.resets = static_cast<const uint8_t*>(resets->const_data_ptr());
+  p.x = x->const_data_ptr();
+  p.x_t = batch_sizes ? 0 : x->stride(0);
+  p.x_b = x->stride(batch_sizes ? 0 : 1);
+  p.h0 = h0.const_data_ptr();
+  const int64_t per = weights_per_direction(weights, D);
+  for (int64_t d = 0; d < D; d++) {
+    const Tensor* w = &weights[d * per];
+    p.w[d].w_ih = w[0].const_data_ptr();
+    p.w[d].w_hh = w[1].const_data_ptr();
+    if (has_bias) p.w[d].b_ih = w[2].const_data_ptr(), p.w[d].b_hh = w[3].const_data_ptr();
+    if (projected) p.w[d].w_hr = w[per - 1].const_data_ptr();
+  }
+  p.parallel = torch_threads();
+}
+
+CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h_, const Tensor& w_ih_,
+                   const Tensor& w_hh_, const OptionalTensor& b_ih_, const OptionalTensor& b_hh_)
+    : op(op_name), G(gates), x(x_), h(h_), w_ih(w_ih_), w_hh(w_hh_), b_ih(b_ih_), b_hh(b_hh_) {
+  const auto type = dtype_of(x.scalar_type());
+  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op, ": expected x of float32, float64, bfloat16 or float16");
+  dtype = *type;
+  STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 2, "seqkernels::", op, ": expected x [B, I] and h [B, H], got ",
+                  text(shape_of(x)), " and ", text(shape_of(h)));
+  B = x.size(0), I = x.size(1), H = h.size(1);
+  STD_TORCH_CHECK(I > 0 && H > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
+  STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "seqkernels::", op, ": expected both biases or neither");
+  check(x, "x", {B, I});
+  check(h, "h", {B, H});
+  check(w_ih, "w_ih", {G * H, I});
+  check(w_hh, "w_hh", {G * H, H});
+  if (b_ih) check(*b_ih, "b_ih", {G * H}), check(*b_hh, "b_hh", {G * H});
+}
+
+void CellCall::check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type(), "seqkernels::", op, ": expected ", name,
+                  " on the CPU and of the dtype of x");
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_contiguous(),
+                  "seqkernels::", op, ": expected ", name, " contiguous of shape ", text(shape), ", got ",
+                  text(shape_of(t)));
+}
+
+void CellCall::fill(LayerParams& p) const {
+  p.dtype = dtype;
+  p.T = 1, p.B = B, p.I = I, p.H = H, p.P = H;
+  p.x = x.const_data_ptr(), p.x_t = B * I, p.x_b = I;
+  p.h0 = h.const_data_ptr();
+  p.w[0].w_ih = w_ih.const_data_ptr(), p.w[0].w_hh = w_hh.const_data_ptr();
+  if (b_ih) p.w[0].b_ih = b_ih->const_data_ptr(), p.w[0].b_hh = b_hh->const_data_ptr();
+  p.parallel = torch_threads();
+}
+
+Tensor none_like(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, {0}, dtype); }
+
+Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]) {
+  Tensors grads;
+  for (const Tensor& w : weights) grads.push_back(torch::stable::new_empty(w, w.sizes()));
+  const int64_t per = weights_per_direction(weights, call.D);
+  for (int64_t d = 0; d < call.D; d++) {
+    const Tensor* g = &grads[d * per];
+    out[d].w_ih = g[0].mutable_data_ptr();
+    out[d].w_hh = g[1].mutable_data_ptr();
+    if (call.has_bias) out[d].b_ih = g[2].mutable_data_ptr(), out[d].b_hh = g[3].mutable_data_ptr();
+    if (call.projected) out[d].w_hr = g[per - 1].mutable_data_ptr();
+  }
+  return grads;
+}
+
+namespace {
+
+struct alignas(64) PackedHeader {
+  int32_t isa, dtype;
+  int64_t G, D, I, H, P;
+};
+static_assert(sizeof(PackedHeader) == 64);
+
+PackedHeader header_of(const LayerCall& call) {
+  PackedHeader header{};
+  header.isa = static_cast<int32_t>(active_isa()), header.dtype = static_cast<int32_t>(call.dtype);
+  header.G = call.G, header.D = call.D, header.I = call.I, header.H = call.H, header.P = call.P;
+  return header;
+}
+
+}  // namespace
+
+Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
+  STD_TORCH_CHECK(gates == 1 || gates == 3 || gates == 4, "seqkernels::rnn_pack: expected gates 1 (RNN), 3 (GRU) or 4",
+                  " (LSTM), got ", gates);
+  STD_TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
+                  "seqkernels::rnn_pack: expected w_ih [G*H, I], w_hh [G*H, P], ...");
+  const std::vector<int64_t> x{1, 1, weights[0].size(1)}, h0{bidirectional ? 2 : 1, 1, weights[1].size(1)};
+  const Tensor h = torch::stable::new_empty(weights[0], h0);
+  const LayerCall call("rnn_pack", static_cast<int>(gates), torch::stable::new_empty(weights[0], x), h, weights,
+                       std::nullopt, std::nullopt, bidirectional);
+  LayerParams p;
+  call.fill(p, h, weights, std::nullopt, std::nullopt);
+  const auto pack = gates == 4 ? kernels().lstm_pack : gates == 3 ? kernels().gru_pack : kernels().rnn_pack;
+  const std::vector<int64_t> bytes{pack(p, nullptr) + static_cast<int64_t>(sizeof(PackedHeader))};
+  Tensor out = torch::stable::new_empty(weights[0], bytes, ScalarType::Byte);
+  char* data = static_cast<char*>(out.mutable_data_ptr());
+  const PackedHeader header = header_of(call);
+  std::memcpy(data, &header, sizeof header);
+  pack(p, data + sizeof header);
+  return out;
+}
+
+const void* packed_panels(const LayerCall& call, const Tensor& packed) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.numel() > static_cast<int64_t>(sizeof(PackedHeader)),
+                  "seqkernels::", call.op, ": expected `packed` from rnn_pack");
+  const char* data = static_cast<const char*>(packed.const_data_ptr());
+  const PackedHeader header = header_of(call);
+  STD_TORCH_CHECK(std::memcmp(data, &header, sizeof header) == 0, "seqkernels::", call.op,
+                  ": `packed` was made for other sizes, dtype or instruction set than this call's (now ",
+                  isa_name(active_isa()), "): pack the weights again");
+  return data + sizeof header;
+}
+
+}  // namespace seqkernels::ops

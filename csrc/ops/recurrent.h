@@ -1,0 +1,75 @@
+// What the three layer ops share: checks, allocation, and the bridge from tensors to kernel parameters.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels/layer.h"
+
+namespace seqkernels::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+// torch's threads behind the kernels' interface.
+Parallel torch_threads();
+
+// One layer call, checked: sizes and the tensors that every kernel reads. Errors name the op, what was got and expected.
+struct LayerCall {
+  const char* op;
+  int G;
+  int64_t T, B, I, H, P, D, N;  // N tokens
+  DType dtype;
+  bool has_bias, projected;
+  std::vector<int64_t> leading;  // of y and the like: {T, B} or {N}
+  OptionalTensor x;              // as given
+
+  LayerCall(const char* op, int G, const Tensor& x, const Tensor& h0, const Tensors& weights,
+            const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool bidirectional);
+
+  void fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
+            const OptionalTensor& resets) const;
+  void check(const Tensor& t, const char* name, std::vector<int64_t> shape, bool accumulation = false) const;
+  // data of an optional gradient with the given shape, or null
+  const void* gradient(const OptionalTensor& t, const char* name, std::vector<int64_t> shape,
+                       bool accumulation = false) const;
+  std::vector<int64_t> tokens_by(int64_t columns) const;
+  ScalarType accumulation_type() const;
+};
+
+// One step of a cell, checked; lighter than LayerCall because a step at B = 1 takes microseconds. Contiguous tensors.
+struct CellCall {
+  const char* op;
+  int G;
+  int64_t B, I, H;
+  DType dtype;
+  const Tensor &x, &h, &w_ih, &w_hh;
+  const OptionalTensor &b_ih, &b_hh;
+
+  CellCall(const char* op, int G, const Tensor& x, const Tensor& h, const Tensor& w_ih, const Tensor& w_hh,
+           const OptionalTensor& b_ih, const OptionalTensor& b_hh);
+  void fill(LayerParams& p) const;
+  void check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const;
+};
+
+// A size-0 tensor where an output is not wanted: the arity of an op never changes.
+Tensor none_like(const Tensor& t, ScalarType dtype);
+
+// New tensors shaped like the weights, and their pointers in `out`.
+Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]);
+
+// Packed panels, with a header that says for which instruction set, dtype and sizes.
+Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional);
+const void* packed_panels(const LayerCall& call, const Tensor& packed);
+
+}  // namespace seqkernels::ops

@@ -1,0 +1,63 @@
+#include "kernels/rnn.h"
+
+#include "recurrent.h"
+
+namespace seqkernels::ops {
+
+namespace {
+
+std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, OptionalTensor batch_sizes,
+                                         OptionalTensor resets, OptionalTensor packed, bool bidirectional, bool relu) {
+  const LayerCall call("rnn_layer_fwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
+  RnnFwdParams p;
+  call.fill(p, h0, weights, batch_sizes, resets);
+  if (packed) p.packed = packed_panels(call, *packed);
+  p.relu = relu;
+  Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.H));
+  Tensor hn = torch::stable::new_empty(x, h0.sizes());
+  p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
+  rnn_fwd(p);
+  return {y, hn};
+}
+
+std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTensor dhn, Tensor x, Tensor h0,
+                                                  Tensors weights, Tensor y, OptionalTensor batch_sizes,
+                                                  OptionalTensor resets, bool bidirectional, bool relu, bool need_dx) {
+  const LayerCall call("rnn_layer_bwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
+  call.check(y, "y", call.tokens_by(call.D * call.H));
+  RnnBwdParams p;
+  call.fill(p, h0, weights, batch_sizes, resets);
+  p.relu = relu;
+  p.y = y.const_data_ptr();
+  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
+  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  Tensor dx = need_dx ? torch::stable::new_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
+  Tensor dh0 = torch::stable::new_empty(x, h0.sizes());
+  Tensors dweights = weight_gradients(call, weights, p.dw);
+  if (need_dx) p.dx = dx.mutable_data_ptr();
+  p.dh0 = dh0.mutable_data_ptr();
+  rnn_bwd(p);
+  return {dx, dh0, dweights};
+}
+
+Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool relu) {
+  const CellCall cell("rnn_cell_fwd", 1, x, h, w_ih, w_hh, b_ih, b_hh);
+  RnnFwdParams p;
+  cell.fill(p);
+  p.relu = relu;
+  Tensor h_new = torch::stable::new_empty(x, h.sizes());
+  p.y = h_new.mutable_data_ptr();
+  rnn_fwd(p);
+  return h_new;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+  m.impl("rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
+  m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
+  m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
+  m.impl("rnn_pack", TORCH_BOX(&rnn_pack));
+}
+
+}  // namespace seqkernels::ops
