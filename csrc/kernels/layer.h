@@ -1,10 +1,13 @@
-// What LSTM, GRU and RNN layers share: one layer, one or two directions, all time steps, input projection included.
+// What LSTM, GRU and RNN layers share: one layer, one or two directions, all time steps, input projection
+// included.
 //
 //   T steps, B rows, I inputs, H hidden units, P output units (P = H without projection), D directions.
 //   A *token* is one (t, b) pair. Dense sequences have T * B tokens, token (t, b) at row t * B + b.
-//   Packed sequences have sum(batch_sizes) tokens as torch's PackedSequence lies: step t holds rows [0, batch_sizes[t]).
-//   batch_sizes never increases; rows at and beyond batch_sizes[0] have length zero: their final state is the initial.
-// All pointers of one call have the element type `dtype` unless said otherwise; `acc` below means float, or double for f64.
+//   Packed sequences have sum(batch_sizes) tokens as torch's PackedSequence lies: step t holds rows [0,
+//   batch_sizes[t]). batch_sizes never increases; rows at and beyond batch_sizes[0] have length zero: their
+//   final state is the initial.
+// All pointers of one call have the element type `dtype` unless said otherwise; `acc` below means float, or
+// double for f64.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +18,8 @@ namespace seqkernels {
 
 enum class DType { f32, f64, bf16, f16 };
 
-// One direction's parameters in torch's layout and gate order: w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh [G*H] (both
-// or neither), w_hr [P, H] (LSTM with projection, else null). Rows are contiguous.
+// One direction's parameters in torch's layout and gate order: w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh
+// [G*H] (both or neither), w_hr [P, H] (LSTM with projection, else null). Rows are contiguous.
 template <class Ptr>
 struct Weights {
   Ptr w_ih{}, w_hh{}, b_ih{}, b_hh{}, w_hr{};
@@ -28,13 +31,14 @@ struct LayerParams {
   int D = 1;  // 2: the second direction walks time backwards, each row from its own last token
 
   const int64_t* batch_sizes = nullptr;  // [T] packed, or null: dense
-  const uint8_t* resets = nullptr;       // [T, B] bool or null: the state before step t becomes the initial state
+  const uint8_t* resets = nullptr;  // [T, B] bool or null: the state before step t becomes the initial state
 
-  const void* x = nullptr;      // [T, B, I] by strides, or packed [tokens, I]
-  int64_t x_t = 0, x_b = 0;     // elements from step to step and from row to row; packed: x_b from token to token
-  const void* h0 = nullptr;     // [D, B, P]
-  Weights<const void*> w[2];    // [D]
-  const void* packed = nullptr; // forward: the weights as written by *_pack(), or null
+  const void* x = nullptr;  // [T, B, I] by strides, or packed [tokens, I]
+  int64_t x_t = 0,
+          x_b = 0;  // elements from step to step and from row to row; packed: x_b from token to token
+  const void* h0 = nullptr;      // [D, B, P]
+  Weights<const void*> w[2];     // [D]
+  const void* packed = nullptr;  // forward: the weights as written by *_pack(), or null
 
   Parallel parallel;
 };

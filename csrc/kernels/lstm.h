@@ -1,4 +1,5 @@
-// LSTM layer (Hochreiter & Schmidhuber 1997, with forget gate; torch.nn.LSTM's equations and gate order i, f, g, o):
+// LSTM layer (Hochreiter & Schmidhuber 1997, with forget gate; torch.nn.LSTM's equations and gate order i, f,
+// g, o):
 //   [i f g o] = [sigmoid sigmoid tanh sigmoid](W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
 //   c_t = f c_{t-1} + i g,   m_t = o tanh(c_t),   h_t = m_t, or W_hr m_t with projection
 #pragma once

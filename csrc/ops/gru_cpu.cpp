@@ -1,14 +1,13 @@
 #include "kernels/gru.h"
-
 #include "recurrent.h"
 
 namespace seqkernels::ops {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors weights, OptionalTensor batch_sizes,
-                                                 OptionalTensor resets, OptionalTensor packed, bool bidirectional,
-                                                 bool save_gates) {
+std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors weights,
+                                                 OptionalTensor batch_sizes, OptionalTensor resets,
+                                                 OptionalTensor packed, bool bidirectional, bool save_gates) {
   const LayerCall call("gru_layer_fwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
   GruFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
@@ -24,8 +23,9 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
 }
 
 std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTensor dhn, Tensor x, Tensor h0,
-                                                  Tensors weights, Tensor y, Tensor gates, OptionalTensor batch_sizes,
-                                                  OptionalTensor resets, bool bidirectional, bool need_dx) {
+                                                  Tensors weights, Tensor y, Tensor gates,
+                                                  OptionalTensor batch_sizes, OptionalTensor resets,
+                                                  bool bidirectional, bool need_dx) {
   const LayerCall call("gru_layer_bwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(y, "y", call.tokens_by(call.D * call.H));
   GruBwdParams p;

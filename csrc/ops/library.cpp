@@ -1,5 +1,6 @@
-// Every op's schema. Shapes: T steps, B rows, N tokens, D directions, P = H or the projection's size; `weights` is the
-// layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means: not saved, rebuild them.
+// Every op's schema. Shapes: T steps, B rows, N tokens, D directions, P = H or the projection's size;
+// `weights` is the layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means: not
+// saved, rebuild them.
 #include "kernels/cpu/dispatch.h"
 #include "recurrent.h"
 
@@ -22,10 +23,12 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? batch_sizes, Tensor? resets, "
       "bool bidirectional, bool need_dx=True) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
-      "lstm_cell_fwd(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
+      "lstm_cell_fwd(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "bool save) "
       "-> (Tensor h, Tensor c, Tensor gates)");
   m.def(
-      "gru_layer_fwd(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? packed, "
+      "gru_layer_fwd(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
+      "packed, "
       "bool bidirectional, bool save_gates) -> (Tensor y, Tensor hn, Tensor gates)");
   m.def(
       "gru_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor gates, "
@@ -35,14 +38,17 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
       "-> (Tensor h, Tensor gates)");
   m.def(
-      "rnn_layer_fwd(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? packed, "
+      "rnn_layer_fwd(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
+      "packed, "
       "bool bidirectional, bool relu) -> (Tensor y, Tensor hn)");
   m.def(
-      "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor? batch_sizes, "
+      "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor? "
+      "batch_sizes, "
       "Tensor? resets, bool bidirectional, bool relu, bool need_dx=True) "
       "-> (Tensor dx, Tensor dh0, Tensor[] dweights)");
   m.def(
-      "rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) -> Tensor");
+      "rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) -> "
+      "Tensor");
   // The weights of one layer of G = `gates` gates as the forward kernels read them, for `packed`.
   m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
   m.def("set_isa(str name) -> ()");

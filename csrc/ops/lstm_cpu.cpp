@@ -1,14 +1,15 @@
 #include "kernels/lstm.h"
-
 #include "recurrent.h"
 
 namespace seqkernels::ops {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(
-    Tensor x, Tensor h0, Tensor c0, Tensors weights, OptionalTensor batch_sizes, OptionalTensor resets,
-    OptionalTensor packed, bool bidirectional, bool save_cells, bool save_gates) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tensor h0, Tensor c0,
+                                                                  Tensors weights, OptionalTensor batch_sizes,
+                                                                  OptionalTensor resets,
+                                                                  OptionalTensor packed, bool bidirectional,
+                                                                  bool save_cells, bool save_gates) {
   const LayerCall call("lstm_layer_fwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(c0, "c0", {call.D, call.B, call.H});
   LstmFwdParams p;
@@ -29,10 +30,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(
   return {y, hn, cn, cells, gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(
-    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dcells, Tensor x, Tensor h0, Tensor c0,
-    Tensors weights, Tensor y, Tensor cells, Tensor gates, OptionalTensor batch_sizes, OptionalTensor resets,
-    bool bidirectional, bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, OptionalTensor dhn,
+                                                           OptionalTensor dcn, OptionalTensor dcells,
+                                                           Tensor x, Tensor h0, Tensor c0, Tensors weights,
+                                                           Tensor y, Tensor cells, Tensor gates,
+                                                           OptionalTensor batch_sizes, OptionalTensor resets,
+                                                           bool bidirectional, bool need_dx) {
   const LayerCall call("lstm_layer_bwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(c0, "c0", {call.D, call.B, call.H});
   call.check(y, "y", call.tokens_by(call.D * call.P));

@@ -53,11 +53,13 @@ Parallel torch_threads() {
           nullptr};
 }
 
-LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h0, const Tensors& weights,
-                     const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool bidirectional)
+LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h0,
+                     const Tensors& weights, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+                     bool bidirectional)
     : op(op_name), G(gates), D(bidirectional ? 2 : 1), x(x_) {
   const auto type = dtype_of(x_.scalar_type());
-  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op, ": expected x of float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
+                  ": expected x of float32, float64, bfloat16 or float16");
   dtype = *type;
   STD_TORCH_CHECK(x_.is_cpu(), "seqkernels::", op, ": expected x on the CPU");
   const int64_t dims = batch_sizes ? 2 : 3;
@@ -65,20 +67,22 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
                   batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(shape_of(x_)));
   const int64_t per = weights_per_direction(weights, D);
   STD_TORCH_CHECK(per == 2 || per == 4 || (G == 4 && (per == 3 || per == 5)), "seqkernels::", op,
-                  ": expected for each of ", D, " directions w_ih, w_hh (, b_ih, b_hh)", G == 4 ? " (, w_hr)" : "",
-                  ", got ", weights.size(), " weights");
+                  ": expected for each of ", D, " directions w_ih, w_hh (, b_ih, b_hh)",
+                  G == 4 ? " (, w_hr)" : "", ", got ", weights.size(), " weights");
   has_bias = per >= 4;
   projected = per % 2 == 1;
   STD_TORCH_CHECK(h0.dim() == 3 && weights[0].dim() == 2 && weights[1].dim() == 2, "seqkernels::", op,
-                  ": expected h0 [D, B, P], w_ih [", G, "*H, I], w_hh [", G, "*H, P], got ", text(shape_of(h0)), ", ",
-                  text(shape_of(weights[0])), ", ", text(shape_of(weights[1])));
+                  ": expected h0 [D, B, P], w_ih [", G, "*H, I], w_hh [", G, "*H, P], got ",
+                  text(shape_of(h0)), ", ", text(shape_of(weights[0])), ", ", text(shape_of(weights[1])));
   I = x_.size(dims - 1);
   B = h0.size(1);
   P = h0.size(2);
   H = weights[0].size(0) / G;
-  STD_TORCH_CHECK(I > 0 && H > 0 && P > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
-  STD_TORCH_CHECK(x_.stride(dims - 1) == 1 || I == 1, "seqkernels::", op, ": expected x with unit stride in its last",
-                  " dimension, got stride ", x_.stride(dims - 1));
+  STD_TORCH_CHECK(I > 0 && H > 0 && P > 0, "seqkernels::", op,
+                  ": expected at least one input and one hidden unit");
+  STD_TORCH_CHECK(x_.stride(dims - 1) == 1 || I == 1, "seqkernels::", op,
+                  ": expected x with unit stride in its last", " dimension, got stride ",
+                  x_.stride(dims - 1));
   if (batch_sizes) {
     const Tensor& sizes = *batch_sizes;
     STD_TORCH_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1 &&
@@ -89,25 +93,25 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
     N = 0;
     for (int64_t t = 0; t < T; t++) {
       STD_TORCH_CHECK(n[t] >= 0 && n[t] <= (t ? n[t - 1] : B), "seqkernels::", op,
-                      ": expected batch_sizes that never increase and start at or below B = ", B, ", got ", n[t],
-                      " at step ", t);
+                      ": expected batch_sizes that never increase and start at or below B = ", B, ", got ",
+                      n[t], " at step ", t);
       N += n[t];
     }
-    STD_TORCH_CHECK(N == x_.size(0), "seqkernels::", op, ": expected x of sum(batch_sizes) = ", N, " tokens, got ",
-                    x_.size(0));
+    STD_TORCH_CHECK(N == x_.size(0), "seqkernels::", op, ": expected x of sum(batch_sizes) = ", N,
+                    " tokens, got ", x_.size(0));
     STD_TORCH_CHECK(!resets, "seqkernels::", op, ": resets need a dense sequence, got a packed one");
     leading = {N};
   } else {
     T = x_.size(0);
-    STD_TORCH_CHECK(x_.size(1) == B, "seqkernels::", op, ": expected x and h0 of the same batch size, got ", x_.size(1),
-                    " and ", B);
+    STD_TORCH_CHECK(x_.size(1) == B, "seqkernels::", op, ": expected x and h0 of the same batch size, got ",
+                    x_.size(1), " and ", B);
     N = T * B;
     leading = {T, B};
     if (resets) {
-      STD_TORCH_CHECK(resets->is_cpu() && resets->scalar_type() == ScalarType::Bool && resets->is_contiguous() &&
-                          shape_of(*resets) == leading,
-                      "seqkernels::", op, ": expected resets as contiguous bool ", text(leading), " on the CPU, got ",
-                      text(shape_of(*resets)));
+      STD_TORCH_CHECK(resets->is_cpu() && resets->scalar_type() == ScalarType::Bool &&
+                          resets->is_contiguous() && shape_of(*resets) == leading,
+                      "seqkernels::", op, ": expected resets as contiguous bool ", text(leading),
+                      " on the CPU, got ", text(shape_of(*resets)));
     }
   }
   STD_TORCH_CHECK(T > 0, "seqkernels::", op, ": Expected sequence length to be larger than 0 in RNN");
@@ -122,12 +126,13 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   STD_TORCH_CHECK(projected || P == H, "seqkernels::", op, ": expected h0 of ", H, " units, got ", P);
 }
 
-void LayerCall::check(const Tensor& t, const char* name, std::vector<int64_t> shape, bool accumulation) const {
+void LayerCall::check(const Tensor& t, const char* name, std::vector<int64_t> shape,
+                      bool accumulation) const {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
                   "seqkernels::", op, ": expected ", name, accumulation ? " (accumulation type)" : "",
                   " of the dtype and device of x");
-  STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape), ", got ",
-                  text(shape_of(t)));
+  STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
+                  ", got ", text(shape_of(t)));
   STD_TORCH_CHECK(t.is_contiguous(), "seqkernels::", op, ": expected ", name, " contiguous");
 }
 
@@ -148,8 +153,8 @@ ScalarType LayerCall::accumulation_type() const {
   return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
-                     const OptionalTensor& resets) const {
+void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights,
+                     const OptionalTensor& batch_sizes, const OptionalTensor& resets) const {
   p.dtype = dtype;
   p.T = T, p.B = B, p.I = I, p.H = H, p.P = P, p.D = static_cast<int>(D);
   if (batch_sizes) p.batch_sizes = batch_sizes->const_data_ptr<int64_t>();
@@ -173,13 +178,15 @@ CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tenso
                    const Tensor& w_hh_, const OptionalTensor& b_ih_, const OptionalTensor& b_hh_)
     : op(op_name), G(gates), x(x_), h(h_), w_ih(w_ih_), w_hh(w_hh_), b_ih(b_ih_), b_hh(b_hh_) {
   const auto type = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op, ": expected x of float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
+                  ": expected x of float32, float64, bfloat16 or float16");
   dtype = *type;
   STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 2, "seqkernels::", op, ": expected x [B, I] and h [B, H], got ",
                   text(shape_of(x)), " and ", text(shape_of(h)));
   B = x.size(0), I = x.size(1), H = h.size(1);
   STD_TORCH_CHECK(I > 0 && H > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
-  STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "seqkernels::", op, ": expected both biases or neither");
+  STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "seqkernels::", op,
+                  ": expected both biases or neither");
   check(x, "x", {B, I});
   check(h, "h", {B, H});
   check(w_ih, "w_ih", {G * H, I});
@@ -240,14 +247,14 @@ PackedHeader header_of(const LayerCall& call) {
 }  // namespace
 
 Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
-  STD_TORCH_CHECK(gates == 1 || gates == 3 || gates == 4, "seqkernels::rnn_pack: expected gates 1 (RNN), 3 (GRU) or 4",
-                  " (LSTM), got ", gates);
+  STD_TORCH_CHECK(gates == 1 || gates == 3 || gates == 4,
+                  "seqkernels::rnn_pack: expected gates 1 (RNN), 3 (GRU) or 4", " (LSTM), got ", gates);
   STD_TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                   "seqkernels::rnn_pack: expected w_ih [G*H, I], w_hh [G*H, P], ...");
   const std::vector<int64_t> x{1, 1, weights[0].size(1)}, h0{bidirectional ? 2 : 1, 1, weights[1].size(1)};
   const Tensor h = torch::stable::new_empty(weights[0], h0);
-  const LayerCall call("rnn_pack", static_cast<int>(gates), torch::stable::new_empty(weights[0], x), h, weights,
-                       std::nullopt, std::nullopt, bidirectional);
+  const LayerCall call("rnn_pack", static_cast<int>(gates), torch::stable::new_empty(weights[0], x), h,
+                       weights, std::nullopt, std::nullopt, bidirectional);
   LayerParams p;
   call.fill(p, h, weights, std::nullopt, std::nullopt);
   const auto pack = gates == 4 ? kernels().lstm_pack : gates == 3 ? kernels().gru_pack : kernels().rnn_pack;

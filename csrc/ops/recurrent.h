@@ -24,7 +24,8 @@ using Tensors = std::vector<Tensor>;
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 
-// One layer call, checked: sizes and the tensors that every kernel reads. Errors name the op, what was got and expected.
+// One layer call, checked: sizes and the tensors that every kernel reads. Errors name the op, what was got
+// and expected.
 struct LayerCall {
   const char* op;
   int G;
@@ -47,7 +48,8 @@ struct LayerCall {
   ScalarType accumulation_type() const;
 };
 
-// One step of a cell, checked; lighter than LayerCall because a step at B = 1 takes microseconds. Contiguous tensors.
+// One step of a cell, checked; lighter than LayerCall because a step at B = 1 takes microseconds. Contiguous
+// tensors.
 struct CellCall {
   const char* op;
   int G;

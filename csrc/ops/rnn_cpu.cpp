@@ -1,5 +1,4 @@
 #include "kernels/rnn.h"
-
 #include "recurrent.h"
 
 namespace seqkernels::ops {
@@ -7,7 +6,8 @@ namespace seqkernels::ops {
 namespace {
 
 std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, OptionalTensor batch_sizes,
-                                         OptionalTensor resets, OptionalTensor packed, bool bidirectional, bool relu) {
+                                         OptionalTensor resets, OptionalTensor packed, bool bidirectional,
+                                         bool relu) {
   const LayerCall call("rnn_layer_fwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
   RnnFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
@@ -22,7 +22,8 @@ std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, O
 
 std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTensor dhn, Tensor x, Tensor h0,
                                                   Tensors weights, Tensor y, OptionalTensor batch_sizes,
-                                                  OptionalTensor resets, bool bidirectional, bool relu, bool need_dx) {
+                                                  OptionalTensor resets, bool bidirectional, bool relu,
+                                                  bool need_dx) {
   const LayerCall call("rnn_layer_bwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(y, "y", call.tokens_by(call.D * call.H));
   RnnBwdParams p;
@@ -40,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
   return {dx, dh0, dweights};
 }
 
-Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool relu) {
+Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                    bool relu) {
   const CellCall cell("rnn_cell_fwd", 1, x, h, w_ih, w_hh, b_ih, b_hh);
   RnnFwdParams p;
   cell.fill(p);

@@ -35,7 +35,8 @@ std::vector<std::string> supported_isas() {
 
 // Best of five runs of 20 ms on all threads at once.
 double fma_peak(const std::string& dtype, int threads) {
-  if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
+  if (threads < 1)
+    throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
   const sk::DType type = dtype_of(dtype);
   py::gil_scoped_release release;
   const auto run = [type](int64_t n) { return sk::kernels().fma_peak(type, n); };
@@ -68,14 +69,18 @@ py::array_t<T> activation(int f, sk::DType dtype, const py::array_t<T, py::array
 
 PYBIND11_MODULE(_kernels, m) {
   m.doc() = "Torch-free view of the CPU kernels: instruction sets, FMA peak, vector functions.";
-  m.def("supported_isas", &supported_isas, "Instruction sets that this build and machine support, slowest first.");
+  m.def("supported_isas", &supported_isas,
+        "Instruction sets that this build and machine support, slowest first.");
   m.def("active_isa", [] { return sk::isa_name(sk::active_isa()); });
   m.def("force_isa", [](const std::string& name) { sk::force_isa(name.c_str()); }, py::arg("name"));
-  m.def("fma_peak", &fma_peak, py::arg("dtype"), py::arg("threads"),
-        "Multiply-adds on registers alone, in GF/s: the roof over every kernel of the active instruction set.");
+  m.def(
+      "fma_peak", &fma_peak, py::arg("dtype"), py::arg("threads"),
+      "Multiply-adds on registers alone, in GF/s: the roof over every kernel of the active instruction set.");
   for (int f = 0; f < 2; f++) {
     const char* name = f == 0 ? "sigmoid" : "tanh";
-    m.def(name, [f](const py::array_t<float, py::array::c_style>& x) { return activation(f, sk::DType::f32, x); });
-    m.def(name, [f](const py::array_t<double, py::array::c_style>& x) { return activation(f, sk::DType::f64, x); });
+    m.def(name,
+          [f](const py::array_t<float, py::array::c_style>& x) { return activation(f, sk::DType::f32, x); });
+    m.def(name,
+          [f](const py::array_t<double, py::array::c_style>& x) { return activation(f, sk::DType::f64, x); });
   }
 }

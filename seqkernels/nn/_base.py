@@ -8,12 +8,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack, support
 
 States = Sequence[Tensor]
+
+
+def torchs_twin(module: Module) -> Module:
+    """What torch.jit.script compiles, and puts in the place of `module` in the model that it compiles."""
+    support.fall_back(
+        "torch.jit.script knows torch's operators only, and puts torch's module in the place of ours"
+    )
+    twin = module._torch.__new__(module._torch)
+    twin.__dict__.update(module.__dict__)
+    return twin
 
 
 class Recurrent(RNNBase):
@@ -23,6 +34,8 @@ class Recurrent(RNNBase):
     _prepacked: tuple[list[tuple[Tensor, int]], list[Tensor]] | None = None
 
     _torch: type[RNNBase]
+
+    __prepare_scriptable__ = torchs_twin
 
     def _cell(self) -> stack.Cell:
         raise AssertionError("a subclass says which cell")
@@ -133,13 +146,6 @@ class Recurrent(RNNBase):
         state = super().__getstate__()
         state.pop("_prepacked", None)
         return state
-
-    def __prepare_scriptable__(self) -> RNNBase:
-        """What torch.jit.script compiles in place of this module."""
-        support.fall_back("torch.jit.script knows torch's operators only")
-        twin = self._torch.__new__(self._torch)
-        twin.__setstate__(self.__getstate__())
-        return twin
 
 
 def _version(weight: Tensor) -> int:

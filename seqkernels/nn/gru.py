@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack
-from seqkernels.nn._base import Recurrent, leave_to_torch, step
+from seqkernels.nn._base import Recurrent, leave_to_torch, step, torchs_twin
 from seqkernels.ops.gru import gru_cell
 
 
@@ -47,6 +47,8 @@ class GRUCell(torch.nn.GRUCell):
     """torch.nn.GRUCell, with the same constructor, parameters, state_dict and results."""
 
     _torch = torch.nn.GRUCell
+
+    __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return step(self, gru_cell, 1, input, hx)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack
-from seqkernels.nn._base import Recurrent, leave_to_torch, step
+from seqkernels.nn._base import Recurrent, leave_to_torch, step, torchs_twin
 from seqkernels.ops.lstm import lstm_cell
 
 
@@ -50,6 +50,8 @@ class LSTMCell(torch.nn.LSTMCell):
     """torch.nn.LSTMCell, with the same constructor, parameters, state_dict and results."""
 
     _torch = torch.nn.LSTMCell
+
+    __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return step(self, lstm_cell, 2, input, hx)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack
-from seqkernels.nn._base import Recurrent, leave_to_torch, step
+from seqkernels.nn._base import Recurrent, leave_to_torch, step, torchs_twin
 from seqkernels.ops.rnn import rnn_cell
 
 
@@ -54,6 +54,8 @@ class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell, with the same constructor, parameters, state_dict and results."""
 
     _torch = torch.nn.RNNCell
+
+    __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in stack.RNN:

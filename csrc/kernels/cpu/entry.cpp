@@ -25,9 +25,9 @@ void rnn_bwd(const RnnBwdParams& p) { kernels().rnn_bwd(p); }
 
 namespace {
 
-// Fresh pages cost more than a short layer (0.25 us per 4 KiB, a 1 x 128 x 64 GRU runs in 70 us), so the last block is
-// kept for the next call, up to kKeep bytes in the process. Big blocks ask for huge pages: weights stream from L3 with
-// 5 % fewer stalls.
+// Fresh pages cost more than a short layer (0.25 us per 4 KiB, a 1 x 128 x 64 GRU runs in 70 us), so the last
+// block is kept for the next call, up to kKeep bytes in the process. Big blocks ask for huge pages: weights
+// stream from L3 with 5 % fewer stalls.
 constexpr std::size_t kLine = 64, kKeep = std::size_t(64) << 20, kHuge = std::size_t(2) << 20;
 
 struct alignas(kLine) Block {

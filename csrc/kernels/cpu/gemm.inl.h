@@ -1,12 +1,13 @@
 // The packed matrix product that projection, recurrence and gradients share.
 //
-//   C [M, N] = init + A [M, K] B [K, N],  B in panels of NR = 2 vectors: panel j is [K, NR], so a tile streams it once.
+//   C [M, N] = init + A [M, K] B [K, N],  B in panels of NR = 2 vectors: panel j is [K, NR], so a tile
+//   streams it once.
 //
-// A register tile is MR rows x 2 vectors: with AVX-512 12 x 2 accumulators + 2 of B + 1 broadcast of A fill 27 of 32
-// registers and every 24 FMAs need 14 loads, half of what the two load ports give. M rows are cut into equal tiles
-// (16 = 8 + 8, not 12 + 4). Tiles with few rows keep KU sets of accumulators, because an FMA takes 4 cycles and two
-// start in each. K is cut into blocks of KC, so that a panel block (32 KiB) stays in L1 for all row tiles.
-// Measured: 94 % of the FMA peak with operands in L1, 90 % with panels in L2.
+// A register tile is MR rows x 2 vectors: with AVX-512 12 x 2 accumulators + 2 of B + 1 broadcast of A fill
+// 27 of 32 registers and every 24 FMAs need 14 loads, half of what the two load ports give. M rows are cut
+// into equal tiles (16 = 8 + 8, not 12 + 4). Tiles with few rows keep KU sets of accumulators, because an FMA
+// takes 4 cycles and two start in each. K is cut into blocks of KC, so that a panel block (32 KiB) stays in
+// L1 for all row tiles. Measured: 94 % of the FMA peak with operands in L1, 90 % with panels in L2.
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MR = 12;  // 32 vector registers
@@ -20,12 +21,12 @@ constexpr int64_t KC = 256;
 // One tile of `rows` x NV vectors. init rows step by ldi (0: the same bias for all rows; null: zero).
 // AT: A is stored transposed, element (r, k) at a[k * lda + r].
 template <class T>
-using TileFn = void (*)(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* init, int64_t ldi, T* c,
-                        int64_t ldc);
+using TileFn = void (*)(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* init,
+                        int64_t ldi, T* c, int64_t ldc);
 
 template <class T, int rows, int NV, bool AT>
-static void tile(int64_t K, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb, const T* init,
-                 int64_t ldi, T* c, int64_t ldc) {
+static void tile(int64_t K, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb,
+                 const T* init, int64_t ldi, T* c, int64_t ldc) {
   constexpr int W = kLanes<T>, KU = rows == 1 ? 4 : rows <= 3 ? 2 : 1, kBases = (rows + 2) / 3;
   Vec<T> acc[KU][rows][NV] = {};
   if (init) {
@@ -77,13 +78,15 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const T* a, int64_t 
       const int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
       const T* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
       tile_of<T, AT>(int(width / kLanes<T>), int(rows), std::make_integer_sequence<int, MR>{})(
-          k, AT ? a + k0 * lda + m : a + m * lda + k0, lda, b + k0 * ldb, ldb, from, k0 ? ldc : ldi, c + m * ldc, ldc);
+          k, AT ? a + k0 * lda + m : a + m * lda + k0, lda, b + k0 * ldb, ldb, from, k0 ? ldc : ldi,
+          c + m * ldc, ldc);
     }
     k0 += k;
   } while (k0 < K);
 }
 
-// Panels ------------------------------------------------------------------------------------------------------------
+// Panels
+// ------------------------------------------------------------------------------------------------------------
 
 SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

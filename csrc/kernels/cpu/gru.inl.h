@@ -3,7 +3,8 @@
 struct Gru {
   using FwdParams = GruFwdParams;
   using BwdParams = GruBwdParams;
-  // W_hn h + b_hn is multiplied by r before it meets W_in x + b_in, so gate 2 keeps its recurrent part apart (q).
+  // W_hn h + b_hn is multiplied by r before it meets W_in x + b_in, so gate 2 keeps its recurrent part apart
+  // (q).
   static constexpr int kGates = 3, kSaved = 4, kSplitGate = 2;
   static constexpr bool kCellState = false, kActivation = false;
   // Gate gradients lie in slots n, r, z, rn (= r times n's): W_ih meets the first three, W_hh the last three.

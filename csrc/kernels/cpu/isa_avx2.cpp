@@ -1,4 +1,5 @@
-// avx2: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has internal linkage.
+// avx2: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has
+// internal linkage.
 #include <immintrin.h>
 #include <sched.h>
 

@@ -1,4 +1,5 @@
-// baseline: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has internal linkage.
+// baseline: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has
+// internal linkage.
 #include <sched.h>
 
 #include <cstdint>

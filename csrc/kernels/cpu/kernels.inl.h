@@ -1,27 +1,20 @@
-// The body of every ISA file: included inside its anonymous namespace, so that each instruction set has its own copies.
-
-#include "vec.h"
-
-#include "math.inl.h"
+// The body of every ISA file: included inside its anonymous namespace, so that each instruction set has its
+// own copies.
 
 #include "gemm.inl.h"
-
-#include "team.inl.h"
-
+#include "gru.inl.h"
+#include "layer_bwd.inl.h"
+#include "layer_fwd.inl.h"
+#include "lstm.inl.h"
+#include "math.inl.h"
+#include "rnn.inl.h"
 #include "sequence.inl.h"
-
+#include "team.inl.h"
+#include "vec.h"
 #include "weights.inl.h"
 
-#include "layer_fwd.inl.h"
-
-#include "layer_bwd.inl.h"
-
-#include "gru.inl.h"
-#include "lstm.inl.h"
-#include "rnn.inl.h"
-
-// 24 independent chains of multiply-adds in AVX-512 registers (12 elsewhere), as many as a tile has accumulators: more
-// than enough for two units of 4 cycles latency. Returns the flops done.
+// 24 independent chains of multiply-adds in AVX-512 registers (12 elsewhere), as many as a tile has
+// accumulators: more than enough for two units of 4 cycles latency. Returns the flops done.
 template <class S>
 static double fma_peak(int64_t n) {
   using T = Acc<S>;
@@ -85,8 +78,14 @@ static int64_t pack_entry(const LayerParams& p, void* out) {
 }
 
 static const KernelTable kTable = {
-    fwd_entry<Lstm>,  bwd_entry<Lstm>,  fwd_entry<Gru>,  bwd_entry<Gru>,
-    fwd_entry<Rnn>,   bwd_entry<Rnn>,   pack_entry<Lstm>, pack_entry<Gru>,
+    fwd_entry<Lstm>,
+    bwd_entry<Lstm>,
+    fwd_entry<Gru>,
+    bwd_entry<Gru>,
+    fwd_entry<Rnn>,
+    bwd_entry<Rnn>,
+    pack_entry<Lstm>,
+    pack_entry<Gru>,
     pack_entry<Rnn>,
     [](DType dtype, int64_t n) { return with_storage(dtype, [&]<class S>() { return fma_peak<S>(n); }); },
     [](int f, DType dtype, const void* x, void* y, int64_t n) {

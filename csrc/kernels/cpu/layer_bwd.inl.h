@@ -1,10 +1,11 @@
 // Backward of one layer, for every cell.
 //
-// Time is walked back in chunks of some 256 tokens. Within a chunk each thread owns rows and units as in forward: the
-// cell's epilogue turns dh into the gate gradients dG, then dh = dG W_hh for the step before. A chunk done, dG is still
-// in cache and all threads of the direction share the rest by tokens (dx = dG W_ih) and by gate rows
-// (dW += dG^T [x | h], with x and h packed into panels once a chunk). So dG never exists for the whole sequence, each
-// weight gradient has one owner (no atomics, no copies: same bits every time), and the barriers are two a chunk.
+// Time is walked back in chunks of some 256 tokens. Within a chunk each thread owns rows and units as in
+// forward: the cell's epilogue turns dh into the gate gradients dG, then dh = dG W_hh for the step before. A
+// chunk done, dG is still in cache and all threads of the direction share the rest by tokens (dx = dG W_ih)
+// and by gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk). So dG never exists for
+// the whole sequence, each weight gradient has one owner (no atomics, no copies: same bits every time), and
+// the barriers are two a chunk.
 
 // What a cell's backward epilogue works on: a block of `units` columns for `rows` rows of one step.
 template <class S>
@@ -51,7 +52,8 @@ struct LayerBwd {
   int64_t steps, chunk_tokens;  // of a chunk, at most
   const int64_t ldG, ldh, ldcell;
 
-  // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows, padded].
+  // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows,
+  // padded].
   T *dG[2], *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dh_chunk[2], *m_chunk[2];
   S* gates[2];
   T *x_panels[2], *h_panels[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
@@ -107,7 +109,9 @@ struct LayerBwd {
       h_panels[d] = a.take<T>(hs.size());
       dw_ih[d] = in_place(I) ? static_cast<T*>(p.dw[d].w_ih) : a.take<T>(G * H * padded(I));
       dw_hh[d] = in_place(P) ? static_cast<T*>(p.dw[d].w_hh) : a.take<T>(G * H * padded(P));
-      dw_hr[d] = !projected ? nullptr : in_place(H) ? static_cast<T*>(p.dw[d].w_hr) : a.take<T>(P * padded(H));
+      dw_hr[d] = !projected    ? nullptr
+                 : in_place(H) ? static_cast<T*>(p.dw[d].w_hr)
+                               : a.take<T>(P * padded(H));
       db[d] = a.take<T>(kSlots * H);
     }
     dx_reverse = D == 2 && p.dx ? a.take<T>(seq.tokens * I) : nullptr;
@@ -154,19 +158,20 @@ struct LayerBwd {
     const Params& p;
     const Sequence& seq;
     const int d, rank, group;
-    const bool owner;         // of rows; other threads only share the chunk's products
-    const int64_t r0, r1;     // rows
-    const int64_t j0, j1;     // unit blocks
-    const int64_t k0, k1;     // blocks of P: the units unless projected
-    const int64_t n0, n1;     // gate rows of the weight gradients
-    const int64_t q0, q1;     // rows of dW_hr
+    const bool owner;      // of rows; other threads only share the chunk's products
+    const int64_t r0, r1;  // rows
+    const int64_t j0, j1;  // unit blocks
+    const int64_t k0, k1;  // blocks of P: the units unless projected
+    const int64_t n0, n1;  // gate rows of the weight gradients
+    const int64_t q0, q1;  // rows of dW_hr
     const int sharing;
     Barrier *direction, *rows_barrier;
     T* local;
-    int64_t lo = 0, hi = 0;   // the chunk's steps, in memory order
+    int64_t lo = 0, hi = 0;  // the chunk's steps, in memory order
     bool first_chunk = true;
 
-    Worker(const LayerBwd& layer, const Plan& plan, int dir, int id, int rank_, int group_, Barrier* all, Barrier* own)
+    Worker(const LayerBwd& layer, const Plan& plan, int dir, int id, int rank_, int group_, Barrier* all,
+           Barrier* own)
         : f(layer),
           p(layer.p),
           seq(layer.seq),
@@ -268,9 +273,11 @@ struct LayerBwd {
       each_token(begin, end, [&](int64_t row, int64_t t, int64_t b) {
         const S *x = seq.template x<S>(t, b), *h = h_prev(t, b);
         for (int64_t j = 0; j < xs.count(); j++)
-          pack_row(x + j * NR<T>, f.I - j * NR<T>, f.x_panels[d] + xs.offset(j) + row * xs.width(j), xs.width(j));
+          pack_row(x + j * NR<T>, f.I - j * NR<T>, f.x_panels[d] + xs.offset(j) + row * xs.width(j),
+                   xs.width(j));
         for (int64_t j = 0; j < hs.count(); j++)
-          pack_row(h + j * NR<T>, f.P - j * NR<T>, f.h_panels[d] + hs.offset(j) + row * hs.width(j), hs.width(j));
+          pack_row(h + j * NR<T>, f.P - j * NR<T>, f.h_panels[d] + hs.offset(j) + row * hs.width(j),
+                   hs.width(j));
       });
     }
     template <class Fn>
@@ -285,8 +292,8 @@ struct LayerBwd {
     // Gates of the chunk from x and h_{t-1}: no recurrence, so plain products over blocks of tokens.
     void rebuild_gates() {
       const int64_t m = chunk_size(), end = m * (rank + 1) / group, ldx = f.I, ldp = f.P;
-      T *x = local, *h = x + kRebuildTokens * ldx, *C = h + kRebuildTokens * ldp, *Q = C + kRebuildTokens * G * NR<T>,
-        *unused = Q + kRebuildTokens * NR<T>;
+      T *x = local, *h = x + kRebuildTokens * ldx, *C = h + kRebuildTokens * ldp,
+        *Q = C + kRebuildTokens * G * NR<T>, *unused = Q + kRebuildTokens * NR<T>;
       __builtin_memset(unused, 0, sizeof(T) * kRebuildTokens * 2 * NR<T>);
       for (int64_t m0 = m * rank / group; m0 < end; m0 += kRebuildTokens) {
         const int64_t n = end - m0 < kRebuildTokens ? end - m0 : kRebuildTokens;
@@ -299,7 +306,8 @@ struct LayerBwd {
           const int64_t wide = w.in.width(j), u = j * NR<T>;
           for (int g = 0; g < G; g++) {
             T* c = C + g * NR<T>;
-            gemm_panel(n, wide, f.I, x, ldx, w.input(d, g, j), wide, w.bias[d] + g * w.in.padded() + u, 0, c, G * NR<T>);
+            gemm_panel(n, wide, f.I, x, ldx, w.input(d, g, j), wide, w.bias[d] + g * w.in.padded() + u, 0, c,
+                       G * NR<T>);
             if (g == Cell::kSplitGate)
               gemm_panel(n, wide, f.P, h, ldp, w.recurrent(d, g, j), wide, w.q_bias[d] + u, 0, Q, NR<T>);
             else
@@ -342,8 +350,8 @@ struct LayerBwd {
     }
 
     // C (+)= A panel, C wide enough for whole vectors.
-    void gemm_into(int64_t n, const Panels<T>& shape, int64_t j, const T* a, int64_t lda, const T* panel, bool add, T* c,
-                   int64_t ldc) const {
+    void gemm_into(int64_t n, const Panels<T>& shape, int64_t j, const T* a, int64_t lda, const T* panel,
+                   bool add, T* c, int64_t ldc) const {
       T* to = c + j * NR<T>;
       gemm_panel(n, shape.width(j), shape.K, a, lda, panel, shape.width(j), add ? to : nullptr, ldc, to, ldc);
     }
@@ -360,7 +368,8 @@ struct LayerBwd {
           }
       rows_barrier->wait(sharing);
       for (int64_t j = j0; j < j1 && n > 0; j++)
-        gemm_into(n, f.weights.proj, j, chunk, f.ldh, f.weights.projection(d, j), false, f.dm[d] + r0 * f.ldcell, f.ldcell);
+        gemm_into(n, f.weights.proj, j, chunk, f.ldh, f.weights.projection(d, j), false,
+                  f.dm[d] + r0 * f.ldcell, f.ldcell);
     }
 
     void epilogue(int64_t t, int64_t j, int64_t b, int64_t n, bool start, const S* dy) const {
@@ -390,7 +399,8 @@ struct LayerBwd {
         else
           tile.c_prev = cells + (seq.token(d ? t + 1 : t - 1) + b) * f.D * f.H, tile.ldc_prev = f.D * f.H;
         if (p.dcells)
-          tile.dcells = static_cast<const T*>(p.dcells) + (token * f.D + d) * f.H + u, tile.lddcells = f.D * f.H;
+          tile.dcells = static_cast<const T*>(p.dcells) + (token * f.D + d) * f.H + u,
+          tile.lddcells = f.D * f.H;
         tile.dc = f.dc[d] + b * f.ldcell + u, tile.lddc = f.ldcell;
       }
       if constexpr (Cell::kActivation) tile.relu = p.relu;
@@ -434,12 +444,14 @@ struct LayerBwd {
       const Panels<T>& in = f.weights.in;
       if constexpr (sizeof(Out) == sizeof(T)) {
         if (w % kLanes<T> == 0)
-          return gemm_panel(n, w, in.K, dG, f.ldG, f.weights.input(d, j), w, static_cast<const T*>(nullptr), 0, dx, f.I);
+          return gemm_panel(n, w, in.K, dG, f.ldG, f.weights.input(d, j), w, static_cast<const T*>(nullptr),
+                            0, dx, f.I);
       }
-      gemm_panel(n, in.width(j), in.K, dG, f.ldG, f.weights.input(d, j), in.width(j), static_cast<const T*>(nullptr), 0,
-                 local, NR<T>);
+      gemm_panel(n, in.width(j), in.K, dG, f.ldG, f.weights.input(d, j), in.width(j),
+                 static_cast<const T*>(nullptr), 0, local, NR<T>);
       for (int64_t b = 0; b < n; b++)
-        for (int64_t i = 0; i < w; i += kLanes<T>) store(dx + b * f.I + i, load(local + b * NR<T> + i), w - i);
+        for (int64_t i = 0; i < w; i += kLanes<T>)
+          store(dx + b * f.I + i, load(local + b * NR<T> + i), w - i);
     }
 
     // dW += dG^T [x | h_{t-1}] for this thread's gate rows, db += dG summed over tokens.
@@ -448,21 +460,24 @@ struct LayerBwd {
       for (int64_t n = n0, end; n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
         end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
-        const T *dG_in = f.dG[d] + Cell::kInputSlot[g] * f.H + u, *dG_rec = f.dG[d] + Cell::kRecurrentSlot[g] * f.H + u;
+        const T *dG_in = f.dG[d] + Cell::kInputSlot[g] * f.H + u,
+                *dG_rec = f.dG[d] + Cell::kRecurrentSlot[g] * f.H + u;
         outer(end - n, m, dG_in, f.ldG, f.x_panels[d], f.I, f.dw_ih[d] + n * f.padded(f.I));
         outer(end - n, m, dG_rec, f.ldG, f.h_panels[d], f.P, f.dw_hh[d] + n * f.padded(f.P));
         bias_gradient(Cell::kInputSlot[g] * f.H + u, end - n, m);
-        if (Cell::kRecurrentSlot[g] != Cell::kInputSlot[g]) bias_gradient(Cell::kRecurrentSlot[g] * f.H + u, end - n, m);
+        if (Cell::kRecurrentSlot[g] != Cell::kInputSlot[g])
+          bias_gradient(Cell::kRecurrentSlot[g] * f.H + u, end - n, m);
       }
       if (!f.projected || q0 == q1) return;
       const T* m_rows = f.m_chunk[d];
       for (int64_t j = 0; j < blocks(f.H); j++) {
         T* to = f.dw_hr[d] + q0 * f.padded(f.H) + j * NR<T>;
-        gemm_panel<true>(q1 - q0, f.weights.proj.width(j), m, f.dh_chunk[d] + q0, f.ldh, m_rows + j * NR<T>, f.ldcell,
-                         first_chunk ? nullptr : to, f.padded(f.H), to, f.padded(f.H));
+        gemm_panel<true>(q1 - q0, f.weights.proj.width(j), m, f.dh_chunk[d] + q0, f.ldh, m_rows + j * NR<T>,
+                         f.ldcell, first_chunk ? nullptr : to, f.padded(f.H), to, f.padded(f.H));
       }
     }
-    void outer(int64_t n, int64_t m, const T* dG, int64_t ldG, const T* panels, int64_t columns, T* dw) const {
+    void outer(int64_t n, int64_t m, const T* dG, int64_t ldG, const T* panels, int64_t columns,
+               T* dw) const {
       const Panels<T> shape{columns, m};
       const int64_t ld = f.padded(columns);
       for (int64_t j = 0; j < shape.count(); j++) {
@@ -497,8 +512,10 @@ struct LayerBwd {
       }
       const Weights<void*>& out = p.dw[d];
       for (int64_t n = n0; n < n1; n++) {
-        if (!f.in_place(f.I)) write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
-        if (!f.in_place(f.P)) write_row(f.dw_hh[d] + n * f.padded(f.P), static_cast<S*>(out.w_hh) + n * f.P, f.P);
+        if (!f.in_place(f.I))
+          write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
+        if (!f.in_place(f.P))
+          write_row(f.dw_hh[d] + n * f.padded(f.P), static_cast<S*>(out.w_hh) + n * f.P, f.P);
         if (!out.b_ih) continue;
         const int64_t g = n / f.H, u = n % f.H;
         write_row(f.db[d] + Cell::kInputSlot[g] * f.H + u, static_cast<S*>(out.b_ih) + n, 1);

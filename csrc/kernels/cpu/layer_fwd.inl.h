@@ -1,12 +1,14 @@
 // Forward of one layer, for every cell.
 //
-// A thread owns rows [r0, r1) and units [u0, u1) of one direction for all time steps. It projects a chunk of steps at
-// once into its own C (sized to stay in L2), then walks the chunk: for each block of NR units, the recurrent product is
-// added to C gate by gate, and the cell's epilogue turns C into h while the block is in L1. The state h lives in two
-// buffers that take turns, so one barrier a step (among the threads that share rows) is enough; threads that own whole
-// rows never wait. Weight traffic per step is the panels of the own units; see step_cycles for what that costs.
+// A thread owns rows [r0, r1) and units [u0, u1) of one direction for all time steps. It projects a chunk of
+// steps at once into its own C (sized to stay in L2), then walks the chunk: for each block of NR units, the
+// recurrent product is added to C gate by gate, and the cell's epilogue turns C into h while the block is in
+// L1. The state h lives in two buffers that take turns, so one barrier a step (among the threads that share
+// rows) is enough; threads that own whole rows never wait. Weight traffic per step is the panels of the own
+// units; see step_cycles for what that costs.
 
-// What a cell's epilogue works on: a block of `units` columns for `rows` rows that are consecutive tokens of one step.
+// What a cell's epilogue works on: a block of `units` columns for `rows` rows that are consecutive tokens of
+// one step.
 template <class S>
 struct FwdTile {
   using T = Acc<S>;
@@ -73,7 +75,8 @@ struct LayerFwd {
     }
     everyone = a.take<Barrier>(1);
     row_barriers = a.take<Barrier>(2 * team);
-    c_size = B * (G * NR<T>) > kChunkBytes / int64_t(sizeof(T)) ? B * (G * NR<T>) : kChunkBytes / int64_t(sizeof(T));
+    c_size = B * (G * NR<T>) > kChunkBytes / int64_t(sizeof(T)) ? B * (G * NR<T>)
+                                                                : kChunkBytes / int64_t(sizeof(T));
     x_size = sizeof(S) == sizeof(T) ? 0 : (B > kChunkTokens ? B : kChunkTokens) * I;
     C = a.take<T>(team * c_size);
     Q = a.take<T>(team * B * NR<T>);
@@ -89,12 +92,15 @@ struct LayerFwd {
   void thread(int id, int size) {
     const Plan plan = make_plan<T>(seq, size, G);
     const int members = plan.per_direction();
-    const int first = plan.concurrent == 2 ? id / (size / 2) : 0, rank = plan.concurrent == 2 ? id % (size / 2) : id;
-    for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, plan.concurrent == 2 ? size / 2 : size);
+    const int first = plan.concurrent == 2 ? id / (size / 2) : 0,
+              rank = plan.concurrent == 2 ? id % (size / 2) : id;
+    for (int d = first; d < p.D; d += plan.concurrent)
+      weights.pack(d, rank, plan.concurrent == 2 ? size / 2 : size);
     everyone->wait(size);
     if (rank >= members || first >= plan.concurrent) return;
     for (int d = first; d < p.D; d += plan.concurrent) {
-      Worker worker(*this, plan, d, id, rank, row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
+      Worker worker(*this, plan, d, id, rank,
+                    row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
       worker.run();
     }
   }
@@ -137,7 +143,8 @@ struct LayerFwd {
           C(layer.C + id * layer.c_size),
           Q(layer.Q + id * layer.B * NR<T>),
           X(layer.X + id * layer.x_size) {
-      const int64_t fits = f.c_size / (G * width + kLanes<T>), tokens = fits < kChunkTokens ? fits : kChunkTokens;
+      const int64_t fits = f.c_size / (G * width + kLanes<T>),
+                    tokens = fits < kChunkTokens ? fits : kChunkTokens;
       steps = R > 0 && tokens > R ? tokens / R : 1;
       by_block = steps == 1;
       gate = by_block ? NR<T> : width;
@@ -152,7 +159,8 @@ struct LayerFwd {
       barrier->wait(sharing);
       for (int64_t begin = 0; begin < p.T; begin += steps) {
         const int64_t end = begin + steps < p.T ? begin + steps : p.T;
-        const int64_t lo = d ? time(end - 1) : begin, hi = d ? time(begin) + 1 : end;  // chunk in memory order
+        const int64_t lo = d ? time(end - 1) : begin,
+                      hi = d ? time(begin) + 1 : end;  // chunk in memory order
         if (!by_block) project(lo, hi, j0, j1);
         int64_t row = 0;  // of C: the step's first; the chunk's steps lie in memory order
         if (d)
@@ -189,8 +197,8 @@ struct LayerFwd {
         f.cell[d][b * f.ldcell + j] = j < f.H ? scalar(c0[b * f.H + j]) : T(0);
     }
 
-    // C = x W_ih^T + bias for the steps [lo, hi) and unit blocks [ja, jb). Where the tokens of own rows do not lie one
-    // after another, tiles run along the rows of each step, or along time for few rows.
+    // C = x W_ih^T + bias for the steps [lo, hi) and unit blocks [ja, jb). Where the tokens of own rows do
+    // not lie one after another, tiles run along the rows of each step, or along time for few rows.
     void project(int64_t lo, int64_t hi, int64_t ja, int64_t jb) {
       int64_t n = 0;
       for (int64_t t = lo; t < hi; t++) n += seq.rows(t, r0, r1);
@@ -221,7 +229,8 @@ struct LayerFwd {
       for (int64_t j = ja; j < jb; j++)
         for (int g = 0; g < G; g++)
           gemm_panel(n, weights.in.width(j), f.I, x, ldx, weights.input(d, g, j), weights.in.width(j),
-                     weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0, to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
+                     weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0,
+                     to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
     }
 
     void step(int64_t s, int64_t n, T* c_rows) {
@@ -264,10 +273,12 @@ struct LayerFwd {
         tile.y = static_cast<S*>(p.y) + (token * D + d) * f.P + u, tile.ldy = D * f.P;
       }
       if (p.gates)
-        tile.gates = static_cast<S*>(p.gates) + (token * D + d) * Cell::kSaved * f.H + u, tile.ldgates = D * Cell::kSaved * f.H;
+        tile.gates = static_cast<S*>(p.gates) + (token * D + d) * Cell::kSaved * f.H + u,
+        tile.ldgates = D * Cell::kSaved * f.H;
       if constexpr (Cell::kCellState) {
         tile.c = f.cell[d] + r0 * f.ldcell + u, tile.ldcell = f.ldcell;
-        if (p.cells) tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
+        if (p.cells)
+          tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
       }
       if constexpr (Cell::kActivation) tile.relu = p.relu;
       Cell::template fwd<S>(tile);
@@ -277,8 +288,8 @@ struct LayerFwd {
     void project_state(int64_t s, int64_t t, int64_t n) {
       for (int64_t k = k0; k < k1; k++) {
         const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = f.P - u < NR<T> ? f.P - u : NR<T>;
-        gemm_panel(n, w, f.H, f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w, static_cast<const T*>(nullptr), 0, Q,
-                   NR<T>);
+        gemm_panel(n, w, f.H, f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w,
+                   static_cast<const T*>(nullptr), 0, Q, NR<T>);
         for (int64_t b = 0; b < n; b++)
           for (int64_t i = 0; i < valid; i += kLanes<T>) {
             const Vec<T> h = load(Q + b * NR<T> + i);
@@ -297,17 +308,20 @@ struct LayerFwd {
       }
     }
 
-    // A row's last state is in the buffer of its last step: forwards its length tells which, backwards all end together.
+    // A row's last state is in the buffer of its last step: forwards its length tells which, backwards all
+    // end together.
     void final_state() {
       int64_t length = p.T;
       for (int64_t b = r0; b < r1; b++) {
         while (length > 0 && seq.rows(length - 1) <= b) length--;
         const T* h = state(d || length == 0 ? p.T : length) + b * f.ldh;
         S* hn = static_cast<S*>(p.hn) + (d * f.B + b) * f.P;
-        for (int64_t j = h_begin(); p.hn && j < h_end(); j += kLanes<T>) store(hn + j, load(h + j), h_end() - j);
+        for (int64_t j = h_begin(); p.hn && j < h_end(); j += kLanes<T>)
+          store(hn + j, load(h + j), h_end() - j);
         if constexpr (Cell::kCellState) {
           S* cn = static_cast<S*>(p.cn) + (d * f.B + b) * f.H;
-          for (int64_t j = u0; j < u0 + width; j += kLanes<T>) store(cn + j, load(f.cell[d] + b * f.ldcell + j), f.H - j);
+          for (int64_t j = u0; j < u0 + width; j += kLanes<T>)
+            store(cn + j, load(f.cell[d] + b * f.ldcell + j), f.H - j);
         }
       }
     }

@@ -1,6 +1,7 @@
-// sigmoid and tanh on vectors, <= 4 ulp (tests/test_math.py measures it), exact at 0, +-1 when saturated, NaN in NaN out.
-// Both rest on expm1(t) = s p + (s - 1) with t = k ln 2 + r, |r| <= ln 2 / 2, s = 2^k, p = expm1(r) by its Taylor series:
-// written so, small arguments of tanh keep their relative accuracy and sigmoid pays nothing for it.
+// sigmoid and tanh on vectors, <= 4 ulp (tests/test_math.py measures it), exact at 0, +-1 when saturated, NaN
+// in NaN out. Both rest on expm1(t) = s p + (s - 1) with t = k ln 2 + r, |r| <= ln 2 / 2, s = 2^k, p =
+// expm1(r) by its Taylor series: written so, small arguments of tanh keep their relative accuracy and sigmoid
+// pays nothing for it.
 
 template <class T>
 struct Expm1;  // constants: magic rounds to integer when added, Cody-Waite parts of ln 2, 1/n!
@@ -8,7 +9,8 @@ struct Expm1;  // constants: magic rounds to integer when added, Cody-Waite part
 template <>
 struct Expm1<float> {
   using Int = Vec<int32_t>;
-  static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f, kMagic = 12582912.0f;
+  static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f,
+                         kMagic = 12582912.0f;
   static constexpr int32_t kMagicBits = 0x4B400000, kBias = 127, kShift = 23;
   static constexpr float kLimit = 87.0f, kTanhOne = 20.0f;  // |tanh(10)| rounds to 1
   static constexpr float kC[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f};
@@ -40,8 +42,9 @@ SEQ_INLINE void expm1_parts(Vec<T> t, Vec<T>& s, Vec<T>& p) {  // |t| <= kLimit
   p = q * (r * r) + r;
 }
 
-// n / d for finite d > 0. AVX-512 has no fast single precision division (16 cycles), so one Newton step on vrcp14ps and
-// one on the quotient: 5 instructions, result correctly rounded but for rare cases, never above 1 for n <= d.
+// n / d for finite d > 0. AVX-512 has no fast single precision division (16 cycles), so one Newton step on
+// vrcp14ps and one on the quotient: 5 instructions, result correctly rounded but for rare cases, never above
+// 1 for n <= d.
 SEQ_INLINE Vec<double> divide(Vec<double> n, Vec<double> d) { return n / d; }
 #if defined(__AVX512F__)
 SEQ_INLINE Vec<float> divide(Vec<float> n, Vec<float> d) {

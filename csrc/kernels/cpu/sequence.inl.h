@@ -41,15 +41,17 @@ struct Plan {
   int per_direction() const { return row_groups * unit_groups; }
 };
 
-// Cycles of one thread's recurrent step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate arithmetic, barrier.
-// The numbers are rounded from measurements on Zen 5 and Golden Cove; only their order matters for the choice.
+// Cycles of one thread's recurrent step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate
+// arithmetic, barrier. The numbers are rounded from measurements on Zen 5 and Golden Cove; only their order
+// matters for the choice.
 template <class T>
 static double step_cycles(int64_t rows, int64_t units, int64_t K, int G, bool barrier) {
   if (rows == 0) return barrier ? 1000 : 0;
   const double panels = double(G) * round_up(units, kLanes<T>) / NR<T>, tiles = double((rows + MR - 1) / MR);
   const double bytes = panels * NR<T> * K * sizeof(T);
   const double bandwidth = bytes <= (24 << 10) ? 128 : bytes <= (1 << 20) ? 40 : 10;
-  const double fma = double(rows), loads = (2 * tiles + rows) / 2, traffic = 2 * SEQKERNELS_VEC_BYTES / bandwidth;
+  const double fma = double(rows), loads = (2 * tiles + rows) / 2,
+               traffic = 2 * SEQKERNELS_VEC_BYTES / bandwidth;
   double k = fma > loads ? fma : loads;
   if (traffic > k) k = traffic;
   return panels * K * k + 15.0 * G * rows * units / kLanes<T> + (barrier ? 1000 : 0);

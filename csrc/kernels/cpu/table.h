@@ -1,4 +1,5 @@
-// One table of entry points for each instruction set; dispatch.h picks the table, gemm.inl.h and layer.inl.h fill it.
+// One table of entry points for each instruction set; dispatch.h picks the table, gemm.inl.h and layer.inl.h
+// fill it.
 #pragma once
 
 #include "../gru.h"
@@ -14,17 +15,20 @@ struct KernelTable {
   void (*gru_bwd)(const GruBwdParams&);
   void (*rnn_fwd)(const RnnFwdParams&);
   void (*rnn_bwd)(const RnnBwdParams&);
-  // One layer's weights in panels, for `packed` in forward params: returns the bytes, writes unless out is null.
+  // One layer's weights in panels, for `packed` in forward params: returns the bytes, writes unless out is
+  // null.
   int64_t (*lstm_pack)(const LayerParams&, void* out);
   int64_t (*gru_pack)(const LayerParams&, void* out);
   int64_t (*rnn_pack)(const LayerParams&, void* out);
-  // Multiply-adds on registers only, n * 2 flops times the lanes; returns flops done. For the roofline of reports.
+  // Multiply-adds on registers only, n * 2 flops times the lanes; returns flops done. For the roofline of
+  // reports.
   double (*fma_peak)(DType, int64_t n);
   // y[i] = f(x[i]) for f32 and f64, f: 0 sigmoid, 1 tanh. For tests of the vector functions.
   void (*activation)(int f, DType, const void* x, void* y, int64_t n);
 };
 
-// 64-byte aligned scratch; throws std::bad_alloc. Lives outside the ISA files, which must not pull in the C++ library.
+// 64-byte aligned scratch; throws std::bad_alloc. Lives outside the ISA files, which must not pull in the C++
+// library.
 void* scratch_alloc(int64_t bytes);
 void scratch_free(void*) noexcept;
 

@@ -1,7 +1,7 @@
 // Threads of one kernel call: who they are, how they wait for each other, what memory they share.
 
-// Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. After 20,000 turns (some 100 us:
-// more threads than cores) it yields. One cache line for arrivals, one for the release.
+// Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. After 20,000 turns
+// (some 100 us: more threads than cores) it yields. One cache line for arrivals, one for the release.
 struct Barrier {
   alignas(64) int arrived;
   alignas(64) int phase;
@@ -28,8 +28,9 @@ struct Barrier {
   }
 };
 
-// Runs body(id, size) on up to `want` threads at once. A range of several ids may come to one thread (a pool that is
-// busy, a nested parallel region); so the threads first count themselves, and `size` is how many really came.
+// Runs body(id, size) on up to `want` threads at once. A range of several ids may come to one thread (a pool
+// that is busy, a nested parallel region); so the threads first count themselves, and `size` is how many
+// really came.
 template <class Body>
 static void run_team(const Parallel& parallel, int want, const Body& body) {
   if (want <= 1 || parallel.run == nullptr) return body(0, 1);
@@ -59,7 +60,8 @@ struct Arena {
   template <class T>
   T* take(int64_t n) {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(n * int64_t(sizeof(T)), 64) + 64;  // the odd line keeps buffers off each other's cache sets
+    used +=
+        round_up(n * int64_t(sizeof(T)), 64) + 64;  // the odd line keeps buffers off each other's cache sets
     return p;
   }
 };

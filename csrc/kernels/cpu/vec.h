@@ -1,6 +1,7 @@
-// One vector type for every instruction set, on the compilers' own vector extensions: Vec<float>, Vec<double> of
-// SEQKERNELS_VEC_BYTES (16 SSE2 and NEON, 32 AVX2, 64 AVX-512). Operators are the language's; a * b + c contracts to FMA.
-// Included inside the anonymous namespace of an ISA file, so that no AVX-512 copy of an inline function can leak out.
+// One vector type for every instruction set, on the compilers' own vector extensions: Vec<float>, Vec<double>
+// of SEQKERNELS_VEC_BYTES (16 SSE2 and NEON, 32 AVX2, 64 AVX-512). Operators are the language's; a * b + c
+// contracts to FMA. Included inside the anonymous namespace of an ISA file, so that no AVX-512 copy of an
+// inline function can leak out.
 
 template <class T>
 struct VecOf {
@@ -72,12 +73,15 @@ SEQ_INLINE void store(f16* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
-SEQ_INLINE Vec<float> load(const f16* p) { return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+SEQ_INLINE Vec<float> load(const f16* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
 SEQ_INLINE void store(f16* p, Vec<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Half precision by integer arithmetic: normal numbers rebias the exponent, subnormals go through a float addition.
+// Half precision by integer arithmetic: normal numbers rebias the exponent, subnormals go through a float
+// addition.
 SEQ_INLINE Vec<float> load(const f16* p) {
   U32 h = __builtin_convertvector((U16)(*reinterpret_cast<const U16u*>(p)), U32);
   U32 sign = (h & 0x8000u) << 16, mag = (h & 0x7fffu) << 13;
@@ -88,7 +92,8 @@ SEQ_INLINE Vec<float> load(const f16* p) {
 }
 SEQ_INLINE void store(f16* p, Vec<float> v) {
   U32 u = (U32)v, sign = u & 0x80000000u, mag = u ^ sign;
-  U32 is_nan = (U32)(mag > 0x7f800000u), is_inf = (U32)(mag >= 0x47800000u), is_sub = (U32)(mag < 0x38800000u);
+  U32 is_nan = (U32)(mag > 0x7f800000u), is_inf = (U32)(mag >= 0x47800000u),
+      is_sub = (U32)(mag < 0x38800000u);
   U32 normal = (mag - (112u << 23) + 0xfffu + ((mag >> 13) & 1u)) >> 13;
   U32 sub = (U32)((Vec<float>)mag + splat(0.5f)) - 0x3f000000u;
   U32 out = (is_sub & sub) | (~is_sub & normal);

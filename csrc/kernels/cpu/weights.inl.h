@@ -1,7 +1,8 @@
-// Weights of one layer as the kernels read them: panels of NR units for the forward products, and of NR inputs for the
-// backward products, where the sum runs over the gates.
+// Weights of one layer as the kernels read them: panels of NR units for the forward products, and of NR
+// inputs for the backward products, where the sum runs over the gates.
 
-// Forward, one direction: G gates of w_ih [I, H], G gates of w_hh [P, H], w_hr [H, P]; the biases summed where they may be.
+// Forward, one direction: G gates of w_ih [I, H], G gates of w_hh [P, H], w_hr [H, P]; the biases summed
+// where they may be.
 template <class Cell, class S>
 struct ForwardWeights {
   using T = Acc<S>;
@@ -24,7 +25,9 @@ struct ForwardWeights {
 
   int64_t size() const { return G * (in.size() + rec.size()) + (projected ? proj.size() : 0); }
   T* input(int d, int g, int64_t j) const { return panels[d] + g * in.size() + in.offset(j); }
-  T* recurrent(int d, int g, int64_t j) const { return panels[d] + G * in.size() + g * rec.size() + rec.offset(j); }
+  T* recurrent(int d, int g, int64_t j) const {
+    return panels[d] + G * in.size() + g * rec.size() + rec.offset(j);
+  }
   T* projection(int d, int64_t j) const { return panels[d] + G * (in.size() + rec.size()) + proj.offset(j); }
 
   void layout(Arena& a) {
@@ -69,8 +72,8 @@ struct ForwardWeights {
   }
 };
 
-// Backward, one direction: w_ih [G*H, I] and w_hh [G*H, P] with their rows in the order of the gate gradients' slots,
-// w_hr [P, H].
+// Backward, one direction: w_ih [G*H, I] and w_hh [G*H, P] with their rows in the order of the gate
+// gradients' slots, w_hr [P, H].
 template <class Cell, class S>
 struct BackwardWeights {
   using T = Acc<S>;
@@ -81,11 +84,7 @@ struct BackwardWeights {
   T* panels[2];
 
   explicit BackwardWeights(const LayerParams& params)
-      : p(params),
-        projected(p.w[0].w_hr != nullptr),
-        in{p.I, G * p.H},
-        rec{p.P, G * p.H},
-        proj{p.H, p.P} {}
+      : p(params), projected(p.w[0].w_hr != nullptr), in{p.I, G * p.H}, rec{p.P, G * p.H}, proj{p.H, p.P} {}
 
   int64_t size() const { return in.size() + rec.size() + (projected ? proj.size() : 0); }
   T* input(int d, int64_t j) const { return panels[d] + in.offset(j); }
