@@ -1,0 +1,195 @@
+"""Swap torch's recurrent modules for ours in an existing model, and back; say which of both runs, and why.
+
+A swap changes the class of a module and nothing else: parameters, buffers, hooks and optimizers stay valid.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import nn, support
+
+Classes = dict[type[Module], type[Module]]
+OURS: Classes = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+TORCHS: Classes = {ours: theirs for theirs, ours in OURS.items()}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one recurrent module: swapped, or kept for `reason`."""
+
+    name: str
+    module: Module
+    reason: str | None
+
+
+class SwapReport(tuple[Decision, ...]):
+    """The decisions of one `swap_`. Prints as a table."""
+
+    @property
+    def swapped(self) -> list[Decision]:
+        return [d for d in self if d.reason is None]
+
+    @property
+    def kept(self) -> list[Decision]:
+        return [d for d in self if d.reason is not None]
+
+    def __str__(self) -> str:
+        rows = [(d.name or "(model)", type(d.module).__name__, d.reason or "swapped") for d in self]
+        name_width, class_width = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
+        lines = [f"{name:<{name_width}}  {kind:<{class_width}}  {fate}" for name, kind, fate in rows]
+        return "\n".join([f"swapped {len(self.swapped)} of {len(self)} recurrent modules", *lines])
+
+    __repr__ = __str__
+
+
+def swap_(
+    model: Module, filter_fn: Callable[[str, Module], bool] | None = None, on_unsupported: str = "keep"
+) -> SwapReport:
+    """Make every torch.nn.LSTM, GRU, RNN and their cells in `model`, itself included, ours, in place.
+
+    filter_fn(name, module) says which to swap, all if None. on_unsupported: "keep" leaves alone what cannot be
+    swapped and gives the reason in the report; "raise" raises ValueError before anything is swapped.
+    Equal to setting `module.__class__` of each. `unswap_` undoes it.
+    """
+    if on_unsupported not in ("keep", "raise"):
+        raise ValueError(f"on_unsupported must be 'keep' or 'raise', got {on_unsupported!r}")
+    decisions = []
+    for name, module in _recurrent_modules(model):
+        if _class(module) in TORCHS:
+            continue
+        reason = _why_keep(module)
+        if filter_fn is not None and not filter_fn(name, module):
+            reason = "left out by filter_fn"
+        elif reason is not None and on_unsupported == "raise":
+            raise ValueError(f"cannot swap {name or 'the model'}, a {type(module).__name__}: {reason}")
+        decisions.append(Decision(name, module, reason))
+    report = SwapReport(decisions)
+    for decision in report.swapped:
+        _change_class(decision.module, OURS)
+    return report
+
+
+def unswap_(model: Module) -> Module:
+    """Make all our modules in `model` torch.nn's, in place. Returns the model."""
+    for _, module in _recurrent_modules(model):
+        if _class(module) in TORCHS:
+            for name in ("recompute", "_prepacked"):
+                module.__dict__.pop(name, None)
+            _change_class(module, TORCHS)
+    return model
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """Inside, every torch.nn.LSTM, GRU, RNN or cell that is constructed becomes ours, in the whole process.
+
+    However the class was imported, because its constructor is what changes. Subclasses stay what they are. Our
+    LSTM, GRU and RNN are no instances of torch.nn's: code that looks for those with isinstance does not see them;
+    then build the model first and `swap_` it afterwards.
+    """
+    constructors = {cls: cls.__init__ for cls in OURS}
+    for cls, init in constructors.items():
+        cls.__init__ = _swapping(cls, init)
+    try:
+        yield
+    finally:
+        for cls, init in constructors.items():
+            cls.__init__ = init
+
+
+def _swapping(cls: type[Module], init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init)
+    def init_and_swap(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        if type(self) is cls:
+            _change_class(self, OURS)
+
+    return init_and_swap
+
+
+def explain(module: Module, *inputs, **kwargs) -> str:
+    """Which kernels run for every recurrent module in `module`, or why torch does, one line each.
+
+    With inputs, `module` is called with them once, without gradients, and the answer holds for what each of them
+    gets; without, it holds for inputs of the dtype and device of the parameters.
+    """
+    modules = dict(_recurrent_modules(module))
+    seen: dict[str, Tensor] = {}
+    if inputs or kwargs:
+        hooks = [
+            m.register_forward_pre_hook(_recorder(seen, name), with_kwargs=True)
+            for name, m in modules.items()
+        ]
+        try:
+            with torch.no_grad():
+                module(*inputs, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    else:
+        seen = {name: next(m.parameters()) for name, m in modules.items()}
+    lines = [f"{name or '(model)'}: {_explain(m, seen.get(name))}" for name, m in modules.items()]
+    return "\n".join(lines) if lines else f"there is no recurrent module in {type(module).__name__}"
+
+
+def _recorder(seen: dict[str, Tensor], name: str) -> Callable:
+    def record(module: Module, args: tuple, kwargs: dict) -> None:
+        input = args[0] if args else kwargs["input"]
+        seen[name] = input.data if isinstance(input, PackedSequence) else input
+
+    return record
+
+
+def _explain(module: Module, x: Tensor | None) -> str:
+    cls = _class(module)
+    if cls not in TORCHS:
+        return f"torch's {cls.__name__}, " + (_why_keep(module) or "not swapped yet: seqkernels.swap_(model)")
+    if x is None:
+        return f"seqkernels.{cls.__name__}, not called"
+    if reason := support.why_torch(x):
+        return f"seqkernels.{cls.__name__}, but torch runs: {reason}"
+    isa, dtype = torch.ops.seqkernels.get_isa(), str(x.dtype).removeprefix("torch.")
+    return f"seqkernels.{cls.__name__} on {isa}, {dtype}, {torch.get_num_threads()} threads"
+
+
+def _recurrent_modules(model: Module) -> Iterator[tuple[str, Module]]:
+    for name, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule) and module.original_name in nn.__all__
+        if scripted or isinstance(module, RNNBase | RNNCellBase):
+            yield name, module
+
+
+def _class(module: Module) -> type[Module]:
+    """Parametrizations give a module a class of its own, derived from that which it had."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _change_class(module: Module, to: Classes) -> None:
+    cls = to[_class(module)]
+    if is_parametrized(module):
+        type(module).__bases__ = (cls,)
+    else:
+        module.__class__ = cls
+
+
+def _why_keep(module: Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit.script has compiled it"
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    cls = _class(module)
+    if cls in OURS:
+        return support.why_torch(next(module.parameters()))
+    base = next((b for b in cls.__mro__ if b in OURS), None)
+    if base is None or cls.forward is not base.forward:
+        return f"{cls.__name__} has its own forward"
+    return f"{cls.__name__} is a subclass: derive it from seqkernels.{base.__name__} instead"
