@@ -58,7 +58,7 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "seqkernels needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo 'int main() {}' | $${CXX:-c++} -std=c++20 -fsyntax-only -x c++ - || { \
-	  echo "seqkernels needs a C++20 compiler (GCC >= 11 or Clang >= 14), $${CXX:-c++} is none. Install one (Debian, Ubuntu: apt install g++) or name it: make CXX=/path/to/g++" >&2; exit 1; }
+	  echo "seqkernels needs a C++20 compiler (GCC >= 12 or Clang >= 14), $${CXX:-c++} is none. Install one (Debian, Ubuntu: apt install g++) or name it: make CXX=/path/to/g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.requirements: requirements-dev.txt | $(PY)

@@ -1,13 +1,13 @@
 """Native build: `build_ext` runs CMake and Ninja. The rest about the package is in pyproject.toml, and the
 native targets are in CMakeLists.txt."""
 
+import importlib
 import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,8 +29,11 @@ def package_dir(name: str) -> Path:
 
 
 def tool(name: str) -> str:
-    """A program from PATH, or from the environment of this Python, which need not be activated."""
-    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    """cmake or ninja: the package in this environment, which need not be activated, else the one on PATH."""
+    if importlib.util.find_spec(name):
+        package = importlib.import_module(name)
+        return str(Path(package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR, name))
+    path = shutil.which(name)
     if path is None:
         raise SystemExit(f"seqkernels: building needs {name}: pip install {name}")
     return path
