@@ -11,7 +11,7 @@ import torch
 
 from . import timing
 from .cases import Case
-from .check import Comparison, compare
+from .check import Comparison, compare, errors
 from .contestants import CONTESTANTS, OURS, TORCH, Contestant, Problem, contestants_for, make_problem
 from .memory import MemoryMeter
 
@@ -94,13 +94,13 @@ def _checked(case: Case, makers: Makers, rows: dict[str, Row]) -> dict[str, Cont
     exact = CONTESTANTS[TORCH](problem.to(torch.float64))
     truth = exact.outputs(exact.run())
     torch_contestant = CONTESTANTS[TORCH](problem)
-    torch_value = torch_contestant.outputs(torch_contestant.run())
+    torch_errors = errors(torch_contestant.outputs(torch_contestant.run()), truth)
     ready = {}
     for name, make in makers.items():
         row = rows[name]
         try:
             contestant = make(problem)
-            worst = compare(contestant.outputs(contestant.run()), torch_value, truth, peer=name != OURS)
+            worst = compare(contestant.outputs(contestant.run()), torch_errors, truth, peer=name != OURS)
         except Exception as error:  # one contestant that cannot run a case must not end the whole run
             row.check, row.note = "error", f"{type(error).__name__}: {error}"
             continue

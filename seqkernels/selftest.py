@@ -1,0 +1,95 @@
+"""`seqkernels selftest`: check the installed kernels on this machine, each instruction set in turn.
+
+Every result and gradient is compared with torch.nn in float64 on the same inputs; the yardstick is the error
+that torch itself makes in the same dtype. Run it after an installation, and when a result looks wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import seqkernels
+from seqkernels import _kernels
+from seqkernels.bench.cases import CELLS, Case
+from seqkernels.bench.check import Comparison, compare, errors
+from seqkernels.bench.contestants import (
+    Contestant,
+    Problem,
+    make_problem,
+    seqkernels_contestant,
+    torch_contestant,
+)
+
+ROOM = (
+    2  # rounding differs from machine to machine, torch's too; a broken kernel is off by far more than that
+)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def cases(cell: str, dtype: str) -> list[Case]:
+    """Small, of sizes that no vector width divides, and together they take each way through the kernels."""
+    return [
+        Case(cell=cell, dtype=dtype, T=9, B=5, I=20, H=36, layers=2, bidirectional=True, mode="train"),
+        Case(cell=cell, dtype=dtype, T=9, B=5, I=20, H=36, bidirectional=True, fill=0.5, mode="train"),
+        Case(cell=cell, dtype=dtype, T=20, B=33, I=70, H=130, mode="train"),
+        Case(cell=cell, dtype=dtype, T=20, B=33, I=70, H=130, mode="train", recompute=cell != "rnn"),
+        Case(cell=cell, dtype=dtype, T=50, B=1, I=33, H=65),
+        Case(cell=cell, dtype=dtype, T=1, B=3, I=20, H=36, step=True, mode="train"),
+    ]
+
+
+def check(cell: str, dtype: str) -> Iterator[tuple[Case, Comparison]]:
+    for case in cases(cell, dtype):
+        with torch.set_grad_enabled(case.mode == "train"):
+            problem = make_problem(case)
+            truth = result(torch_contestant(problem.to(torch.float64)))
+            yield case, compare(result(seqkernels_contestant(problem)), yardstick(problem), truth)
+
+
+def yardstick(problem: Problem) -> dict[str, float]:
+    """The error of torch. In float64, whose truth nobody here knows, it is that in float32, scaled."""
+    judged = problem.to(torch.float32) if problem.case.dtype == "float64" else problem
+    truth = result(torch_contestant(judged.to(torch.float64)))
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if judged is not problem else 1
+    return {name: scale * error for name, error in errors(result(torch_contestant(judged)), truth).items()}
+
+
+def result(contestant: Contestant) -> dict[str, torch.Tensor]:
+    return contestant.outputs(contestant.run())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="seqkernels selftest", description=__doc__)
+    parser.parse_args(argv)
+    start, wrong, chosen = time.perf_counter(), 0, torch.ops.seqkernels.get_isa()
+    print(
+        f"seqkernels {seqkernels.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    print(f"error as a multiple of what the tests allow (over {ROOM}: wrong)")
+    print(f"{'instructions':14}{'dtype':10}" + "".join(f"{cell.upper():>9}" for cell in CELLS))
+    try:
+        for isa in _kernels.supported_isas():
+            torch.ops.seqkernels.set_isa(isa)
+            for dtype in DTYPES:
+                print(f"{isa:14}{dtype:10}", end="", flush=True)
+                failures = []
+                for cell in CELLS:
+                    results = list(check(cell, dtype))
+                    failures += [
+                        (case, worst) for case, worst in results if not worst.error <= ROOM * worst.allowed
+                    ]
+                    print(
+                        f"{max(worst.error / worst.allowed for _, worst in results):9.2f}", end="", flush=True
+                    )
+                print("   WRONG" if failures else "   ok")
+                for case, worst in failures:
+                    print(f"  {case.name}: {worst.output} {worst.error:.2g}, allowed {worst.allowed:.2g}")
+                wrong += len(failures)
+    finally:
+        torch.ops.seqkernels.set_isa(chosen)
+    print(f"{f'{wrong} results are WRONG' if wrong else 'all right'} ({time.perf_counter() - start:.0f} s)")
+    return 1 if wrong else 0
