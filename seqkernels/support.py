@@ -27,6 +27,16 @@ def why_torch(x: Tensor) -> str | None:
     return None
 
 
+def is_plain_call() -> bool:
+    """Nothing but the arguments decides: no compiler, tracer, autocast or forward-mode AD looks on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 @torch.compiler.assume_constant_result  # so that it speaks while torch.compile traces
 def fall_back(reason: str) -> None:
     """Say, once per reason, that torch runs and why; raise RuntimeError if SEQKERNELS_STRICT=1."""

@@ -16,6 +16,8 @@ from seqkernels import stack, support
 
 States = Sequence[Tensor]
 
+MISFIT = "input, hx and weights differ in dtype, device or size"
+
 
 def torchs_twin(module: Module) -> Module:
     """What torch.jit.script compiles, and puts in the place of `module` in the model that it compiles."""
@@ -40,6 +42,31 @@ class Recurrent(RNNBase):
     def _cell(self) -> stack.Cell:
         raise AssertionError("a subclass says which cell")
 
+    def _why_torch(self, input: Tensor | PackedSequence, states: States | None, extras: bool) -> str | None:
+        """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit together."""
+        self._update_flat_weights()
+        packed = isinstance(input, PackedSequence)
+        x, weight = input.data if packed else input, self._flat_weights[0]
+        if reason := support.why_torch(x):
+            return None if extras else reason  # torch knows no extras: the reference stands in, on any device
+        casts = torch.is_autocast_enabled("cpu")
+
+        def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
+            return t.shape == shape and t.device == weight.device and (casts or t.dtype == weight.dtype)
+
+        if x.dim() not in ((2,) if packed else (2, 3)) or not fits(x, (*x.shape[:-1], self.input_size)):
+            return MISFIT
+        if states is None:
+            return None
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: self._cell().states]
+        L = self.num_layers * (2 if self.bidirectional else 1)
+        if packed:
+            rows = (int(input.batch_sizes[0]),)
+        else:
+            rows = (x.size(0 if self.batch_first else 1),) if x.dim() == 3 else ()
+        shapes = [(L, *rows, size) for size in sizes]
+        return None if len(states) == len(shapes) and all(map(fits, states, shapes)) else MISFIT
+
     def _run(
         self,
         input: Tensor | PackedSequence,
@@ -47,9 +74,8 @@ class Recurrent(RNNBase):
         lengths: Tensor | None,
         resets: Tensor | None,
         return_cells: bool = False,
-    ) -> tuple[list[Tensor | PackedSequence], States] | None:
-        """[output] or [output, cells], and the final states; None if the arguments do not fit together."""
-        self._update_flat_weights()
+    ) -> tuple[list[Tensor | PackedSequence], States]:
+        """[output] or [output, cells], and the final states."""
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, inverse = input if packed else (input, None, None, None)
         batch_dim = 0 if self.batch_first else 1
@@ -61,8 +87,6 @@ class Recurrent(RNNBase):
             resets = None if resets is None else resets.unsqueeze(batch_dim)
         if order is not None:
             states = states and [s.index_select(1, order) for s in states]
-        if not self._fits(x, states, batch_sizes):
-            return None
         outputs, states = stack.run(
             self._cell(),
             self,
@@ -82,23 +106,6 @@ class Recurrent(RNNBase):
         elif unbatched:
             outputs, states = [o.squeeze(batch_dim) for o in outputs], [s.squeeze(1) for s in states]
         return outputs, states
-
-    def _fits(self, x: Tensor, states: States | None, batch_sizes: Tensor | None) -> bool:
-        weight = self._flat_weights[0]
-        casts = torch.is_autocast_enabled(x.device.type)
-        if x.dim() != (3 if batch_sizes is None else 2) or x.size(-1) != self.input_size:
-            return False
-        if x.device != weight.device or not (casts or x.dtype == weight.dtype):
-            return False
-        if states is None:
-            return True
-        L = self.num_layers * (2 if self.bidirectional else 1)
-        B = int(batch_sizes[0]) if batch_sizes is not None else x.size(0 if self.batch_first else 1)
-        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: self._cell().states]
-        return len(states) == len(sizes) and all(
-            s.shape == (L, B, size) and s.device == x.device and (casts or s.dtype == x.dtype)
-            for s, size in zip(states, sizes, strict=True)
-        )
 
     def prepack_(self):
         """Pack frozen weights for the kernels, once, so that calls need not. Returns self.
@@ -152,21 +159,37 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def step(cell: RNNCellBase, op: Callable, count: int, input: Tensor, hx, *options: str):
-    """`cell(input, hx)` by `op`, for a cell that has `count` states."""
+def leave_to_torch(
+    module: RNNBase | RNNCellBase, input: Tensor | PackedSequence, hx, reason: str, extras: bool = False
+):
+    """Where arguments do not fit together torch raises, in its own words, or can make sense of them."""
+    result = module._torch.forward(module, input, hx)
+    if extras:
+        raise ValueError(
+            f"lengths=, resets= and return_cell_states= are unknown to torch, which runs: {reason}"
+        )
+    support.fall_back(reason)
+    return result
+
+
+def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | None, *options: str):
+    """`cell(input, hx)` by `op`. states: hx as a sequence, or None."""
+    if states is not None and input.dim() == 2 and support.is_plain_call():
+        try:
+            return op(input, *states, *_cell_weights(cell), *options)
+        except (RuntimeError, TypeError):
+            pass  # the rest finds out why, and what to do
     if reason := support.why_torch(input):
-        support.fall_back(reason)
-        return cell._torch.forward(cell, input, hx)
-    weights = _cell_weights(cell)
+        return leave_to_torch(cell, input, hx, reason)
     unbatched = input.dim() == 1
     x = input.unsqueeze(0) if unbatched else input
-    if hx is None:
-        states = [x.new_zeros(x.size(0), cell.hidden_size)] * count
-    else:
-        states = [hx] if count == 1 else hx
-        if unbatched:
-            states = [s.unsqueeze(0) for s in states]
-    out_dtype = None
+    if states is None:
+        states = [x.new_zeros(x.size(0), cell.hidden_size)] * (
+            2 if isinstance(cell, torch.nn.LSTMCell) else 1
+        )
+    elif unbatched:
+        states = [s.unsqueeze(0) for s in states]
+    weights, out_dtype = _cell_weights(cell), x.dtype
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         dtype = out_dtype = torch.get_autocast_dtype("cpu")
         if not isinstance(
@@ -175,32 +198,19 @@ def step(cell: RNNCellBase, op: Callable, count: int, input: Tensor, hx, *option
             out_dtype = torch.promote_types(dtype, states[-1].dtype)
         x, states = x.to(dtype), [s.to(dtype) for s in states]
         weights = [None if w is None else w.to(dtype) for w in weights]
-    shape, dtype = (x.size(0), cell.hidden_size), weights[0].dtype
-    fits = x.shape == (shape[0], cell.input_size) and x.dtype == dtype and len(states) == count
-    if not fits or not all(s.shape == shape and s.dtype == dtype and s.is_cpu for s in states):
-        return leave_to_torch(cell, input, hx)
-    new = op(x, *states, *weights, *options)
-    if count == 1:
-        new = (new,)
-    if unbatched:
-        new = [s.squeeze(0) for s in new]
-    if out_dtype is not None:
-        new = [s.to(out_dtype) for s in new]
-    return new[0] if count == 1 else tuple(new)
-
-
-def leave_to_torch(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence, hx, *beyond_torch: object):
-    """For arguments that do not fit together: torch raises in its own words, or makes sense of them."""
-    result = module._torch.forward(module, input, hx)
-    if any(argument is not None for argument in beyond_torch):
-        raise ValueError("lengths= and resets= need input, hx and weights of one dtype")
-    support.fall_back("input, hx and weights differ in dtype")
-    return result
+    try:
+        new = op(x, *states, *(None if w is None else w.contiguous() for w in weights), *options)
+    except (RuntimeError, TypeError) as error:
+        refusal = str(error)
+    else:
+        finish = lambda s: (s.squeeze(0) if unbatched else s).to(out_dtype)
+        return tuple(map(finish, new)) if isinstance(new, tuple) else finish(new)
+    return leave_to_torch(cell, input, hx, refusal)
 
 
 def _cell_weights(cell: RNNCellBase) -> Sequence[Tensor | None]:
     parameters = cell._parameters
-    try:  # much faster than Module.__getattr__, which shows at B = 1
-        return [parameters[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    try:  # Module.__getattr__ takes 0.5 us each, which shows at B = 1
+        return parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]
     except KeyError:  # weight_norm, parametrizations and their kin put a tensor where the parameter was
-        return [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+        return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh

@@ -36,10 +36,11 @@ class GRU(Recurrent):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ):
-        result = self._run(input, None if hx is None else (hx,), lengths, resets)
-        if result is None:
-            return leave_to_torch(self, input, hx, lengths, resets)
-        (output,), (h_n,) = result
+        extras = lengths is not None or resets is not None
+        states = None if hx is None else (hx,)
+        if reason := self._why_torch(input, states, extras):
+            return leave_to_torch(self, input, hx, reason, extras)
+        (output,), (h_n,) = self._run(input, states, lengths, resets)
         return output, h_n
 
 
@@ -51,4 +52,4 @@ class GRUCell(torch.nn.GRUCell):
     __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return step(self, gru_cell, 1, input, hx)
+        return step(self, gru_cell, input, hx, None if hx is None else (hx,))

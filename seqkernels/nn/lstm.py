@@ -39,10 +39,10 @@ class LSTM(Recurrent):
         resets: Tensor | None = None,
         return_cell_states: bool = False,
     ):
-        result = self._run(input, hx, lengths, resets, return_cell_states)
-        if result is None:
-            return leave_to_torch(self, input, hx, lengths, resets)
-        (output, *cells), states = result
+        extras = lengths is not None or resets is not None or return_cell_states
+        if reason := self._why_torch(input, hx, extras):
+            return leave_to_torch(self, input, hx, reason, extras)
+        (output, *cells), states = self._run(input, hx, lengths, resets, return_cell_states)
         return output, tuple(states), *cells
 
 
@@ -54,4 +54,4 @@ class LSTMCell(torch.nn.LSTMCell):
     __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return step(self, lstm_cell, 2, input, hx)
+        return step(self, lstm_cell, input, hx, hx)

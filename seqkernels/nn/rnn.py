@@ -43,10 +43,11 @@ class RNN(Recurrent):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ):
-        result = self._run(input, None if hx is None else (hx,), lengths, resets)
-        if result is None:
-            return leave_to_torch(self, input, hx, lengths, resets)
-        (output,), (h_n,) = result
+        extras = lengths is not None or resets is not None
+        states = None if hx is None else (hx,)
+        if reason := self._why_torch(input, states, extras):
+            return leave_to_torch(self, input, hx, reason, extras)
+        (output,), (h_n,) = self._run(input, states, lengths, resets)
         return output, h_n
 
 
@@ -58,6 +59,4 @@ class RNNCell(torch.nn.RNNCell):
     __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if self.nonlinearity not in stack.RNN:
-            return leave_to_torch(self, input, hx)
-        return step(self, rnn_cell, 1, input, hx, self.nonlinearity)
+        return step(self, rnn_cell, input, hx, None if hx is None else (hx,), self.nonlinearity)

@@ -1,6 +1,6 @@
 """What the ops of all cells share around the native `_fwd` and `_bwd` calls, which know nothing of autograd.
 
-The autograd.Functions stand outside the native ops, so torch.compile traces them and sees two opaque calls.
+The autograd.Functions stand outside the native ops: torch.compile traces them and sees two opaque calls.
 They have a setup_context because torch.func.grad needs one.
 """
 
@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 
 import seqkernels.ops._library  # noqa: F401  (defines torch.ops.seqkernels)
+
+
+class Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args):
+        """torch's own, but without the inspection of a signature that takes it 40 us on every call."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -32,6 +41,11 @@ def one_step(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def present(*weights: Tensor | None) -> list[Tensor]:
     return [w for w in weights if w is not None]
+
+
+def no_steps(*grads: Tensor | None) -> list[Tensor | None]:
+    """[1,B,...] -> [B,...]"""
+    return [None if g is None else g.squeeze(0) for g in grads]
 
 
 def pad_biases(weights: Sequence[Tensor]) -> list[Tensor | None]:
@@ -66,6 +80,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def new_like(*tensors: Tensor) -> list[Tensor]:
     """For fakes: contiguous, where empty_like would repeat the strides of a permuted input."""
     return [t.new_empty(t.shape) for t in tensors]
+
+
+def gradient_of_x(x: Tensor, needed: bool) -> Tensor:
+    """For fakes: what is not needed has size 0."""
+    return x.new_empty(x.shape if needed else 0)
 
 
 @torch.library.register_fake("seqkernels::rnn_pack")

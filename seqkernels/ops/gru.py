@@ -41,7 +41,7 @@ def gru_cell(
     return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, False)[0]
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(ag.Function):
     @staticmethod
     def forward(x, h0, batch_sizes, resets, bidirectional, save_gates, *weights):
         return _layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, save_gates)
@@ -57,12 +57,12 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dhn, _):
-        y, gates, batch_sizes, resets, *inputs = ctx.saved_tensors
-        dx, dh0, *dweights = _gradients((dy, dhn), inputs, y, gates, batch_sizes, resets, ctx.bidirectional)
+        saved, inputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        dx, dh0, *dweights = _gradients(ctx, (dy, dhn), inputs, saved, ctx.bidirectional)
         return dx, dh0, None, None, None, None, *dweights
 
 
-class _Cell(torch.autograd.Function):
+class _Cell(ag.Function):
     @staticmethod
     def forward(x, h, *weights):
         return _cell_fwd(x, h, *ag.pad_biases(weights), True)
@@ -76,26 +76,25 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, _):
         h, gates, x, h0, *weights = ctx.saved_tensors
-        y, gates, *inputs = ag.one_step(h, gates, x, h0)
-        dx, dh0, *dweights = _gradients(ag.one_step(None, dh), (*inputs, *weights), y, gates)
-        return dx[0], dh0[0], *dweights
+        *saved, x, h0, dh = ag.one_step(h, gates, x, h0, dh)
+        dx, dh0, *dweights = _gradients(ctx, (None, dh), (x, h0, *weights), (*saved, None, None))
+        return *ag.no_steps(dx, dh0), *dweights
 
 
-def _gradients(grads, inputs, y, gates, batch_sizes=None, resets=None, bidirectional=False):
-    """d(x, h0, *weights) from d(y, hn)."""
+def _gradients(ctx, grads, inputs, saved, bidirectional=False):
+    """d(x, h0, *weights) from d(y, hn); saved: y, gates, batch_sizes, resets."""
     if ag.create_graph():
 
         def layer(x, h0, *weights):
             return reference.gru_layer(
-                x, h0, weights, batch_sizes=batch_sizes, resets=resets, bidirectional=bidirectional
+                x, h0, weights, batch_sizes=saved[2], resets=saved[3], bidirectional=bidirectional
             )
 
         return ag.differentiate(layer, inputs, grads)
     x, h0, *weights = inputs
-    dx, dh0, dweights = _layer_bwd(
-        *ag.contiguous(grads), x, h0, weights, y, gates, batch_sizes, resets, bidirectional
-    )
-    return dx, dh0, *dweights
+    need_dx = ctx.needs_input_grad[0]
+    dx, dh0, dweights = _layer_bwd(*ag.contiguous(grads), x, h0, weights, *saved, bidirectional, need_dx)
+    return dx if need_dx else None, dh0, *dweights
 
 
 @torch.library.register_fake("seqkernels::gru_layer_fwd")
@@ -106,8 +105,8 @@ def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
 
 
 @torch.library.register_fake("seqkernels::gru_layer_bwd")
-def _(dy, dhn, x, h0, weights, *saved_and_options):
-    return *ag.new_like(x, h0), ag.new_like(*weights)
+def _(dy, dhn, x, h0, weights, y, gates, batch_sizes, resets, bidirectional, need_dx=True):
+    return ag.gradient_of_x(x, need_dx), *ag.new_like(h0), ag.new_like(*weights)
 
 
 @torch.library.register_fake("seqkernels::gru_cell_fwd")

@@ -54,7 +54,7 @@ def lstm_cell(
     return _cell_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(ag.Function):
     @staticmethod
     def forward(x, h0, c0, batch_sizes, resets, bidirectional, save_gates, *weights):
         return _layer_fwd(
@@ -72,14 +72,12 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dhn, dcn, dcells, _):
-        y, cells, gates, batch_sizes, resets, *inputs = ctx.saved_tensors
-        dx, dh0, dc0, *dweights = _gradients(
-            (dy, dhn, dcn, dcells), inputs, y, cells, gates, batch_sizes, resets, ctx.bidirectional
-        )
+        saved, inputs = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        dx, dh0, dc0, *dweights = _gradients(ctx, (dy, dhn, dcn, dcells), inputs, saved, ctx.bidirectional)
         return dx, dh0, dc0, None, None, None, None, *dweights
 
 
-class _Cell(torch.autograd.Function):
+class _Cell(ag.Function):
     @staticmethod
     def forward(x, h, c, *weights):
         return _cell_fwd(x, h, c, *ag.pad_biases(weights), True)
@@ -93,28 +91,30 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dc, _):
         h, c, gates, x, h0, c0, *weights = ctx.saved_tensors
-        y, cells, gates, *inputs = ag.one_step(h, c.to(ag.accumulation_dtype(c.dtype)), gates, x, h0, c0)
+        cells = c.to(ag.accumulation_dtype(c.dtype))
+        *saved, x, h0, c0, dh, dc = ag.one_step(h, cells, gates, x, h0, c0, dh, dc)
         dx, dh0, dc0, *dweights = _gradients(
-            ag.one_step(None, dh, dc, None), (*inputs, *weights), y, cells, gates
+            ctx, (None, dh, dc, None), (x, h0, c0, *weights), (*saved, None, None)
         )
-        return dx[0], dh0[0], dc0[0], *dweights
+        return *ag.no_steps(dx, dh0, dc0), *dweights
 
 
-def _gradients(grads, inputs, y, cells, gates, batch_sizes=None, resets=None, bidirectional=False):
-    """d(x, h0, c0, *weights) from d(y, hn, cn, cells)."""
+def _gradients(ctx, grads, inputs, saved, bidirectional=False):
+    """d(x, h0, c0, *weights) from d(y, hn, cn, cells); saved: y, cells, gates, batch_sizes, resets."""
     if ag.create_graph():
 
         def layer(x, h0, c0, *weights):
             return reference.lstm_layer(
-                x, h0, c0, weights, batch_sizes=batch_sizes, resets=resets, bidirectional=bidirectional
+                x, h0, c0, weights, batch_sizes=saved[3], resets=saved[4], bidirectional=bidirectional
             )
 
         return ag.differentiate(layer, inputs, grads)
     x, h0, c0, *weights = inputs
-    *dinputs, dweights = _layer_bwd(
-        *ag.contiguous(grads), x, h0, c0, weights, y, cells, gates, batch_sizes, resets, bidirectional
+    need_dx = ctx.needs_input_grad[0]
+    dx, dh0, dc0, dweights = _layer_bwd(
+        *ag.contiguous(grads), x, h0, c0, weights, *saved, bidirectional, need_dx
     )
-    return *dinputs, *dweights
+    return dx if need_dx else None, dh0, dc0, *dweights
 
 
 @torch.library.register_fake("seqkernels::lstm_layer_fwd")
@@ -127,8 +127,24 @@ def _(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells
 
 
 @torch.library.register_fake("seqkernels::lstm_layer_bwd")
-def _(dy, dhn, dcn, dcells, x, h0, c0, weights, *saved_and_options):
-    return *ag.new_like(x, h0, c0), ag.new_like(*weights)
+def _(
+    dy,
+    dhn,
+    dcn,
+    dcells,
+    x,
+    h0,
+    c0,
+    weights,
+    y,
+    cells,
+    gates,
+    batch_sizes,
+    resets,
+    bidirectional,
+    need_dx=True,
+):
+    return ag.gradient_of_x(x, need_dx), *ag.new_like(h0, c0), ag.new_like(*weights)
 
 
 @torch.library.register_fake("seqkernels::lstm_cell_fwd")

@@ -51,11 +51,11 @@ def rnn_cell(
 
 def _is_relu(nonlinearity: str) -> bool:
     if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")  # the words of torch.nn.RNNCell
     return nonlinearity == "relu"
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(ag.Function):
     @staticmethod
     def forward(x, h0, batch_sizes, resets, bidirectional, relu, *weights):
         return _layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, relu)
@@ -69,14 +69,12 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dhn):
-        y, batch_sizes, resets, *inputs = ctx.saved_tensors
-        dx, dh0, *dweights = _gradients(
-            (dy, dhn), inputs, y, ctx.relu, batch_sizes, resets, ctx.bidirectional
-        )
+        saved, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        dx, dh0, *dweights = _gradients(ctx, (dy, dhn), inputs, saved, ctx.relu, ctx.bidirectional)
         return dx, dh0, None, None, None, None, *dweights
 
 
-class _Cell(torch.autograd.Function):
+class _Cell(ag.Function):
     @staticmethod
     def forward(x, h, relu, *weights):
         return _cell_fwd(x, h, *ag.pad_biases(weights), relu)
@@ -90,13 +88,13 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh):
         h, x, h0, *weights = ctx.saved_tensors
-        y, *inputs = ag.one_step(h, x, h0)
-        dx, dh0, *dweights = _gradients(ag.one_step(None, dh), (*inputs, *weights), y, ctx.relu)
-        return dx[0], dh0[0], None, *dweights
+        y, x, h0, dh = ag.one_step(h, x, h0, dh)
+        dx, dh0, *dweights = _gradients(ctx, (None, dh), (x, h0, *weights), (y, None, None), ctx.relu)
+        return *ag.no_steps(dx, dh0), None, *dweights
 
 
-def _gradients(grads, inputs, y, relu, batch_sizes=None, resets=None, bidirectional=False):
-    """d(x, h0, *weights) from d(y, hn)."""
+def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
+    """d(x, h0, *weights) from d(y, hn); saved: y, batch_sizes, resets."""
     if ag.create_graph():
 
         def layer(x, h0, *weights):
@@ -105,17 +103,18 @@ def _gradients(grads, inputs, y, relu, batch_sizes=None, resets=None, bidirectio
                 h0,
                 weights,
                 nonlinearity="relu" if relu else "tanh",
-                batch_sizes=batch_sizes,
-                resets=resets,
+                batch_sizes=saved[1],
+                resets=saved[2],
                 bidirectional=bidirectional,
             )
 
         return ag.differentiate(layer, inputs, grads)
     x, h0, *weights = inputs
+    need_dx = ctx.needs_input_grad[0]
     dx, dh0, dweights = _layer_bwd(
-        *ag.contiguous(grads), x, h0, weights, y, batch_sizes, resets, bidirectional, relu
+        *ag.contiguous(grads), x, h0, weights, *saved, bidirectional, relu, need_dx
     )
-    return dx, dh0, *dweights
+    return dx if need_dx else None, dh0, *dweights
 
 
 @torch.library.register_fake("seqkernels::rnn_layer_fwd")
@@ -124,8 +123,8 @@ def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
 
 
 @torch.library.register_fake("seqkernels::rnn_layer_bwd")
-def _(dy, dhn, x, h0, weights, *saved_and_options):
-    return *ag.new_like(x, h0), ag.new_like(*weights)
+def _(dy, dhn, x, h0, weights, y, batch_sizes, resets, bidirectional, relu, need_dx=True):
+    return ag.gradient_of_x(x, need_dx), *ag.new_like(h0), ag.new_like(*weights)
 
 
 @torch.library.register_fake("seqkernels::rnn_cell_fwd")
