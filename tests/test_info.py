@@ -1,5 +1,6 @@
 """`seqkernels info` and the command line around it."""
 
+import functools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ def seqkernels_command(*args: str, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
+@functools.cache
 def info(**environment: str) -> dict[str, str]:
     result = seqkernels_command("info", "--json", **environment)
     assert result.returncode == 0, result.stderr
