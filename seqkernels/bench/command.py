@@ -12,6 +12,7 @@ import torch
 
 from seqkernels import info
 
+from . import timing
 from .cases import SUITES, select
 from .console import Console
 from .contestants import OURS
@@ -74,8 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"seqkernels bench --suite {args.suite} --threads {torch.get_num_threads()} --budget {args.budget:g}"
     )
     command += f' --filter "{args.filter}"' if args.filter else ""
-    report = Report(info.collect(), command, started, cases_planned=len(cases))
+    others = timing.busy()
+    environment = info.collect() | {
+        "other programs": "unknown" if others is None else f"{others:.0%} of the CPUs"
+    }
+    report = Report(environment, command, started, cases_planned=len(cases))
     console.header(report)
+    if others and others > 0.1:
+        console.print(f"other programs use {others:.0%} of the CPUs: expect wide intervals", "yellow")
     interrupted = False
     start = time.perf_counter()
     try:

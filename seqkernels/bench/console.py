@@ -19,6 +19,7 @@ from .report import (
     geometry,
     milliseconds,
     missing_packages,
+    reason,
     title,
     typical_peaks,
     versus,
@@ -26,23 +27,25 @@ from .report import (
 )
 
 COLOURS = {"faster": "green", "no difference": "yellow", "SLOWER": "bold red", "failed": "bold red"}
-HEADING = (
-    f"{'':36}{'torch':>9}{'seqkernels':>12}   {'against torch':<20}{'against onnxruntime':<20}"
-    f"{'peak':>5}  {'error':>6}  {'memory MiB':>13}"
-)
-UNITS = (
-    f"{'':36}{'ms':>9}{'ms':>12}   {'speed-up (95 % CI)':<20}{'speed-up (95 % CI)':<20}{'':>5}  {'/torch':>6}"
-)
 
 
-def line(rows: list[Row]) -> tuple[str, str]:
+def head(width: int) -> str:
+    """Two lines over the table, whose first column has this width."""
+    return (
+        f"{'':{width}}{'torch':>9}{'seqkernels':>12}   {'against torch':<20}{'against onnxruntime':<20}"
+        f"{'of peak':>8}{'error':>8}{'memory, MiB':>16}\n"
+        f"{'':{width}}{'ms':>9}{'ms':>12}   {'speed-up (95 % CI)':<20}{'speed-up (95 % CI)':<20}"
+        f"{'':8}{'/ torch':>8}{'torch → ours':>16}"
+    )
+
+
+def line(rows: list[Row], width: int) -> tuple[str, str]:
     """A case as one line of the table, and its verdict."""
     ours = next(row for row in rows if row.contestant == OURS)
     peers = {row.contestant: row for row in rows if row.contestant != OURS}
     name = f"  {geometry(ours)}"
     if ours.check != "ok":
-        reason = ours.note or f"{ours.output}: error {ours.error:.2g}, allowed {ours.allowed_error:.2g}"
-        return f"{name:<36} no speed: the check of the result says {ours.check} ({reason})", "failed"
+        return f"{name:<{width}} no speed: {reason(ours)}", "failed"
 
     def speedup(peer: str) -> str:
         row = peers.get(peer)
@@ -56,8 +59,8 @@ def line(rows: list[Row]) -> tuple[str, str]:
         memory = f"{peers[TORCH].peak_mib:.1f} → {ours.peak_mib:.1f}"
     verdict = case_verdict(rows)
     text = (
-        f"{name:<36}{torch_ms:>9}{milliseconds(ours.ms):>12}   {speedup(TORCH):<20}{speedup(ORT):<20}"
-        f"{ours.peak_share:>5.0%}  {error_ratio(ours):>6}  {memory:>13}  {verdict}"
+        f"{name:<{width}}{torch_ms:>9}{milliseconds(ours.ms):>12}   {speedup(TORCH):<20}{speedup(ORT):<20}"
+        f"{ours.peak_share:>8.0%}{error_ratio(ours):>8}{memory:>16}  {verdict}"
     )
     return text, verdict.partition(" (")[0]
 
@@ -107,8 +110,6 @@ class Console:
         words += [facts["cpu"], facts["isa active"], f"{facts['torch threads']} threads"]
         self.print(" · ".join(words))
         self.print()
-        self.print(HEADING)
-        self.print(UNITS)
 
     def summary(self, report: Report) -> None:
         self.print()
@@ -127,7 +128,7 @@ class Console:
         if bad:
             self.print(f"{len(bad)} results WRONG or missing (no speed is reported for them):", "bold red")
             for row in bad:
-                self.print(f"  {row.contestant}: {row.case} {row.note}", "bold red")
+                self.print(f"  {row.contestant}: {row.case}: {reason(row)}", "bold red")
         else:
             self.print(f"all {len(report.rows)} results are as exact as they have to be")
         for dtype, peak in typical_peaks(report.rows).items():
@@ -146,15 +147,16 @@ class Progress:
     def __init__(self, console: Console, cases: list[Case], weights: list[float], bar: object = None) -> None:
         self.console, self.cases, self.weights, self.bar = console, cases, weights, bar
         self.done, self.start, self.title = 0, time.perf_counter(), ""
+        self.width = 3 + max(len(case.name) - len(case.title) for case in cases)
+        console.print(head(self.width))
         if bar:
-            first = cases[0].name if cases else ""
-            self.task = bar.add_task(first, total=sum(weights), done=0, cases=len(cases))
+            self.task = bar.add_task(cases[0].name, total=sum(weights), done=0, cases=len(cases))
 
     def case_done(self, rows: list[Row]) -> None:
         if title(rows[0]) != self.title:
             self.title = title(rows[0])
             self.console.print(self.title, "bold")
-        text, verdict = line(rows)
+        text, verdict = line(rows, self.width)
         self.done += 1
         if self.bar:
             following = self.cases[self.done].name if self.done < len(self.cases) else ""

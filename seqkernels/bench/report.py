@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -143,8 +144,6 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    from importlib.util import find_spec
-
     return [name for name in names if find_spec(name) is None]
 
 
@@ -182,7 +181,8 @@ def write_html(report: Report, path: Path) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    templates.filters |= {"ms": milliseconds, "geometry": geometry, "error_ratio": error_ratio}
+    filters = {"ms": milliseconds, "geometry": geometry, "error_ratio": error_ratio, "reason": reason}
+    templates.filters |= filters
     groups = [
         (name, [{row.contestant: row for row in rows} for rows in cases])
         for name, cases in itertools.groupby(report.cases, key=lambda rows: title(rows[0]))
@@ -221,6 +221,11 @@ def title(row: Row) -> str:
 def geometry(row: Row) -> str:
     """The rest of the case's name."""
     return " ".join(row.case.split(" ")[3:])
+
+
+def reason(row: Row) -> str:
+    """Why a row has no speed."""
+    return row.note or f"error of {row.output} {row.error:.2g}, allowed {row.allowed_error:.2g}"
 
 
 def error_ratio(row: Row) -> str:

@@ -71,6 +71,23 @@ def settle(longest: float = 0.05) -> None:
             return
 
 
+def busy(seconds: float = 0.3) -> float | None:
+    """The share of the CPU time used while this program waits; None where nobody tells (not Linux)."""
+
+    def ticks() -> tuple[int, int]:
+        with open("/proc/stat", encoding="ascii") as stat:
+            user, nice, system, idle, iowait, *_ = map(int, stat.readline().split()[1:])
+        return user + nice + system, idle + iowait
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        used, idle = (after - earlier for after, earlier in zip(ticks(), before, strict=True))
+        return used / max(1, used + idle)
+    except OSError:
+        return None
+
+
 def _first_look(call: Callable[[], object]) -> float:
     """Warm-up (lazy initialisation, code generation, page faults), then a rough duration."""
     call()
