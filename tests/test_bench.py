@@ -1,0 +1,477 @@
+"""The benchmark engine on tiny cases: what it refuses to report, its statistics, its files, its early end."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from statistics import mean
+
+import pytest
+import torch
+
+from seqkernels import selftest
+from seqkernels.bench import cases, check, command, contestants, engine, main, memory, plots, report, timing
+from seqkernels.bench.cases import CELLS, SUITES, Case
+from seqkernels.bench.contestants import ORT, OURS, TORCH, Contestant
+
+TINY = Case(cell="lstm", T=5, B=3, I=8, H=16)
+
+
+# --- cases
+
+
+def test_names_are_unique_and_filters_find_them():
+    chosen = cases.select("all")
+    assert len({case.name for _, case in chosen}) == len(chosen)
+    assert {suite for suite, _ in chosen} == set(SUITES) - {"quick"}
+    only_gru = cases.select("train", "gru")
+    assert only_gru
+    assert all(case.cell == "gru" for _, case in only_gru)
+
+
+def test_every_size_that_a_promise_is_made_for_is_measured():
+    forward = {(c.cell, c.B, c.H) for c in SUITES["rnn"] if c.T == 128}
+    training = {(c.cell, c.B, c.H) for c in SUITES["train"] if c.T == 128}
+    for cell in CELLS:
+        for H in (128, 256, 512, 1024):
+            assert {(cell, B, H) for B in (16, 32, 64)} <= forward & training
+        assert {(cell, 1, H) for H in (64, 128, 256, 512)} <= forward
+        fills = {c.fill for c in SUITES["packed"] if c.cell == cell and c.layers == 2 and c.bidirectional}
+        assert fills == {0.2, 0.4, 0.6, 0.8, 1.0}
+        assert {(c.B, c.H) for c in SUITES["cells"] if c.cell == cell} >= {(1, 256), (192, 768)}
+        assert {c.mode for c in SUITES["bf16"] if c.cell == cell} == {"forward", "train"}
+        assert {c.recompute for c in SUITES["memory"] if c.cell == cell} >= {False}
+    assert all(c.T == 1000 for c in SUITES["memory"])
+
+
+@pytest.mark.parametrize("fill", [0.2, 0.6, 1.0])
+def test_lengths_have_the_mean_they_promise(fill):
+    case = Case(cell="gru", T=128, B=32, fill=fill)
+    assert case.lengths == sorted(case.lengths, reverse=True)
+    assert case.lengths[0] == 128
+    assert mean(case.lengths) == pytest.approx(fill * 128, rel=0.05)
+
+
+def test_flops_count_both_layers_and_directions():
+    case = Case(cell="gru", T=2, B=3, I=5, H=7, layers=2, bidirectional=True, mode="train")
+    first, second = 2 * 3 * 7 * (5 + 7) * 2, 2 * 3 * 7 * (14 + 7) * 2
+    assert case.flops == 2 * 3 * (first + second) * 3
+
+
+def test_a_cell_has_no_time():
+    with pytest.raises(ValueError, match="one step"):
+        Case(cell="gru", step=True, T=2)
+
+
+# --- timing
+
+
+def test_interval_covers_the_median_as_often_as_it_says():
+    dice = random.Random(0)
+    for n in (6, 15, 40):
+        hits = 0
+        for _ in range(2000):
+            _, low, high = timing.median_interval([dice.expovariate(1) for _ in range(n)])
+            hits += low <= math.log(2) <= high
+        assert 0.94 <= hits / 2000 <= 0.985
+
+
+def test_interval_of_few_values_is_their_range():
+    assert timing.median_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert timing.median_interval([float(k) for k in range(1, 7)]) == (3.5, 1.0, 6.0)
+    assert timing.median_interval([float(k) for k in range(1, 10)])[1:] == (2.0, 8.0)
+
+
+def test_verdicts():
+    assert timing.verdict(1.01, 1.2) == "faster"
+    assert timing.verdict(0.9, 1.2) == "no difference"
+    assert timing.verdict(0.8, 0.99) == "SLOWER"
+
+
+def test_contestants_take_turns_in_every_order(monkeypatch):
+    monkeypatch.setattr(timing, "settle", lambda: None)
+    monkeypatch.setattr(
+        timing, "_first_look", lambda call: 1.0
+    )  # long: one call a turn, none of them untimed
+    calls = []
+    seconds = timing.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, budget=0)
+    assert [len(values) for values in seconds.values()] == [timing.MIN_ROUNDS] * 3
+    rounds = {tuple(calls[k : k + 3]) for k in range(0, len(calls), 3)}
+    assert len(rounds) == 6
+
+
+def test_speedup_is_paired():
+    ours, theirs = [1.0, 10.0, 2.0, 4.0, 1.0, 3.0], [2.0, 20.0, 4.0, 8.0, 2.0, 6.0]
+    assert timing.speedup(ours, theirs) == (2.0, 2.0, 2.0)  # although both vary by a factor of ten
+
+
+# --- check
+
+
+def compare(value, torch_error=1e-6, truth=None, name="y"):
+    truth = torch.zeros(4, dtype=torch.float64) if truth is None else truth
+    return check.compare({name: value}, {name: torch_error}, {name: truth})
+
+
+def test_error_may_be_twice_that_of_torch_and_thrice_for_gradients():
+    room = 4 * torch.finfo(torch.float32).eps
+    for name, factor in (("y", 2), ("grad x", 3)):
+        assert compare(torch.full((4,), factor * 1e-6 + 0.9 * room), name=name).ok
+        assert not compare(torch.full((4,), factor * 1e-6 + 1.1 * room), name=name).ok
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3), torch.full((4,), math.nan), torch.full((4,), math.inf)])
+def test_wrong_shape_nan_and_inf_are_wrong(bad):
+    assert not compare(bad).ok
+
+
+def test_the_worst_output_is_the_one_that_counts():
+    truth = {"y": torch.zeros(2, dtype=torch.float64), "grad x": torch.zeros(2, dtype=torch.float64)}
+    value = {"y": torch.zeros(2), "grad x": torch.ones(2)}
+    worst = check.compare(value, dict.fromkeys(truth, 1e-6), truth)
+    assert worst.output == "grad x"
+    assert not worst.ok
+
+
+def test_a_missing_output_is_an_error():
+    with pytest.raises(ValueError, match="expected"):
+        check.compare({}, {}, {"y": torch.zeros(1)})
+
+
+# --- contestants
+
+
+FORWARD = [
+    {},
+    {"layers": 2, "bidirectional": True},
+    {"fill": 0.6},
+    {"fill": 0.6, "layers": 2, "bidirectional": True},
+    {"step": True, "T": 1},
+]
+
+
+@pytest.mark.parametrize("options", FORWARD, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@torch.no_grad()
+def test_onnxruntime_computes_what_torch_computes(cell, options):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    case = Case(**({"cell": cell, "T": 7, "B": 4, "I": 10, "H": 12} | options))
+    problem = contestants.make_problem(case)
+    theirs, ours = contestants.torch_contestant(problem), contestants.onnxruntime_contestant(problem)
+    expected = theirs.outputs(theirs.run())
+    got = ours.outputs(ours.run())
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_that_was_not_swapped_does_not_compete(monkeypatch):
+    monkeypatch.setattr("seqkernels.swap_", lambda model: None)
+    with pytest.raises(RuntimeError, match="compared with itself"):
+        contestants.seqkernels_contestant(contestants.make_problem(TINY))
+
+
+def test_a_training_case_checks_the_gradient_of_every_weight():
+    problem = contestants.make_problem(dataclasses.replace(TINY, mode="train"))
+    contestant = contestants.torch_contestant(problem)
+    names = contestant.outputs(contestant.run()).keys()
+    gradients = {"grad x"} | {f"grad {name}" for name, _ in problem.module.named_parameters()}
+    assert names == {"y", "hn", "cn"} | gradients
+
+
+# --- engine
+
+
+def wrong_by(error):
+    """seqkernels, but with one number off."""
+
+    def make(problem):
+        honest = contestants.torch_contestant(problem)
+
+        def outputs(result):
+            values = {name: value.clone() for name, value in honest.outputs(result).items()}
+            values["hn"].view(-1)[0] += error
+            return values
+
+        return Contestant(honest.run, outputs)
+
+    return make
+
+
+def off_by_one(problem):
+    honest = contestants.torch_contestant(problem)
+    return Contestant(honest.run, lambda result: {name: v + 1 for name, v in honest.outputs(result).items()})
+
+
+def run(makers, case=TINY):
+    rows = engine.run_case("test", case, budget=0.02, makers=makers)
+    return {row.contestant: row for row in rows}
+
+
+def speeds(row):
+    return [row.ms, row.gflops, row.peak_share, row.speedup, row.peak_mib]
+
+
+def test_no_speed_for_a_wrong_result():
+    rows = run({OURS: wrong_by(1e-3), TORCH: contestants.torch_contestant})
+    assert rows[OURS].check == "failed"
+    assert rows[OURS].output == "hn"
+    assert speeds(rows[OURS]) == [None] * 5
+    assert speeds(rows[TORCH]) == [None] * 5  # nothing to compare with
+
+
+def test_a_wrong_peer_is_left_out_and_the_others_are_timed():
+    rows = run({OURS: contestants.torch_contestant, TORCH: contestants.torch_contestant, ORT: wrong_by(1e-3)})
+    assert rows[ORT].check == "failed"
+    assert speeds(rows[ORT]) == [None] * 5
+    assert rows[TORCH].speedup_low <= rows[TORCH].speedup <= rows[TORCH].speedup_high
+    assert rows[OURS].ms > 0
+    assert rows[OURS].gflops == pytest.approx(TINY.flops / rows[OURS].ms / 1e6)
+
+
+def test_a_contestant_that_raises_is_an_error_with_its_message():
+    def broken(problem):
+        raise RuntimeError("no such kernel")
+
+    row = run({OURS: broken, TORCH: contestants.torch_contestant})[OURS]
+    assert (row.check, row.note) == ("error", "RuntimeError: no such kernel")
+    assert report.reason(row) == row.note
+
+
+def test_an_error_within_rounding_is_timed():
+    assert run({OURS: wrong_by(1e-8), TORCH: contestants.torch_contestant})[OURS].check == "ok"
+
+
+# --- memory
+
+
+def test_peak_memory_is_that_of_the_call():
+    case = Case(cell="rnn", T=500, B=16, I=8, H=512)
+    with memory.MemoryMeter() as meter:
+        peak, method = meter.peak(case, TORCH)
+        output = 4 * case.T * case.B * case.H
+        assert output <= peak <= 8 * output
+        if sys.platform == "linux":
+            assert method == memory.VMHWM
+        with pytest.raises(MemoryError, match="KeyError"):
+            meter.peak(case, "nobody")
+        assert meter.peak(case, TORCH)[0] >= output  # and the server lives on
+
+
+# --- report
+
+
+def made_up_rows(suite="quick"):
+    """A run of a whole suite without the waiting."""
+    rows = []
+    for number, (name, case) in enumerate(cases.select(suite)):
+        for contestant, ms in ((OURS, 1.0), (TORCH, 2.0), (ORT, 0.5)):
+            row = engine._empty_row(name, case, contestant)
+            rows.append(row)
+            if number == 1:
+                row.check, row.output, row.error, row.torch_error, row.allowed_error = (
+                    "failed",
+                    "hn",
+                    0.1,
+                    1e-7,
+                    1e-6,
+                )
+                continue
+            row.check, row.output, row.error, row.torch_error, row.allowed_error = "ok", "y", 2e-7, 1e-7, 1e-6
+            row.ms = row.ms_low = row.ms_high = ms + number / 8
+            row.rounds, row.gflops, row.peak_gflops, row.peak_share = 9, row.gflop / row.ms, 470.0, 0.5
+            row.peak_mib, row.memory_method = 12.0 * ms, memory.VMHWM
+            if contestant != OURS:
+                row.speedup, row.speedup_low, row.speedup_high = ms, 0.9 * ms, 1.1 * ms
+                row.verdict = timing.verdict(row.speedup_low, row.speedup_high)
+    return rows
+
+
+def made_up_report(suite="quick"):
+    environment = {"seqkernels": "9.9 (here)", "torch": "2.13.0", "onnxruntime": "1.0", "cpu": "Some <CPU>"}
+    environment |= {"isa active": "avx2", "torch threads": "2"}
+    rows = made_up_rows(suite)
+    planned = len(rows) // 3
+    return report.Report(environment, "seqkernels bench", "2026-01-01 00:00:00", 60.0, planned, rows)
+
+
+def test_summary_names_mean_worst_and_best():
+    torch_versus, ort_versus = report.versus(made_up_rows())
+    assert torch_versus.geomean == pytest.approx(2.0)
+    assert ort_versus.count("SLOWER") == len(SUITES["quick"]) - 1
+    rows = made_up_rows()
+    rows[1].speedup = 0.25
+    assert report.versus(rows)[0].worst is rows[1]
+
+
+@pytest.mark.parametrize("suite", ["quick", "packed"])
+def test_html_is_whole_and_needs_nothing_from_outside(tmp_path, suite):
+    pytest.importorskip("matplotlib")
+    run_report = made_up_report(suite)
+    page = report.write_html(run_report, tmp_path / "report.html").read_text(encoding="utf-8")
+    for rows in run_report.cases:
+        assert report.geometry(rows[0]) in page
+    assert page.count("<svg") == page.count("</svg>") >= 4
+    assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#[^"]*"', "", page))
+    assert "url(http" not in page
+    assert "Some &lt;CPU&gt;" in page
+    assert "#040404" not in page  # every stand-in colour became one of the page
+    assert "SLOWER" in page  # against the made-up ONNX Runtime
+    wrong_row = next(row for row in run_report.rows if row.check == "failed")
+    assert report.reason(wrong_row) in page
+
+
+def test_a_failed_case_shows_no_number_in_the_html(tmp_path):
+    pytest.importorskip("matplotlib")
+    page = report.write_html(made_up_report(), tmp_path / "report.html").read_text(encoding="utf-8")
+    failed = re.search(r"<tr><td>[^<]*</td>\s*<td colspan[^>]*>no speed[^<]*</td>\s*</tr>", page)
+    assert failed
+
+
+def test_pictures_of_nothing_are_nothing():
+    rows = [row for row in made_up_rows() if row.check == "failed"]
+    for picture in (plots.speedups, plots.shares, plots.memory, plots.tokens):
+        assert picture(rows) == ""
+    assert plots.errors(rows) != ""  # a wrong result shows how wrong it is
+    assert plots.errors([]) == ""
+
+
+def test_csv_and_json_hold_the_same_rows(tmp_path):
+    run_report = made_up_report()
+    with open(report.write_csv(run_report, tmp_path / "r.csv"), encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    content = json.loads(report.write_json(run_report, tmp_path / "r.json").read_text(encoding="utf-8"))
+    fields = [field.name for field in dataclasses.fields(engine.Row)]
+    assert list(lines[0]) == fields == list(content["rows"][0])
+    assert content["schema"] == report.SCHEMA
+    assert len(lines) == len(content["rows"]) == len(run_report.rows)
+    for line, row in zip(lines, content["rows"], strict=True):
+        assert line["case"] == row["case"]
+        assert line["ms"] == ("" if row["ms"] is None else str(row["ms"]))
+
+
+def test_changes_against_an_older_run():
+    def change(old, new):
+        return report.Change("case", old, new).verdict
+
+    assert change((1.0, 0.99, 1.01), (1.2, 1.1, 1.3)) == "FASTER"
+    assert change((1.0, 0.99, 1.01), (0.9, 0.8, 0.98)) == "SLOWER"
+    assert change((1.0, 0.99, 1.01), (1.0, 0.98, 1.02)) == "SAME"
+    assert change((1.0, 0.7, 1.4), (1.0, 0.98, 1.02)) == "UNSURE"
+    rows = made_up_rows()
+    old = {"schema": report.SCHEMA, "rows": [dataclasses.asdict(row) for row in rows]}
+    found = report.changes(old, rows)
+    assert len(found) == len(SUITES["quick"]) - 1  # not the failed one
+    with pytest.raises(ValueError, match="schema"):
+        report.changes({"schema": 0, "rows": []}, rows)
+
+
+# --- the command
+
+
+def arguments(folder, *more):
+    return ["--filter", "GRUCell", "--budget", "0.05", "--out", str(folder), *more]
+
+
+def test_the_whole_command(tmp_path, capsys):
+    assert main(arguments(tmp_path / "first")) == 0
+    out = capsys.readouterr().out
+    (case,) = [case for _, case in cases.select("quick", "GRUCell")]
+    assert case.title in out
+    assert "geomean" in out
+    assert {file.name for file in (tmp_path / "first").iterdir()} >= {"results.csv", "results.json"}
+    content = json.loads((tmp_path / "first" / "results.json").read_text(encoding="utf-8"))
+    ours = content["rows"][0]
+    assert (ours["contestant"], ours["case"], ours["check"]) == (OURS, case.name, "ok")
+    assert ours["ms"] > 0
+    assert ours["peak_gflops"] > 0
+    assert content["rows"][1]["speedup"] > 0
+
+    main(arguments(tmp_path / "second", "--compare", str(tmp_path / "first" / "results.json")))
+    assert re.search(r"(FASTER|SLOWER|SAME|UNSURE) .*GRUCell", capsys.readouterr().out)
+
+
+def test_a_wrong_result_makes_the_command_fail(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(contestants.CONTESTANTS, OURS, off_by_one)
+    assert main(arguments(tmp_path)) == 1
+    out = capsys.readouterr().out
+    assert "no speed" in out
+    assert "WRONG" in out
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    command_line = [sys.executable, "-m", "seqkernels", "bench", "--filter", "forward", "--budget", "0.05"]
+    process = subprocess.Popen(
+        [*command_line, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if "[1/" in line:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+            break
+    seen += process.stdout.read()
+    assert process.wait(timeout=60) == 130, seen
+    assert "interrupted" in seen
+    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    done = {row["case"] for row in content["rows"]}
+    assert 1 <= len(done) < content["cases_planned"]
+    assert all(row["check"] == "ok" for row in content["rows"])
+
+
+def test_without_the_extra_packages(tmp_path, capsys, monkeypatch):
+    def find_spec(name):
+        return None
+
+    monkeypatch.setattr(report, "find_spec", find_spec)
+    monkeypatch.setattr(contestants, "find_spec", find_spec)
+    assert main(arguments(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.json"}
+    assert 'pip install "seqkernels[bench]"' in out
+    assert "report.html" in out
+
+
+def test_an_empty_choice_says_so(capsys):
+    assert main(["--filter", "transformer"]) == 2
+    assert "transformer" in capsys.readouterr().out
+    assert main(["--list", "--suite", "all"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(cases.select("all"))
+
+
+@pytest.mark.parametrize("bad", [["--threads", "0"], ["--budget", "-1"], ["--suite", "everything"]])
+def test_bad_arguments(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.parse(bad)
+    assert stop.value.code == 2
+    assert bad[0] in capsys.readouterr().err
+
+
+# --- selftest
+
+
+def test_selftest_passes_and_names_every_instruction_set(capsys):
+    from seqkernels import _kernels
+
+    before = torch.ops.seqkernels.get_isa()
+    assert selftest.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{isa} ", out, re.MULTILINE) for isa in _kernels.supported_isas())
+    assert "all right" in out
+    assert torch.ops.seqkernels.get_isa() == before
+
+
+def test_selftest_finds_a_broken_kernel(capsys, monkeypatch):
+    monkeypatch.setattr(selftest, "DTYPES", ("float32",))
+    monkeypatch.setattr(selftest, "seqkernels_contestant", off_by_one)
+    assert selftest.main([]) == 1
+    assert "WRONG" in capsys.readouterr().out
