@@ -43,7 +43,7 @@ class Recurrent(RNNBase):
         raise AssertionError("a subclass says which cell")
 
     def _why_torch(self, input: Tensor | PackedSequence, states: States | None, extras: bool) -> str | None:
-        """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit together."""
+        """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit."""
         self._update_flat_weights()
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, self._flat_weights[0]
@@ -181,20 +181,17 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
             pass  # the rest finds out why, and what to do
     if reason := support.why_torch(input):
         return leave_to_torch(cell, input, hx, reason)
+    count = 2 if isinstance(cell, torch.nn.LSTMCell) else 1
     unbatched = input.dim() == 1
     x = input.unsqueeze(0) if unbatched else input
     if states is None:
-        states = [x.new_zeros(x.size(0), cell.hidden_size)] * (
-            2 if isinstance(cell, torch.nn.LSTMCell) else 1
-        )
+        states = [x.new_zeros(x.size(0), cell.hidden_size)] * count
     elif unbatched:
         states = [s.unsqueeze(0) for s in states]
     weights, out_dtype = _cell_weights(cell), x.dtype
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         dtype = out_dtype = torch.get_autocast_dtype("cpu")
-        if not isinstance(
-            cell, torch.nn.RNNCell
-        ):  # torch blends the old state, of its own dtype, into the new one
+        if not isinstance(cell, torch.nn.RNNCell):  # there torch blends the old state into the new one
             out_dtype = torch.promote_types(dtype, states[-1].dtype)
         x, states = x.to(dtype), [s.to(dtype) for s in states]
         weights = [None if w is None else w.to(dtype) for w in weights]
@@ -203,8 +200,8 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     except (RuntimeError, TypeError) as error:
         refusal = str(error)
     else:
-        finish = lambda s: (s.squeeze(0) if unbatched else s).to(out_dtype)
-        return tuple(map(finish, new)) if isinstance(new, tuple) else finish(new)
+        new = [(s.squeeze(0) if unbatched else s).to(out_dtype) for s in (new if count == 2 else (new,))]
+        return tuple(new) if count == 2 else new[0]
     return leave_to_torch(cell, input, hx, refusal)
 
 

@@ -49,6 +49,7 @@ def lstm_cell(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step: x [B,I], h and c [B,H] -> h', c'."""
+    c = c.view_as(c) if c is h else c  # dynamo wants the inputs of a Function distinct
     if ag.needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh))[:2]
     return _cell_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]
