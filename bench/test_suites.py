@@ -1,10 +1,10 @@
 """The cases of `seqkernels bench` for pytest-benchmark, as a gate against getting slower:
 
-    pytest bench -k "train and seqkernels" --benchmark-save=before
-    pytest bench -k "train and seqkernels" --benchmark-compare --benchmark-compare-fail=median:5%
+    pytest bench -k train-seqkernels --benchmark-save=before
+    pytest bench -k train-seqkernels --benchmark-compare --benchmark-compare-fail=median:5%
 
-Names are <suite>-<contestant>-<case>. To compare with torch and ONNX Runtime use `seqkernels bench`, which calls
-them all in turn; here each runs by itself, and a machine that slows down in between is unfair to somebody.
+Names are <suite>-<contestant>-<case>. To compare with torch and ONNX Runtime use `seqkernels bench`, which
+calls them all in turn; here each runs alone, and a machine that slows down in between is unfair to somebody.
 """
 
 import pytest

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
+from torch import Tensor
 
 import seqkernels
 from seqkernels import _kernels
@@ -24,9 +26,7 @@ from seqkernels.bench.contestants import (
     torch_contestant,
 )
 
-ROOM = (
-    2  # rounding differs from machine to machine, torch's too; a broken kernel is off by far more than that
-)
+ROOM = 2  # rounding differs between machines, torch's too; a broken kernel is off by far more than that
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -45,20 +45,26 @@ def cases(cell: str, dtype: str) -> list[Case]:
 def check(cell: str, dtype: str) -> Iterator[tuple[Case, Comparison]]:
     for case in cases(cell, dtype):
         with torch.set_grad_enabled(case.mode == "train"):
-            problem = make_problem(case)
-            truth = result(torch_contestant(problem.to(torch.float64)))
-            yield case, compare(result(seqkernels_contestant(problem)), yardstick(problem), truth)
+            problem, truth, torch_errors = reference(case)
+            yield case, compare(result(seqkernels_contestant(problem)), torch_errors, truth)
 
 
-def yardstick(problem: Problem) -> dict[str, float]:
-    """The error of torch. In float64, whose truth nobody here knows, it is that in float32, scaled."""
-    judged = problem.to(torch.float32) if problem.case.dtype == "float64" else problem
-    truth = result(torch_contestant(judged.to(torch.float64)))
-    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if judged is not problem else 1
-    return {name: scale * error for name, error in errors(result(torch_contestant(judged)), truth).items()}
+@cache  # the same for every instruction set
+def reference(case: Case) -> tuple[Problem, dict[str, Tensor], dict[str, float]]:
+    """The problem, its solution in float64, and the error that torch makes."""
+    problem = make_problem(case)
+    truth = result(torch_contestant(problem.to(torch.float64)))
+    if case.dtype != "float64":
+        return problem, truth, errors(result(torch_contestant(problem)), truth)
+    # Nobody here knows the truth of float64: take the error of torch in float32, scaled.
+    single = problem.to(torch.float32)
+    single_truth = result(torch_contestant(single.to(torch.float64)))
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    single_errors = errors(result(torch_contestant(single)), single_truth)
+    return problem, truth, {name: scale * error for name, error in single_errors.items()}
 
 
-def result(contestant: Contestant) -> dict[str, torch.Tensor]:
+def result(contestant: Contestant) -> dict[str, Tensor]:
     return contestant.outputs(contestant.run())
 
 
