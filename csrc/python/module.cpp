@@ -1,6 +1,7 @@
 // seqkernels._kernels: what tests and reports need of the kernels without torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <stdexcept>

@@ -1,4 +1,9 @@
 // GRU gate arithmetic, linear before reset.
+#pragma once
+
+#include "layer_bwd.inl.h"
+#include "layer_fwd.inl.h"
+#include "math.inl.h"
 
 struct Gru {
   using FwdParams = GruFwdParams;

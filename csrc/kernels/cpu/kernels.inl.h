@@ -1,17 +1,9 @@
 // The body of every ISA file: included inside its anonymous namespace, so that each instruction set has its
 // own copies.
 
-#include "gemm.inl.h"
 #include "gru.inl.h"
-#include "layer_bwd.inl.h"
-#include "layer_fwd.inl.h"
 #include "lstm.inl.h"
-#include "math.inl.h"
 #include "rnn.inl.h"
-#include "sequence.inl.h"
-#include "team.inl.h"
-#include "vec.h"
-#include "weights.inl.h"
 
 // 24 independent chains of multiply-adds in AVX-512 registers (12 elsewhere), as many as a tile has
 // accumulators: more than enough for two units of 4 cycles latency. Returns the flops done.

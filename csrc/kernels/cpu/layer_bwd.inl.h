@@ -6,6 +6,9 @@
 // and by gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk). So dG never exists for
 // the whole sequence, each weight gradient has one owner (no atomics, no copies: same bits every time), and
 // the barriers are two a chunk.
+#pragma once
+
+#include "layer_fwd.inl.h"
 
 // What a cell's backward epilogue works on: a block of `units` columns for `rows` rows of one step.
 template <class S>
@@ -118,7 +121,10 @@ struct LayerBwd {
     everyone = a.take<Barrier>(1);
     direction_barriers = a.take<Barrier>(2);
     row_barriers = a.take<Barrier>(2 * team);
-    local_size = chunk_tokens * NR<T>;  // one panel of dx
+    // One panel of dx, or one gate's share of dG (or dh) in tiles.
+    const int64_t gate_rows = H > P ? H : P;
+    local_size = tiles_size(gate_rows, chunk_tokens) + padded(gate_rows);
+    if (local_size < chunk_tokens * NR<T>) local_size = chunk_tokens * NR<T>;
     const int64_t rebuild_size = kRebuildTokens * (I + P + 2 * kLanes<T> + (G + 3) * NR<T>);
     if (rebuild && local_size < rebuild_size) local_size = rebuild_size;
     local = a.take<T>(team * local_size);
@@ -454,45 +460,34 @@ struct LayerBwd {
           store(dx + b * f.I + i, load(local + b * NR<T> + i), w - i);
     }
 
-    // dW += dG^T [x | h_{t-1}] for this thread's gate rows, db += dG summed over tokens.
+    // dW += dG^T [x | h_{t-1}] and db += dG summed over tokens, for this thread's gate rows.
     void weight_gradients() const {
-      const int64_t m = chunk_size();
       for (int64_t n = n0, end; n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
         end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
-        const T *dG_in = f.dG[d] + Cell::kInputSlot[g] * f.H + u,
-                *dG_rec = f.dG[d] + Cell::kRecurrentSlot[g] * f.H + u;
-        outer(end - n, m, dG_in, f.ldG, f.x_panels[d], f.I, f.dw_ih[d] + n * f.padded(f.I));
-        outer(end - n, m, dG_rec, f.ldG, f.h_panels[d], f.P, f.dw_hh[d] + n * f.padded(f.P));
-        bias_gradient(Cell::kInputSlot[g] * f.H + u, end - n, m);
-        if (Cell::kRecurrentSlot[g] != Cell::kInputSlot[g])
-          bias_gradient(Cell::kRecurrentSlot[g] * f.H + u, end - n, m);
+        const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
+        pack_gate(in, u, end - n);
+        outer(end - n, f.x_panels[d], f.I, f.dw_ih[d] + n * f.padded(f.I));
+        if (rec != in) pack_gate(rec, u, end - n);
+        outer(end - n, f.h_panels[d], f.P, f.dw_hh[d] + n * f.padded(f.P));
       }
       if (!f.projected || q0 == q1) return;
-      const T* m_rows = f.m_chunk[d];
-      for (int64_t j = 0; j < blocks(f.H); j++) {
-        T* to = f.dw_hr[d] + q0 * f.padded(f.H) + j * NR<T>;
-        gemm_panel<true>(q1 - q0, f.weights.proj.width(j), m, f.dh_chunk[d] + q0, f.ldh, m_rows + j * NR<T>,
-                         f.ldcell, first_chunk ? nullptr : to, f.padded(f.H), to, f.padded(f.H));
-      }
+      const int64_t m = chunk_size();
+      pack_tiles(q1 - q0, m, f.dh_chunk[d] + q0, f.ldh, local, false, local + tiles_size(q1 - q0, m));
+      for (int64_t j = 0; j < blocks(f.H); j++)
+        gemm_tiles(q1 - q0, f.weights.proj.width(j), m, local, f.m_chunk[d] + j * NR<T>, f.ldcell,
+                   !first_chunk, f.dw_hr[d] + q0 * f.padded(f.H) + j * NR<T>, f.padded(f.H));
     }
-    void outer(int64_t n, int64_t m, const T* dG, int64_t ldG, const T* panels, int64_t columns,
-               T* dw) const {
-      const Panels<T> shape{columns, m};
+    void pack_gate(int slot, int64_t u, int64_t n) const {
+      const int64_t column = slot * f.H + u;
+      pack_tiles(n, chunk_size(), f.dG[d] + column, f.ldG, local, !first_chunk, f.db[d] + column);
+    }
+    void outer(int64_t n, const T* panels, int64_t columns, T* dw) const {
+      const Panels<T> shape{columns, chunk_size()};
       const int64_t ld = f.padded(columns);
-      for (int64_t j = 0; j < shape.count(); j++) {
-        T* to = dw + j * NR<T>;
-        gemm_panel<true>(n, shape.width(j), m, dG, ldG, panels + shape.offset(j), shape.width(j),
-                         first_chunk ? nullptr : to, ld, to, ld);
-      }
-    }
-    void bias_gradient(int64_t column, int64_t n, int64_t m) const {
-      T* to = f.db[d] + column;
-      for (int64_t i = 0; i < n; i += kLanes<T>) {
-        Vec<T> sum = first_chunk ? Vec<T>{} : load(to + i, n - i);
-        for (int64_t row = 0; row < m; row++) sum += load(f.dG[d] + row * f.ldG + column + i, n - i);
-        store(to + i, sum, n - i);
-      }
+      for (int64_t j = 0; j < shape.count(); j++)
+        gemm_tiles(n, shape.width(j), shape.K, local, panels + shape.offset(j), shape.width(j), !first_chunk,
+                   dw + j * NR<T>, ld);
     }
 
     // Sums into the caller's tensors, each by the thread that owns it.

@@ -6,6 +6,12 @@
 // L1. The state h lives in two buffers that take turns, so one barrier a step (among the threads that share
 // rows) is enough; threads that own whole rows never wait. Weight traffic per step is the panels of the own
 // units; see step_cycles for what that costs.
+#pragma once
+
+#include "gemm.inl.h"
+#include "sequence.inl.h"
+#include "team.inl.h"
+#include "weights.inl.h"
 
 // What a cell's epilogue works on: a block of `units` columns for `rows` rows that are consecutive tokens of
 // one step.

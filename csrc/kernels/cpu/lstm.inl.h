@@ -1,4 +1,9 @@
 // LSTM gate arithmetic.
+#pragma once
+
+#include "layer_bwd.inl.h"
+#include "layer_fwd.inl.h"
+#include "math.inl.h"
 
 struct Lstm {
   using FwdParams = LstmFwdParams;

@@ -1,4 +1,9 @@
 // Elman RNN arithmetic.
+#pragma once
+
+#include "layer_bwd.inl.h"
+#include "layer_fwd.inl.h"
+#include "math.inl.h"
 
 struct Rnn {
   using FwdParams = RnnFwdParams;

@@ -1,4 +1,8 @@
 // Where tokens lie, and how a layer is divided among threads: what forward and backward have in common.
+#pragma once
+
+#include "gemm.inl.h"
+#include "team.inl.h"
 
 // Rows and tokens of each step; dense and packed sequences look the same from here on.
 struct Sequence {
@@ -49,11 +53,13 @@ static double step_cycles(int64_t rows, int64_t units, int64_t K, int G, bool ba
   if (rows == 0) return barrier ? 1000 : 0;
   const double panels = double(G) * round_up(units, kLanes<T>) / NR<T>, tiles = double((rows + MR - 1) / MR);
   const double bytes = panels * NR<T> * K * sizeof(T);
-  const double bandwidth = bytes <= (24 << 10) ? 128 : bytes <= (1 << 20) ? 40 : 10;
+  const double bandwidth = bytes <= (24 << 10)    ? 128
+                           : bytes <= (512 << 10) ? 40
+                           : bytes <= (2 << 20)   ? 14
+                                                  : 5;
   const double fma = double(rows), loads = (2 * tiles + rows) / 2,
                traffic = 2 * SEQKERNELS_VEC_BYTES / bandwidth;
-  double k = fma > loads ? fma : loads;
-  if (traffic > k) k = traffic;
+  const double busy = fma > loads ? fma : loads, k = (busy > traffic ? busy : traffic) + 0.15 * traffic;
   return panels * K * k + 15.0 * G * rows * units / kLanes<T> + (barrier ? 1000 : 0);
 }
 

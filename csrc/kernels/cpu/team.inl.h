@@ -1,4 +1,7 @@
 // Threads of one kernel call: who they are, how they wait for each other, what memory they share.
+#pragma once
+
+#include "gemm.inl.h"
 
 // Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. After 20,000 turns
 // (some 100 us: more threads than cores) it yields. One cache line for arrivals, one for the release.

@@ -2,6 +2,7 @@
 // of SEQKERNELS_VEC_BYTES (16 SSE2 and NEON, 32 AVX2, 64 AVX-512). Operators are the language's; a * b + c
 // contracts to FMA. Included inside the anonymous namespace of an ISA file, so that no AVX-512 copy of an
 // inline function can leak out.
+#pragma once
 
 template <class T>
 struct VecOf {
@@ -14,7 +15,7 @@ template <class T>
 constexpr int kLanes = SEQKERNELS_VEC_BYTES / sizeof(T);
 
 #define SEQ_INLINE static inline __attribute__((always_inline))
-#define SEQ_UNROLL _Pragma("GCC unroll 16")
+#define SEQ_UNROLL _Pragma("GCC unroll 32")
 
 struct bf16 {
   uint16_t bits;

@@ -1,5 +1,10 @@
 // Weights of one layer as the kernels read them: panels of NR units for the forward products, and of NR
 // inputs for the backward products, where the sum runs over the gates.
+#pragma once
+
+#include "gemm.inl.h"
+#include "sequence.inl.h"
+#include "team.inl.h"
 
 // Forward, one direction: G gates of w_ih [I, H], G gates of w_hh [P, H], w_hr [H, P]; the biases summed
 // where they may be.
