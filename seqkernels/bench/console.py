@@ -95,13 +95,15 @@ class Console:
         if not self.rich:
             yield Progress(self, cases, weights)
             return
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = [SpinnerColumn(), BarColumn(), TextColumn("{task.fields[done]}/{task.fields[cases]}")]
-        columns += [TextColumn("{task.description}"), TimeRemainingColumn()]
-        # The estimate looks at the last ten minutes: cases are slow and few.
-        with Bar(*columns, console=self.rich, transient=True, speed_estimate_period=600) as bar:
+        columns = [BarColumn(), TextColumn("{task.fields[done]}/{task.fields[cases]}"), TimeRemainingColumn()]
+        columns += [TextColumn("left, now {task.description}")]
+        # Drawn only between cases: a thread that draws would take time from what is measured. The estimate
+        # looks at the last ten minutes, because cases are slow and few.
+        options = {"auto_refresh": False, "transient": True, "speed_estimate_period": 600}
+        with Bar(*columns, console=self.rich, **options) as bar:
             yield Progress(self, cases, weights, bar)
 
     def header(self, report: Report) -> None:
@@ -151,6 +153,7 @@ class Progress:
         console.print(head(self.width))
         if bar:
             self.task = bar.add_task(cases[0].name, total=sum(weights), done=0, cases=len(cases))
+            bar.refresh()
 
     def case_done(self, rows: list[Row]) -> None:
         if title(rows[0]) != self.title:
@@ -161,8 +164,8 @@ class Progress:
         if self.bar:
             following = self.cases[self.done].name if self.done < len(self.cases) else ""
             advance = self.weights[self.done - 1]
-            self.bar.update(self.task, advance=advance, description=following, done=self.done)
             self.console.print(text, COLOURS.get(verdict))
+            self.bar.update(self.task, advance=advance, description=following, done=self.done, refresh=True)
         else:
             self.console.print(f"{text}  [{self.done}/{len(self.cases)}{self._left()}]")
 
