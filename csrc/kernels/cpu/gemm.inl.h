@@ -202,3 +202,46 @@ static void pack_tiles(int64_t M, int64_t K, const T* a, int64_t lda, T* out, bo
     for (int64_t m = 0; m < M; m += W)
       store(sums + m, load(sums + m, M - m) + load(a + k * lda + m, M - m), M - m);
 }
+
+// Direct products
+// -------------------------------------------------------------------------------------------------- For a
+// handful of tokens packing would cost more than the product (about as much as 16 tokens), so weights are
+// read as torch keeps them: W dot products along the rows of w at once, W sums by a tree of interleaved
+// additions.
+
+// acc[r] += w[r][:] x, rows ldw apart; rows at and beyond n repeat the last one.
+template <class T, class S>
+SEQ_INLINE void dot_rows(const S* w, int64_t ldw, int64_t n, const T* x, int64_t K,
+                         Vec<T> (&acc)[kLanes<T>]) {
+  constexpr int W = kLanes<T>, kGroup = W < 8 ? W : 8;
+  for (int r0 = 0; r0 < W; r0 += kGroup) {
+    const S* row[kGroup];
+    for (int r = 0; r < kGroup; r++) row[r] = w + (r0 + r < n ? r0 + r : n - 1) * ldw;
+    Vec<T> sum[kGroup];
+    SEQ_UNROLL for (int r = 0; r < kGroup; r++) sum[r] = acc[r0 + r];
+    int64_t k = 0;
+    for (; k + W <= K; k += W) {
+      const Vec<T> v = load(x + k);
+      SEQ_UNROLL for (int r = 0; r < kGroup; r++) sum[r] += v * load(row[r] + k);
+    }
+    if (k < K) {
+      const Vec<T> v = load(x + k, K - k);
+      for (int r = 0; r < kGroup; r++) sum[r] += v * load(row[r] + k, K - k);
+    }
+    SEQ_UNROLL for (int r = 0; r < kGroup; r++) acc[r0 + r] = sum[r];
+  }
+}
+
+// Lane r of the result is the sum over the lanes of v[r].
+template <class T>
+SEQ_INLINE Vec<T> sum_lanes(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  SEQ_UNROLL for (int n = W; n > 1; n /= 2) {
+    SEQ_UNROLL for (int i = 0; i < n / 2; i++) {
+      Vec<T> lo, hi;
+      interleave<T>(v[i], v[i + n / 2], lo, hi, std::make_integer_sequence<int, W>{});
+      v[i] = lo + hi;
+    }
+  }
+  return v[0];
+}

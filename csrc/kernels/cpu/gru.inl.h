@@ -14,7 +14,6 @@ struct Gru {
   static constexpr bool kCellState = false, kActivation = false;
   // Gate gradients lie in slots n, r, z, rn (= r times n's): W_ih meets the first three, W_hh the last three.
   static constexpr int kSlots = 4, kInputSlot[] = {1, 2, 0}, kRecurrentSlot[] = {1, 2, 3};
-  static constexpr int kFirstInput = 0, kFirstRecurrent = 1;
   static constexpr bool kDirect = true;  // h_t = ... + z h_{t-1}
 
   template <class S>

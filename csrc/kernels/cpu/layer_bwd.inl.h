@@ -43,7 +43,7 @@ struct LayerBwd {
   using T = Acc<S>;
   using Params = typename Cell::BwdParams;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
-  static constexpr int64_t kChunkTokens = 256, kRebuildTokens = 48;
+  static constexpr int64_t kChunkTokens = 256, kRebuildTokens = 48, kDirectTokens = 8;
 
   const Params& p;
   Sequence seq;
@@ -73,7 +73,7 @@ struct LayerBwd {
         P(p.P),
         B(p.B),
         D(p.D),
-        weights(params),
+        weights(params, seq.tokens <= kDirectTokens),
         forward(params),
         rebuild(Cell::kSaved > 0 && !p.gates),
         projected(weights.projected),
@@ -348,18 +348,13 @@ struct LayerBwd {
           epilogue(t, j, r0 + b, end - b, start, dy ? dy + b * f.D * f.P : nullptr);
         }
       rows_barrier->wait(sharing);
-      const T* dG = f.dG[d] + (row_of(t) + r0) * f.ldG + Cell::kFirstRecurrent * f.H;
-      for (int64_t k = k0; k < k1 && n > 0; k++)
-        gemm_into(n, f.weights.rec, k, dG, f.ldG, f.weights.recurrent(d, k), Cell::kDirect, dh, f.ldh);
+      const T* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
+      for (int64_t k = k0; k < k1 && n > 0; k++) {
+        T* to = dh + k * NR<T>;
+        f.weights.recurrent_product(d, k, n, dG, f.ldG, Cell::kDirect ? to : nullptr, to, f.ldh);
+      }
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
-    }
-
-    // C (+)= A panel, C wide enough for whole vectors.
-    void gemm_into(int64_t n, const Panels<T>& shape, int64_t j, const T* a, int64_t lda, const T* panel,
-                   bool add, T* c, int64_t ldc) const {
-      T* to = c + j * NR<T>;
-      gemm_panel(n, shape.width(j), shape.K, a, lda, panel, shape.width(j), add ? to : nullptr, ldc, to, ldc);
     }
 
     // dh of P columns, own ones summed and kept for dW_hr, becomes dm = dh W_hr of H columns.
@@ -374,8 +369,9 @@ struct LayerBwd {
           }
       rows_barrier->wait(sharing);
       for (int64_t j = j0; j < j1 && n > 0; j++)
-        gemm_into(n, f.weights.proj, j, chunk, f.ldh, f.weights.projection(d, j), false,
-                  f.dm[d] + r0 * f.ldcell, f.ldcell);
+        gemm_panel(n, f.weights.proj.width(j), f.P, chunk, f.ldh, f.weights.projection(d, j),
+                   f.weights.proj.width(j), static_cast<const T*>(nullptr), 0,
+                   f.dm[d] + r0 * f.ldcell + j * NR<T>, f.ldcell);
     }
 
     void epilogue(int64_t t, int64_t j, int64_t b, int64_t n, bool start, const S* dy) const {
@@ -433,28 +429,22 @@ struct LayerBwd {
       if (!p.dx) return;
       const int64_t m = chunk_size(), m0 = m * rank / group, n = m * (rank + 1) / group - m0;
       if (n == 0) return;
-      const Panels<T>& in = f.weights.in;
-      const T* dG = f.dG[d] + m0 * f.ldG + Cell::kFirstInput * f.H;
+      const T* dG = f.dG[d] + m0 * f.ldG;
       const int64_t token = seq.token(lo) + m0;
-      for (int64_t j = 0; j < in.count(); j++) {
-        const int64_t w = width(f.I, j), u = j * NR<T>;
-        if (d == 1) {
-          input_block(n, j, dG, f.dx_reverse + token * f.I + u, w);
-        } else {
-          input_block(n, j, dG, static_cast<S*>(p.dx) + token * f.I + u, w);
-        }
+      for (int64_t j = 0; j < blocks(f.I); j++) {
+        if (d == 1)
+          input_block(n, j, dG, f.dx_reverse + token * f.I + j * NR<T>);
+        else
+          input_block(n, j, dG, static_cast<S*>(p.dx) + token * f.I + j * NR<T>);
       }
     }
     template <class Out>
-    void input_block(int64_t n, int64_t j, const T* dG, Out* dx, int64_t w) const {
-      const Panels<T>& in = f.weights.in;
+    void input_block(int64_t n, int64_t j, const T* dG, Out* dx) const {
+      const int64_t w = width(f.I, j);
       if constexpr (sizeof(Out) == sizeof(T)) {
-        if (w % kLanes<T> == 0)
-          return gemm_panel(n, w, in.K, dG, f.ldG, f.weights.input(d, j), w, static_cast<const T*>(nullptr),
-                            0, dx, f.I);
+        if (w % kLanes<T> == 0) return f.weights.input_product(d, j, n, dG, f.ldG, dx, f.I);
       }
-      gemm_panel(n, in.width(j), in.K, dG, f.ldG, f.weights.input(d, j), in.width(j),
-                 static_cast<const T*>(nullptr), 0, local, NR<T>);
+      f.weights.input_product(d, j, n, dG, f.ldG, local, NR<T>);
       for (int64_t b = 0; b < n; b++)
         for (int64_t i = 0; i < w; i += kLanes<T>)
           store(dx + b * f.I + i, load(local + b * NR<T> + i), w - i);

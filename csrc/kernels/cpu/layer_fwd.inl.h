@@ -42,11 +42,12 @@ struct LayerFwd {
   using T = Acc<S>;
   using Params = typename Cell::FwdParams;
   static constexpr int G = Cell::kGates;
-  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 384 << 10;
+  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 384 << 10, kDirectTokens = 8;
 
   const Params& p;
   Sequence seq;
   const int64_t I, H, P, B;
+  const bool direct;  // few tokens: weights are read in place
   ForwardWeights<Cell, S> weights;
   int team;
 
@@ -65,7 +66,8 @@ struct LayerFwd {
         H(p.H),
         P(p.P),
         B(p.B),
-        weights(params),
+        direct(seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
+        weights(params, direct),
         team(1),
         ldh(round_up(P, 2 * kLanes<T>) + kLanes<T>),
         ldm(round_up(H, 2 * kLanes<T>) + kLanes<T>),
@@ -151,7 +153,7 @@ struct LayerFwd {
           X(layer.X + id * layer.x_size) {
       const int64_t fits = f.c_size / (G * width + kLanes<T>),
                     tokens = fits < kChunkTokens ? fits : kChunkTokens;
-      steps = R > 0 && tokens > R ? tokens / R : 1;
+      steps = R > 0 && tokens > R && !f.direct ? tokens / R : 1;
       by_block = steps == 1;
       gate = by_block ? NR<T> : width;
       ldc = G * gate + (by_block ? 0 : kLanes<T>);
@@ -244,6 +246,11 @@ struct LayerFwd {
       if (n > 0) {
         const T* h = state(s) + r0 * f.ldh;
         for (int64_t j = j0; j < j1; j++) {
+          if (f.direct) {
+            direct_products(s, t, n, j);
+            epilogue(s, t, n, j, C);
+            continue;
+          }
           if (by_block) project(t, t + 1, j, j + 1);
           T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
           const int64_t w = weights.rec.width(j);
@@ -263,6 +270,39 @@ struct LayerFwd {
       }
       if (p.resets && s + 1 < p.T) reset(s + 1);
       barrier->wait(sharing);
+    }
+
+    // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them.
+    void direct_products(int64_t s, int64_t t, int64_t n, int64_t j) {
+      constexpr int W = kLanes<T>;
+      const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
+      for (int64_t b = 0; b < n; b++) {
+        const S* x = seq.template x<S>(t, r0 + b);
+        const T* xs;
+        if constexpr (sizeof(S) == sizeof(T)) {
+          xs = x;
+        } else {
+          for (int64_t i = 0; i < f.I; i += W) store(X + i, load(x + i, f.I - i), f.I - i);
+          xs = X;
+        }
+        const T* h = state(s) + (r0 + b) * f.ldh;
+        for (int g = 0; g < G; g++) {
+          const bool split = g == Cell::kSplitGate;
+          for (int64_t u = j * NR<T>; u < j * NR<T> + weights.in.width(j); u += W) {
+            const int64_t row = g * f.H + u, i = u - j * NR<T>;
+            const T* bias = weights.bias[d] + g * weights.in.padded() + u;
+            Vec<T> acc[W] = {};
+            dot_rows(w_ih + row * f.I, f.I, f.H - u, xs, f.I, acc);
+            if (split) {
+              store(C + b * ldc + g * gate + i, load(bias) + sum_lanes<T>(acc));
+              for (int r = 0; r < W; r++) acc[r] = Vec<T>{};
+              bias = weights.q_bias[d] + u;
+            }
+            dot_rows(w_hh + row * f.P, f.P, f.H - u, h, f.P, acc);
+            store(split ? Q + b * NR<T> + i : C + b * ldc + g * gate + i, load(bias) + sum_lanes<T>(acc));
+          }
+        }
+      }
     }
 
     void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, const T* block) {

@@ -12,7 +12,6 @@ struct Lstm {
   static constexpr bool kCellState = true, kActivation = false;
   // Gate gradients lie in slots; both products read all four.
   static constexpr int kSlots = 4, kInputSlot[] = {0, 1, 2, 3}, kRecurrentSlot[] = {0, 1, 2, 3};
-  static constexpr int kFirstInput = 0, kFirstRecurrent = 0;
   static constexpr bool kDirect = false;  // h_{t-1} acts through W_hh only
 
   template <class S>

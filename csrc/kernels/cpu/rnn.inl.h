@@ -10,8 +10,7 @@ struct Rnn {
   using BwdParams = RnnBwdParams;
   static constexpr int kGates = 1, kSaved = 0, kSplitGate = -1;
   static constexpr bool kCellState = false, kActivation = true;
-  static constexpr int kSlots = 1, kInputSlot[] = {0}, kRecurrentSlot[] = {0}, kFirstInput = 0,
-                       kFirstRecurrent = 0;
+  static constexpr int kSlots = 1, kInputSlot[] = {0}, kRecurrentSlot[] = {0};
   static constexpr bool kDirect = false;
 
   template <class S>

@@ -14,16 +14,17 @@ struct ForwardWeights {
   static constexpr int G = Cell::kGates;
   const LayerParams& p;
   const int64_t H, I, P;
-  const bool projected;
+  const bool projected, in_place;  // in place: no panels, only the biases
   const Panels<T> in, rec, proj;
   T *panels[2], *bias[2], *q_bias[2];  // bias [G, padded H]; q_bias: b_hh of the gate that keeps it apart
 
-  explicit ForwardWeights(const LayerParams& params)
+  explicit ForwardWeights(const LayerParams& params, bool use_in_place = false)
       : p(params),
         H(p.H),
         I(p.I),
         P(p.P),
         projected(p.w[0].w_hr != nullptr),
+        in_place(use_in_place || p.packed),
         in{H, I},
         rec{H, P},
         proj{P, H} {}
@@ -37,7 +38,8 @@ struct ForwardWeights {
 
   void layout(Arena& a) {
     for (int d = 0; d < p.D; d++) {
-      panels[d] = p.packed ? const_cast<T*>(static_cast<const T*>(p.packed)) + d * size() : a.take<T>(size());
+      panels[d] = p.packed ? const_cast<T*>(static_cast<const T*>(p.packed)) + d * size()
+                           : a.take<T>(in_place ? 0 : size());
       bias[d] = a.take<T>(G * in.padded());
       q_bias[d] = a.take<T>(in.padded());
     }
@@ -45,7 +47,7 @@ struct ForwardWeights {
 
   // Share `rank` of `size`.
   void pack(int d, int rank, int size) const {
-    if (!p.packed) pack_panels(d, rank, size);
+    if (!in_place) pack_panels(d, rank, size);
     if (rank == 0) sum_biases(d);
   }
   // Neighbouring units go to one thread: with units split over all threads they are its own.
@@ -78,29 +80,35 @@ struct ForwardWeights {
 };
 
 // Backward, one direction: w_ih [G*H, I] and w_hh [G*H, P] with their rows in the order of the gate
-// gradients' slots, w_hr [P, H].
+// gradients' slots, w_hr [P, H]. For a handful of tokens w_ih and w_hh stay where they are: their rows
+// already are rows of B.
 template <class Cell, class S>
 struct BackwardWeights {
   using T = Acc<S>;
   static constexpr int G = Cell::kGates;
   const LayerParams& p;
-  const bool projected;
+  const bool projected, in_place;
   const Panels<T> in, rec, proj;
   T* panels[2];
 
-  explicit BackwardWeights(const LayerParams& params)
-      : p(params), projected(p.w[0].w_hr != nullptr), in{p.I, G * p.H}, rec{p.P, G * p.H}, proj{p.H, p.P} {}
+  BackwardWeights(const LayerParams& params, bool few_tokens)
+      : p(params),
+        projected(p.w[0].w_hr != nullptr),
+        in_place(few_tokens && !projected && sizeof(S) == sizeof(T) && p.I % kLanes<T> == 0 &&
+                 p.P % kLanes<T> == 0),
+        in{p.I, G * p.H},
+        rec{p.P, G * p.H},
+        proj{p.H, p.P} {}
 
   int64_t size() const { return in.size() + rec.size() + (projected ? proj.size() : 0); }
-  T* input(int d, int64_t j) const { return panels[d] + in.offset(j); }
-  T* recurrent(int d, int64_t j) const { return panels[d] + in.size() + rec.offset(j); }
   T* projection(int d, int64_t j) const { return panels[d] + in.size() + rec.size() + proj.offset(j); }
 
   void layout(Arena& a) {
-    for (int d = 0; d < p.D; d++) panels[d] = a.take<T>(size());
+    for (int d = 0; d < p.D; d++) panels[d] = a.take<T>(in_place ? 0 : size());
   }
 
   void pack(int d, int rank, int size) const {
+    if (in_place) return;
     const Weights<const void*>& w = p.w[d];
     pack_columns(static_cast<const S*>(w.w_ih), in, Cell::kInputSlot, panels[d], rank, size);
     pack_columns(static_cast<const S*>(w.w_hh), rec, Cell::kRecurrentSlot, panels[d] + in.size(), rank, size);
@@ -110,14 +118,37 @@ struct BackwardWeights {
         pack_row(static_cast<const S*>(w.w_hr) + k * proj.N + j * NR<T>, proj.N - j * NR<T>,
                  projection(d, j) + k * proj.width(j), proj.width(j));
   }
-  // Gate g's rows become the K range of its slot, counted from the first slot of this product.
-  void pack_columns(const S* w, Panels<T> shape, const int (&slot)[G], T* out, int rank, int size) const {
+  static constexpr int first_slot(const int (&slot)[G]) {
     int first = slot[0];
     for (int g = 1; g < G; g++) first = slot[g] < first ? slot[g] : first;
+    return first;
+  }
+  // Gate g's rows become the K range of its slot, counted from the first slot of this product.
+  void pack_columns(const S* w, Panels<T> shape, const int (&slot)[G], T* out, int rank, int size) const {
+    const int first = first_slot(slot);
     for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++)
       for (int g = 0; g < G; g++)
         for (int64_t u = 0; u < p.H; u++)
           pack_row(w + (g * p.H + u) * shape.N + j * NR<T>, shape.N - j * NR<T>,
                    out + shape.offset(j) + ((slot[g] - first) * p.H + u) * shape.width(j), shape.width(j));
+  }
+
+  // c = init + dG W_ih (or W_hh), the columns of block j. dG starts at slot 0.
+  void input_product(int d, int64_t j, int64_t n, const T* dG, int64_t ldG, T* c, int64_t ldc) const {
+    product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j, n, dG, ldG, nullptr, c, ldc);
+  }
+  void recurrent_product(int d, int64_t j, int64_t n, const T* dG, int64_t ldG, const T* init, T* c,
+                         int64_t ldc) const {
+    product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j, n, dG, ldG, init, c, ldc);
+  }
+  void product(const void* w, const Panels<T>& shape, const int (&slot)[G], const T* packed, int64_t j,
+               int64_t n, const T* dG, int64_t ldG, const T* init, T* c, int64_t ldc) const {
+    const int64_t width = shape.width(j), N = shape.N;
+    if (!in_place)
+      return gemm_panel(n, width, shape.K, dG + first_slot(slot) * p.H, ldG, packed + shape.offset(j), width,
+                        init, ldc, c, ldc);
+    const T* rows = static_cast<const T*>(w) + j * NR<T>;
+    for (int g = 0; g < G; g++)
+      gemm_panel(n, width, p.H, dG + slot[g] * p.H, ldG, rows + g * p.H * N, N, g ? c : init, ldc, c, ldc);
   }
 };
