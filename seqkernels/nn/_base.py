@@ -198,7 +198,7 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     try:
         new = op(x, *states, *(None if w is None else w.contiguous() for w in weights), *options)
     except (RuntimeError, TypeError) as error:
-        refusal = str(error)
+        refusal = str(error).rpartition("seqkernels::")[2]
     else:
         new = [(s.squeeze(0) if unbatched else s).to(out_dtype) for s in (new if count == 2 else (new,))]
         return tuple(new) if count == 2 else new[0]

@@ -36,6 +36,7 @@ def gru_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> Tensor:
     """One step: x [B,I], h [B,H] -> h'."""
+    x, h = x.contiguous(), h.contiguous()
     if ag.needs_grad(x, h, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh))[0]
     return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, False)[0]

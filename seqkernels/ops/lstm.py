@@ -50,6 +50,7 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step: x [B,I], h and c [B,H] -> h', c'."""
     c = c.view_as(c) if c is h else c  # dynamo wants the inputs of a Function distinct
+    x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
     if ag.needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh))[:2]
     return _cell_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]

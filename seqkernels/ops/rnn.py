@@ -44,6 +44,7 @@ def rnn_cell(
 ) -> Tensor:
     """One step: x [B,I], h [B,H] -> h'."""
     relu = _is_relu(nonlinearity)
+    x, h = x.contiguous(), h.contiguous()
     if ag.needs_grad(x, h, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh))
     return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, relu)

@@ -1,0 +1,35 @@
+"""Every test starts from the same seed, and every tensor that nobody has filled is full of NaN."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("deep", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error:seqkernels falls back")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nan_in_fresh_memory():
+    """In deterministic mode torch fills fresh tensors with NaN, in our ops too: what they forget shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old number comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

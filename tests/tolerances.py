@@ -1,0 +1,41 @@
+"""How exact is exact enough: at most k times as far from the truth as torch in the same dtype, plus a floor.
+
+The truth is computed in float64 from the same inputs, already rounded to the dtype under test.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FORWARD, GRADIENT = 2.0, 3.0
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """The largest deviation; infinite unless inf and nan stand where they stand in the truth."""
+    value = value.detach().double()
+    finite = truth.isfinite()
+    if value.shape != truth.shape or not torch.equal(value.isfinite(), finite):
+        return float("inf")
+    if not torch.equal(value[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5)):
+        return float("inf")
+    return (value - truth)[finite].abs().max().item() if finite.any() else 0.0
+
+
+def floor(dtype: torch.dtype, truth: Tensor) -> float:
+    largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+    return 4 * torch.finfo(dtype).eps * max(1.0, largest)
+
+
+def assert_as_exact(
+    ours: Mapping[str, Tensor], torchs: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Every tensor by name; those whose names begin with "grad" are gradients."""
+    assert ours.keys() == torchs.keys() == truth.keys()
+    for name, exact in truth.items():
+        k = GRADIENT if name.startswith("grad") else FORWARD
+        ours_error, torchs_error = error(ours[name], exact), error(torchs[name], exact)
+        allowed = k * torchs_error + floor(dtype, exact)
+        assert ours_error <= allowed, (
+            f"{name}: error {ours_error:.3g}, torch's {torchs_error:.3g}, allowed {allowed:.3g}"
+        )
