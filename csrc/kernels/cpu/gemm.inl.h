@@ -222,7 +222,11 @@ SEQ_INLINE void dot_rows(const S* w, int64_t ldw, int64_t n, const T* x, int64_t
     int64_t k = 0;
     for (; k + W <= K; k += W) {
       const Vec<T> v = load(x + k);
-      SEQ_UNROLL for (int r = 0; r < kGroup; r++) sum[r] += v * load(row[r] + k);
+      SEQ_UNROLL for (int r = 0; r < kGroup; r++) {
+        __builtin_prefetch(row[r] + k +
+                           kGroup * ldw);  // the rows after these: short rows end before hardware wakes up
+        sum[r] += v * load(row[r] + k);
+      }
     }
     if (k < K) {
       const Vec<T> v = load(x + k, K - k);

@@ -349,10 +349,7 @@ struct LayerBwd {
         }
       rows_barrier->wait(sharing);
       const T* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
-      for (int64_t k = k0; k < k1 && n > 0; k++) {
-        T* to = dh + k * NR<T>;
-        f.weights.recurrent_product(d, k, n, dG, f.ldG, Cell::kDirect ? to : nullptr, to, f.ldh);
-      }
+      if (n > 0) f.weights.recurrent_product(d, k0, k1, n, dG, f.ldG, Cell::kDirect, dh, f.ldh);
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
     }
@@ -431,23 +428,24 @@ struct LayerBwd {
       if (n == 0) return;
       const T* dG = f.dG[d] + m0 * f.ldG;
       const int64_t token = seq.token(lo) + m0;
-      for (int64_t j = 0; j < blocks(f.I); j++) {
-        if (d == 1)
-          input_block(n, j, dG, f.dx_reverse + token * f.I + j * NR<T>);
-        else
-          input_block(n, j, dG, static_cast<S*>(p.dx) + token * f.I + j * NR<T>);
-      }
+      if (d == 1)
+        input_rows(n, dG, f.dx_reverse + token * f.I);
+      else
+        input_rows(n, dG, static_cast<S*>(p.dx) + token * f.I);
     }
     template <class Out>
-    void input_block(int64_t n, int64_t j, const T* dG, Out* dx) const {
-      const int64_t w = width(f.I, j);
+    void input_rows(int64_t n, const T* dG, Out* dx) const {
       if constexpr (sizeof(Out) == sizeof(T)) {
-        if (w % kLanes<T> == 0) return f.weights.input_product(d, j, n, dG, f.ldG, dx, f.I);
+        if (f.I % kLanes<T> == 0) return f.weights.input_product(d, 0, blocks(f.I), n, dG, f.ldG, dx, f.I);
       }
-      f.weights.input_product(d, j, n, dG, f.ldG, local, NR<T>);
-      for (int64_t b = 0; b < n; b++)
-        for (int64_t i = 0; i < w; i += kLanes<T>)
-          store(dx + b * f.I + i, load(local + b * NR<T> + i), w - i);
+      for (int64_t j = 0; j < blocks(f.I); j++) {
+        T* block = local - j * NR<T>;  // column 0 of a matrix of which only this block exists
+        f.weights.input_product(d, j, j + 1, n, dG, f.ldG, block, NR<T>);
+        const int64_t w = width(f.I, j);
+        for (int64_t b = 0; b < n; b++)
+          for (int64_t i = 0; i < w; i += kLanes<T>)
+            store(dx + b * f.I + j * NR<T> + i, load(local + b * NR<T> + i), w - i);
+      }
     }
 
     // dW += dG^T [x | h_{t-1}] and db += dG summed over tokens, for this thread's gate rows.
@@ -501,10 +499,12 @@ struct LayerBwd {
           write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
         if (!f.in_place(f.P))
           write_row(f.dw_hh[d] + n * f.padded(f.P), static_cast<S*>(out.w_hh) + n * f.P, f.P);
-        if (!out.b_ih) continue;
+      }
+      for (int64_t n = n0, end; out.b_ih && n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
-        write_row(f.db[d] + Cell::kInputSlot[g] * f.H + u, static_cast<S*>(out.b_ih) + n, 1);
-        write_row(f.db[d] + Cell::kRecurrentSlot[g] * f.H + u, static_cast<S*>(out.b_hh) + n, 1);
+        end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
+        write_row(f.db[d] + Cell::kInputSlot[g] * f.H + u, static_cast<S*>(out.b_ih) + n, end - n);
+        write_row(f.db[d] + Cell::kRecurrentSlot[g] * f.H + u, static_cast<S*>(out.b_hh) + n, end - n);
       }
       if (f.projected && !f.in_place(f.H))
         for (int64_t q = q0; q < q1; q++)

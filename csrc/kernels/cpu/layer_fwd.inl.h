@@ -48,6 +48,7 @@ struct LayerFwd {
   Sequence seq;
   const int64_t I, H, P, B;
   const bool direct;  // few tokens: weights are read in place
+  const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
   int team;
 
@@ -55,8 +56,8 @@ struct LayerFwd {
   T *state[2], *m[2], *cell[2];
   Barrier *everyone, *row_barriers;
   // One of each per thread.
-  T *C, *Q, *X;
-  int64_t c_size, x_size;
+  T *C, *Q, *X, *block;
+  int64_t c_size, x_size, block_size;
   const int64_t ldh, ldm, ldcell;
 
   explicit LayerFwd(const Params& params)
@@ -67,7 +68,8 @@ struct LayerFwd {
         P(p.P),
         B(p.B),
         direct(seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
-        weights(params, direct),
+        once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
+        weights(params, direct || once),
         team(1),
         ldh(round_up(P, 2 * kLanes<T>) + kLanes<T>),
         ldm(round_up(H, 2 * kLanes<T>) + kLanes<T>),
@@ -89,6 +91,8 @@ struct LayerFwd {
     C = a.take<T>(team * c_size);
     Q = a.take<T>(team * B * NR<T>);
     X = a.take<T>(team * x_size);
+    block_size = once ? G * (I + P) * NR<T> : 0;
+    block = a.take<T>(team * block_size);
   }
 
   void prepare() {
@@ -98,7 +102,7 @@ struct LayerFwd {
   }
 
   void thread(int id, int size) {
-    const Plan plan = make_plan<T>(seq, size, G);
+    const Plan plan = make_plan<T>(seq, size, G, once);
     const int members = plan.per_direction();
     const int first = plan.concurrent == 2 ? id / (size / 2) : 0,
               rank = plan.concurrent == 2 ? id % (size / 2) : id;
@@ -126,7 +130,7 @@ struct LayerFwd {
     const int64_t u0, width;  // first unit, units (padded)
     const int sharing;        // threads that share these rows
     Barrier* barrier;
-    T *C, *Q, *X;
+    T *C, *Q, *X, *packed_block;
     int64_t steps;  // in a chunk
     bool by_block;  // a chunk is one step: project block by block, C holds one block
     int64_t ldc, gate;
@@ -150,7 +154,8 @@ struct LayerFwd {
           barrier(b),
           C(layer.C + id * layer.c_size),
           Q(layer.Q + id * layer.B * NR<T>),
-          X(layer.X + id * layer.x_size) {
+          X(layer.X + id * layer.x_size),
+          packed_block(layer.block + id * layer.block_size) {
       const int64_t fits = f.c_size / (G * width + kLanes<T>),
                     tokens = fits < kChunkTokens ? fits : kChunkTokens;
       steps = R > 0 && tokens > R && !f.direct ? tokens / R : 1;
@@ -160,6 +165,12 @@ struct LayerFwd {
     }
 
     T* state(int64_t step) const { return f.state[d] + (step & 1) * f.B * f.ldh; }
+    const T* input_panel(int g, int64_t j) const {
+      return f.once ? packed_block + g * f.I * NR<T> : weights.input(d, g, j);
+    }
+    const T* recurrent_panel(int g, int64_t j) const {
+      return f.once ? packed_block + (G * f.I + g * f.P) * NR<T> : weights.recurrent(d, g, j);
+    }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
 
     void run() {
@@ -236,7 +247,7 @@ struct LayerFwd {
     void project(int64_t ja, int64_t jb, int64_t n, const T* x, int64_t ldx, T* to, int64_t ld) {
       for (int64_t j = ja; j < jb; j++)
         for (int g = 0; g < G; g++)
-          gemm_panel(n, weights.in.width(j), f.I, x, ldx, weights.input(d, g, j), weights.in.width(j),
+          gemm_panel(n, weights.in.width(j), f.I, x, ldx, input_panel(g, j), weights.in.width(j),
                      weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0,
                      to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
     }
@@ -251,11 +262,14 @@ struct LayerFwd {
             epilogue(s, t, n, j, C);
             continue;
           }
+          for (int g = 0; f.once && g < G; g++)
+            weights.pack_block(d, g, j, packed_block + g * f.I * NR<T>,
+                               packed_block + (G * f.I + g * f.P) * NR<T>);
           if (by_block) project(t, t + 1, j, j + 1);
           T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
           const int64_t w = weights.rec.width(j);
           for (int g = 0; g < G; g++) {
-            const T* panel = weights.recurrent(d, g, j);
+            const T* panel = recurrent_panel(g, j);
             if (g == Cell::kSplitGate)
               gemm_panel(n, w, f.P, h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q, NR<T>);
             else

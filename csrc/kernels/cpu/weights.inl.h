@@ -53,17 +53,19 @@ struct ForwardWeights {
   // Neighbouring units go to one thread: with units split over all threads they are its own.
   void pack_panels(int d, int rank, int size) const {
     const Weights<const void*>& w = p.w[d];
-    const S *w_ih = static_cast<const S*>(w.w_ih), *w_hh = static_cast<const S*>(w.w_hh);
     for (int g = 0; g < G; g++) {
-      for (int64_t j = in.count() * rank / size; j < in.count() * (rank + 1) / size; j++) {
-        const int64_t row = g * H + j * NR<T>, rows = H - j * NR<T>;
-        pack_transposed(w_ih + row * I, I, rows, I, input(d, g, j), in.width(j));
-        pack_transposed(w_hh + row * P, P, rows, P, recurrent(d, g, j), rec.width(j));
-      }
+      for (int64_t j = in.count() * rank / size; j < in.count() * (rank + 1) / size; j++)
+        pack_block(d, g, j, input(d, g, j), recurrent(d, g, j));
     }
     for (int64_t j = rank; projected && j < proj.count(); j += size)
       pack_transposed(static_cast<const S*>(w.w_hr) + j * NR<T> * H, H, P - j * NR<T>, H, projection(d, j),
                       proj.width(j));
+  }
+  // Gate g of unit block j.
+  void pack_block(int d, int g, int64_t j, T* to_input, T* to_recurrent) const {
+    const int64_t row = g * H + j * NR<T>, rows = H - j * NR<T>;
+    pack_transposed(static_cast<const S*>(p.w[d].w_ih) + row * I, I, rows, I, to_input, in.width(j));
+    pack_transposed(static_cast<const S*>(p.w[d].w_hh) + row * P, P, rows, P, to_recurrent, rec.width(j));
   }
   void sum_biases(int d) const {
     const Weights<const void*>& w = p.w[d];
@@ -133,22 +135,36 @@ struct BackwardWeights {
                    out + shape.offset(j) + ((slot[g] - first) * p.H + u) * shape.width(j), shape.width(j));
   }
 
-  // c = init + dG W_ih (or W_hh), the columns of block j. dG starts at slot 0.
-  void input_product(int d, int64_t j, int64_t n, const T* dG, int64_t ldG, T* c, int64_t ldc) const {
-    product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j, n, dG, ldG, nullptr, c, ldc);
+  // c = init + dG W_ih (or W_hh) for the columns of blocks [j0, j1). dG starts at slot 0, c at column 0.
+  void input_product(int d, int64_t j0, int64_t j1, int64_t n, const T* dG, int64_t ldG, T* c,
+                     int64_t ldc) const {
+    product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j0, j1, n, dG, ldG, false, c, ldc);
   }
-  void recurrent_product(int d, int64_t j, int64_t n, const T* dG, int64_t ldG, const T* init, T* c,
+  void recurrent_product(int d, int64_t j0, int64_t j1, int64_t n, const T* dG, int64_t ldG, bool add, T* c,
                          int64_t ldc) const {
-    product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j, n, dG, ldG, init, c, ldc);
+    product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j0, j1, n, dG, ldG, add, c, ldc);
   }
-  void product(const void* w, const Panels<T>& shape, const int (&slot)[G], const T* packed, int64_t j,
-               int64_t n, const T* dG, int64_t ldG, const T* init, T* c, int64_t ldc) const {
-    const int64_t width = shape.width(j), N = shape.N;
-    if (!in_place)
-      return gemm_panel(n, width, shape.K, dG + first_slot(slot) * p.H, ldG, packed + shape.offset(j), width,
-                        init, ldc, c, ldc);
-    const T* rows = static_cast<const T*>(w) + j * NR<T>;
-    for (int g = 0; g < G; g++)
-      gemm_panel(n, width, p.H, dG + slot[g] * p.H, ldG, rows + g * p.H * N, N, g ? c : init, ldc, c, ldc);
+  void product(const void* w, const Panels<T>& shape, const int (&slot)[G], const T* packed, int64_t j0,
+               int64_t j1, int64_t n, const T* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
+    if (!in_place) {
+      for (int64_t j = j0; j < j1; j++) {
+        T* to = c + j * NR<T>;
+        gemm_panel(n, shape.width(j), shape.K, dG + first_slot(slot) * p.H, ldG, packed + shape.offset(j),
+                   shape.width(j), add ? to : nullptr, ldc, to, ldc);
+      }
+      return;
+    }
+    constexpr int64_t kRows = 32;  // of w at a time, all columns: memory is read in its own order
+    const int64_t N = shape.N;
+    for (int g = 0; g < G; g++) {
+      for (int64_t k = 0; k < p.H; k += kRows) {
+        const T* rows = static_cast<const T*>(w) + (g * p.H + k) * N;
+        for (int64_t j = j0; j < j1; j++) {
+          T* to = c + j * NR<T>;
+          gemm_panel(n, shape.width(j), p.H - k < kRows ? p.H - k : kRows, dG + slot[g] * p.H + k, ldG,
+                     rows + j * NR<T>, N, add || g || k ? to : nullptr, ldc, to, ldc);
+        }
+      }
+    }
   }
 };
