@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from .cases import SUITES, select
 from .console import Console
 from .contestants import OURS
 from .engine import run_cases
-from .report import Report, changes, missing_packages, write, wrong
+from .report import Report, changes, missing_packages, read_older, write, wrong
 
 EXTRAS = {
     "rich": "the progress bar and colours",
@@ -65,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(case.name for _, case in cases))
         return 0
-    older = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else None
+    try:
+        older = read_older(args.compare) if args.compare else None
+    except (OSError, ValueError) as error:  # before hours of measuring, not after
+        print(f"--compare {args.compare}: {error}")
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -75,14 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"seqkernels bench --suite {args.suite} --threads {torch.get_num_threads()} --budget {args.budget:g}"
     )
     command += f' --filter "{args.filter}"' if args.filter else ""
-    others = timing.busy()
-    environment = info.collect() | {
-        "other programs": "unknown" if others is None else f"{others:.0%} of the CPUs"
-    }
-    report = Report(environment, command, started, cases_planned=len(cases))
+    report = Report(info.collect(), command, started, cases_planned=len(cases), busy=timing.busy())
     console.header(report)
-    if others and others > 0.1:
-        console.print(f"other programs use {others:.0%} of the CPUs: expect wide intervals", "yellow")
     interrupted = False
     start = time.perf_counter()
     try:
@@ -93,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
     report.seconds = time.perf_counter() - start
+    report.busy = max(report.busy, timing.busy())
     report.changes = changes(older, report.rows) if older else None
     console.summary(report)
     console.changes(report)

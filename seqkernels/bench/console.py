@@ -111,10 +111,14 @@ class Console:
         words = [f"{name} {facts[name].split(' ')[0]}" for name in ("seqkernels", "torch", "onnxruntime")]
         words += [facts["cpu"], facts["isa active"], f"{facts['torch threads']} threads"]
         self.print(" · ".join(words))
+        if report.disturbed:
+            self.print(report.disturbed, "yellow")
         self.print()
 
     def summary(self, report: Report) -> None:
         self.print()
+        if report.disturbed:
+            self.print(report.disturbed, "yellow")
         if report.interrupted:
             self.print(f"interrupted: {len(report.cases)} of {report.cases_planned} cases", "yellow")
         for one in versus(report.rows):

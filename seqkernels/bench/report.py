@@ -27,6 +27,7 @@ class Report:
     started: str
     seconds: float = 0.0
     cases_planned: int = 0
+    busy: float = 0.0  # share of the CPUs that other programs used before or after
     rows: list[Row] = field(default_factory=list)
     changes: list[Change] | None = None  # against an older run
 
@@ -48,6 +49,14 @@ class Report:
     @property
     def peers(self) -> list[str]:
         return [one.peer for one in versus(self.rows)]
+
+    @property
+    def disturbed(self) -> str:
+        """A warning when the figures say more about other programs than about these."""
+        share = f"{self.busy:.0%} of the CPUs were busy with other programs"
+        return (
+            f"{share}: do not trust these times, run it again on a quiet machine" if self.busy > 0.1 else ""
+        )
 
     @property
     def interrupted(self) -> bool:
@@ -119,10 +128,16 @@ def typical_peaks(rows: Iterable[Row]) -> dict[str, float]:
     return {dtype: median(values) for dtype, values in peaks.items()}
 
 
+def read_older(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"expected a results.json of schema {SCHEMA}, got {schema}: make it anew")
+    return content
+
+
 def changes(old: Mapping[str, Any], rows: Iterable[Row]) -> list[Change]:
     """Compare with the contents of an older results.json, over the cases that both have."""
-    if old.get("schema") != SCHEMA:
-        raise ValueError(f"results.json of schema {old.get('schema')}, expected {SCHEMA}: make it anew")
     fields = ("speedup", "speedup_low", "speedup_high")
     before = {row["case"]: row for row in old["rows"] if row["contestant"] == TORCH and row["speedup"]}
     after = {row.case: row for row in rows if row.contestant == TORCH and row.speedup}
@@ -162,11 +177,17 @@ def write_json(report: Report, path: Path) -> Path:
         "seconds": round(report.seconds, 1),
         "command": report.command,
         "cases_planned": report.cases_planned,
+        "busy": round(report.busy, 3),
         "environment": dict(report.environment),
-        "rows": [dataclasses.asdict(row) for row in report.rows],
+        "rows": [dataclasses.asdict(row, dict_factory=_finite) for row in report.rows],
     }
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return path
+
+
+def _finite(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON has neither infinity nor nan, which the error of a wrong result may be."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in items}
 
 
 def write_html(report: Report, path: Path) -> Path:

@@ -71,8 +71,8 @@ def settle(longest: float = 0.05) -> None:
             return
 
 
-def busy(seconds: float = 0.3) -> float | None:
-    """The share of the CPU time used while this program waits; None where nobody tells (not Linux)."""
+def busy(seconds: float = 0.3) -> float:
+    """The share of the CPU time that others use while this program waits; 0 where no system tells."""
 
     def ticks() -> tuple[int, int]:
         with open("/proc/stat", encoding="ascii") as stat:
@@ -85,7 +85,7 @@ def busy(seconds: float = 0.3) -> float | None:
         used, idle = (after - earlier for after, earlier in zip(ticks(), before, strict=True))
         return used / max(1, used + idle)
     except OSError:
-        return None
+        return 0.0
 
 
 def _first_look(call: Callable[[], object]) -> float:
