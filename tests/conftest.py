@@ -13,6 +13,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:seqkernels falls back")
+    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
 
 
 @pytest.fixture(scope="session", autouse=True)
