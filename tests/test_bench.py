@@ -94,6 +94,8 @@ def test_verdicts():
     assert timing.verdict(1.01, 1.2) == "faster"
     assert timing.verdict(0.9, 1.2) == "no difference"
     assert timing.verdict(0.8, 0.99) == "SLOWER"
+    assert timing.verdict(1.1, 90.0) == timing.verdict(0.1, 9.0) == "unsure"
+    assert timing.verdict(0.1, 0.9) == "SLOWER"  # which no width excuses
 
 
 def test_contestants_take_turns_in_every_order(monkeypatch):
@@ -302,6 +304,15 @@ def made_up_report(suite="quick"):
     rows = made_up_rows(suite)
     planned = len(rows) // 3
     return report.Report(environment, "seqkernels bench", "2026-01-01 00:00:00", 60.0, planned, rows=rows)
+
+
+def test_an_unsure_case_does_not_count():
+    rows = made_up_rows()
+    rows[1].speedup, rows[1].verdict = 1000.0, "unsure"
+    one = report.versus(rows)[0]
+    assert one.geomean == pytest.approx(2.0)
+    assert (one.unsure, len(one.rows)) == (1, len(SUITES["quick"]) - 2)
+    assert report.versus([rows[1]]) == []
 
 
 def test_summary_names_mean_worst_and_best():

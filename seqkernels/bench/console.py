@@ -26,7 +26,13 @@ from .report import (
     wrong,
 )
 
-COLOURS = {"faster": "green", "no difference": "yellow", "SLOWER": "bold red", "failed": "bold red"}
+COLOURS = {
+    "faster": "green",
+    "no difference": "yellow",
+    "unsure": "yellow",
+    "SLOWER": "bold red",
+    "failed": "bold red",
+}
 
 
 def head(width: int) -> str:
@@ -68,7 +74,7 @@ def line(rows: list[Row], width: int) -> tuple[str, str]:
 def case_verdict(rows: list[Row]) -> str:
     """The least flattering of the verdicts, naming the contestant unless it holds against all."""
     judged = [row for row in rows if row.verdict]
-    for verdict in ("SLOWER", "no difference"):
+    for verdict in ("SLOWER", "unsure", "no difference"):
         names = [row.contestant for row in judged if row.verdict == verdict]
         if names:
             return verdict if len(names) == len(judged) else f"{verdict} ({', '.join(names)})"
@@ -123,11 +129,10 @@ class Console:
             self.print(f"interrupted: {len(report.cases)} of {report.cases_planned} cases", "yellow")
         for one in versus(report.rows):
             worst, best = one.worst, one.best
-            counts = f"{one.count('faster')} faster, {one.count('no difference')} no difference"
-            self.print(
-                f"against {one.peer}: geomean {one.geomean:.2f}x over {len(one.rows)} cases ({counts}, "
-                f"{one.count('SLOWER')} SLOWER)"
-            )
+            counts = [f"{one.count(word)} {word}" for word in ("faster", "no difference", "SLOWER")]
+            counts += [f"{one.unsure} unsure and not counted"] if one.unsure else []
+            cases = f"{len(one.rows)} cases ({', '.join(counts)})"
+            self.print(f"against {one.peer}: geomean {one.geomean:.2f}x over {cases}")
             self.print(f"  slowest {worst.speedup:.2f}x  {worst.case}")
             self.print(f"  fastest {best.speedup:.2f}x  {best.case}")
         bad = wrong(report.rows)

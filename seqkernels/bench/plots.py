@@ -54,7 +54,7 @@ def speedups(rows: list[Row]) -> str:
 
     def dress(axis: Any) -> None:
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}x"))
         axis.axvline(1, color=INK, linewidth=1)
 
     return _dots(rows, value, dress, "speed-up", (TORCH, ORT))

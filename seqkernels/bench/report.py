@@ -68,7 +68,8 @@ class Versus:
     """seqkernels against one other contestant."""
 
     peer: str
-    rows: list[Row]
+    rows: list[Row]  # with a speed-up that can be trusted
+    unsure: int  # how many more have none
 
     @property
     def geomean(self) -> float:
@@ -111,7 +112,8 @@ def versus(rows: Iterable[Row]) -> list[Versus]:
     for row in rows:
         if row.speedup is not None:
             peers.setdefault(row.contestant, []).append(row)
-    return [Versus(peer, peer_rows) for peer, peer_rows in peers.items()]
+    sure = {peer: [row for row in found if row.verdict != "unsure"] for peer, found in peers.items()}
+    return [Versus(peer, found, len(peers[peer]) - len(found)) for peer, found in sure.items() if found]
 
 
 def wrong(rows: Iterable[Row]) -> list[Row]:
@@ -193,7 +195,7 @@ def _finite(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def write_html(report: Report, path: Path) -> Path:
     import jinja2
 
-    from . import check, plots
+    from . import check, plots, timing
 
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -221,6 +223,7 @@ def write_html(report: Report, path: Path) -> Path:
         methods=sorted({row.memory_method for row in report.rows if row.memory_method}),
         plots=plots,
         check=check,
+        timing=timing,
         OURS=OURS,
         TORCH=TORCH,
         ORT=ORT,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 TURN_SECONDS = 300e-6  # a turn of a short call lasts at least so long
 WAKE_SECONDS = 20e-3  # below that, a turn starts with one untimed call that wakes threads and warms caches
 MIN_ROUNDS, MAX_ROUNDS = 6, 400  # with fewer than six rounds the median has no 95 % interval
+WIDE = 1.5  # an interval that spans such a factor says more about the machine than about anybody's speed
 NARROW = 0.02  # stop early once every speed-up's interval is narrower than this (relative)
 
 
@@ -36,7 +37,11 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 
 def verdict(low: float, high: float) -> str:
     """Words for the 95 % interval of a speed-up."""
-    return "faster" if low > 1 else "SLOWER" if high < 1 else "no difference"
+    if high < 1:
+        return "SLOWER"
+    if high > WIDE * low:
+        return "unsure"
+    return "faster" if low > 1 else "no difference"
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
@@ -79,6 +84,7 @@ def busy(seconds: float = 0.3) -> float:
             user, nice, system, idle, iowait, *_ = map(int, stat.readline().split()[1:])
         return user + nice + system, idle + iowait
 
+    settle()
     try:
         before = ticks()
         time.sleep(seconds)
