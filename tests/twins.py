@@ -1,12 +1,17 @@
 """A torch module, ours with the same weights and torch's in float64, run alike, with or without gradients."""
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import seqkernels
+from seqkernels import support
 
 KINDS = ("LSTM", "GRU", "RNN")
 Input = Tensor | PackedSequence
@@ -63,7 +68,15 @@ def run(module: nn.Module, x: Input, hx: tuple[Tensor, ...] | None = None, grad:
     return outputs | {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
-def truth(module: nn.Module, x: Input, hx: tuple[Tensor, ...] | None = None, grad: bool = False, **kwargs):
-    """`run` in float64 of a torch module with the same, already rounded weights and inputs."""
+def run_exactly(module: nn.Module, x: Input, hx: tuple[Tensor, ...] | None, grad: bool = False, **kwargs):
+    """`run` in float64 of the same module with the same, already rounded weights and inputs."""
     exact = copy.deepcopy(module).double()
     return run(exact, cast(x, torch.float64), None if hx is None else cast(hx, torch.float64), grad, **kwargs)
+
+
+@contextmanager
+def torch_instead() -> Iterator[None]:
+    """Our modules do all by torch's own, or by the reference where torch has no arguments for it."""
+    with mock.patch.object(support, "why_torch", return_value="a test wants it"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -27,7 +27,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def unit_last_stride(x: Tensor) -> Tensor:
     """The kernels walk time and batch by strides and read features as they lie: no copy of a transposed x."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
