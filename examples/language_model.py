@@ -149,7 +149,7 @@ def main() -> int:
     )
     parser.add_argument("--cell", choices=[*MODULES, "all"], default="lstm")
     parser.add_argument("--text", type=Path, help="a text file to learn from")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens per row and step (T)")
     parser.add_argument("--vocabulary", type=int, default=1000)
