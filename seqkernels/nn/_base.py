@@ -163,6 +163,10 @@ def leave_to_torch(
     module: RNNBase | RNNCellBase, input: Tensor | PackedSequence, hx, reason: str, extras: bool = False
 ):
     """Where arguments do not fit together torch raises, in its own words, or can make sense of them."""
+    if isinstance(input, PackedSequence):  # torch.nn.LSTM leaves this out and computes with what it gets
+        module.check_input(input.data, input.batch_sizes)
+        if hx is not None:
+            module.check_forward_args(input.data, hx, input.batch_sizes)
     result = module._torch.forward(module, input, hx)
     if extras:
         raise ValueError(

@@ -1,0 +1,515 @@
+"""LSTM, GRU and RNN are torch.nn's: constructors, parameters, results, errors, and all that users rely on."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.testing import assert_close
+from twins import KINDS, run, states, twins
+
+import seqkernels
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def outcome(function, *args, **kwargs):
+    """What a call does: its exception's type and text, or None."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def hx_of(module: nn.Module, hidden: tuple[torch.Tensor, ...]):
+    return hidden if module.mode == "LSTM" else hidden[0]
+
+
+# ---------------------------------------------------------------------------------------------- construction
+
+
+CONSTRUCTORS = [
+    ((3, 5), {"dropout": 1.5, "num_layers": 2}),
+    ((3, 5), {"dropout": -0.1}),
+    ((3, 5), {"dropout": True}),
+    ((3, 5), {"dropout": "0.5"}),
+    ((3, 5), {"bias": 1}),
+    ((3, 5), {"batch_first": "yes"}),
+    ((3.0, 5), {}),
+    ((3, 5.0), {}),
+    ((0, 5), {}),
+    ((3, 0), {}),
+    ((3, -1), {}),
+    ((3, 5), {"num_layers": 0}),
+    ((3, 5), {"proj_size": -1}),
+    ((3, 5), {"proj_size": 5}),
+    ((3, 5), {"proj_size": 2}),
+    ((3, 5), {"nonlinearity": "sigmoid"}),
+    ((3, 5, 1, "relu"), {}),
+    ((3, 5, 1, "sin"), {}),
+    ((3,), {}),
+    ((3, 5), {"unknown": 1}),
+]
+
+
+@kinds
+@pytest.mark.parametrize(("args", "kwargs"), CONSTRUCTORS, ids=str)
+def test_constructor_accepts_and_refuses_like_torch(kind, args, kwargs):
+    theirs = outcome(getattr(nn, kind), *args, **kwargs)
+    ours = outcome(getattr(seqkernels, kind), *args, **kwargs)
+    if theirs is not None and theirs[0] is TypeError and "__init__" in theirs[1]:
+        assert ours is not None
+        assert ours[0] is TypeError
+    else:
+        assert ours == theirs
+
+
+@kinds
+def test_constructor_positional(kind):
+    args = (3, 5, 2, "relu", False, True, 0.5, True) if kind == "RNN" else (3, 5, 2, False, True, 0.5, True)
+    ours, theirs = twins(kind, *args)
+    assert repr(ours) == repr(theirs)
+    for name in (
+        "mode",
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+    ):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+@kinds
+def test_warns_about_useless_dropout(kind):
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
+        getattr(seqkernels, kind)(3, 5, dropout=0.5)
+
+
+@kinds
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_are_torchs(kind, bias):
+    options = {"num_layers": 2, "bidirectional": True, "bias": bias} | (
+        {"proj_size": 2} if kind == "LSTM" else {}
+    )
+    parameters = []
+    for library in (seqkernels, nn):
+        torch.manual_seed(3)
+        parameters.append(getattr(library, kind)(3, 5, **options).state_dict())
+    ours, theirs = parameters
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+@kinds
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_results_and_strides_are_torchs(kind, batch_first, bidirectional):
+    ours, theirs = twins(kind, 6, 9, 2, batch_first=batch_first, bidirectional=bidirectional)
+    for x in (torch.randn(4, 7, 6), torch.randn(4, 6), torch.randn(4, 1, 6), torch.randn(1, 4, 6)):
+        batch = None if x.dim() == 2 else x.size(0 if batch_first else 1)
+        for hx in (None, states(ours, batch)):
+            result, expected = run(ours, x, hx, True), run(theirs, x, hx, True)
+            assert_close(result, expected)
+            for name in ("y", "h_n"):
+                assert result[name].stride() == expected[name].stride()
+
+
+@kinds
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_packed_sequences(kind, enforce_sorted, batch_first):
+    ours, theirs = twins(kind, 6, 9, 2, batch_first=batch_first, bidirectional=True)
+    lengths = [7, 5, 5, 1] if enforce_sorted else [2, 7, 1, 5]
+    x = pack_sequence([torch.randn(n, 6) for n in lengths], enforce_sorted)
+    for hx in (None, states(ours, 4)):
+        assert_close(run(ours, x, hx, True), run(theirs, x, hx, True))
+    output, expected = ours(x)[0], theirs(x)[0]
+    assert isinstance(output, PackedSequence)
+    for ours_index, theirs_index in zip(output[1:], expected[1:], strict=True):
+        assert ours_index is theirs_index or torch.equal(ours_index, theirs_index)
+    padded, padded_lengths = pad_packed_sequence(output, batch_first)
+    assert padded_lengths.tolist() == lengths
+    assert_close(padded, pad_packed_sequence(expected, batch_first)[0])
+
+
+@kinds
+def test_hx_in_any_form(kind):
+    ours, theirs = twins(kind, 6, 9)
+    x = torch.randn(5, 4, 6)
+    row = states(ours, 1)
+    expanded = tuple(s.expand(-1, 4, -1) for s in row)
+    apart = tuple(torch.stack([s, s], -1)[..., 0] for s in states(ours, 4))
+    for hidden in (expanded, apart):
+        assert not hidden[0].is_contiguous()
+        hx = hx_of(ours, hidden)
+        for form in (hx, list(hx)) if kind == "LSTM" else (hx,):
+            assert_close(ours(x, form), theirs(x, form))
+
+
+@kinds
+def test_expanded_and_sliced_inputs(kind):
+    ours, theirs = twins(kind, 6, 9)
+    base = torch.randn(10, 8, 12)
+    for x in (
+        base[:1, :, :6].expand(5, -1, -1),
+        base[::2, ::3, 1:7],
+        base[..., ::2],
+        base[0, 0, :6].expand(3, 2, 6),
+    ):
+        assert_close(run(ours, x.clone(), None, True), run(theirs, x.clone(), None, True))
+        assert_close(ours(x), theirs(x))
+
+
+@kinds
+def test_batch_of_zero_rows(kind):
+    ours, theirs = twins(kind, 6, 9, 2, bidirectional=True)
+    x = torch.randn(5, 0, 6)
+    assert_close(run(ours, x, states(ours, 0), True), run(theirs, x, states(ours, 0), True))
+    assert_close(run(ours, x), run(theirs, x))
+
+
+@kinds
+def test_more_steps_than_cudnn_can(kind):
+    ours, theirs = twins(kind, 2, 3)
+    x = torch.randn(70_000, 1, 2)
+    with torch.no_grad():
+        assert_close(ours(x)[0][-1], theirs(x[-1000:])[0][-1])  # a recurrence forgets
+
+
+@kinds
+def test_gradients_in_eval_mode(kind):
+    ours, theirs = (m.eval() for m in twins(kind, 6, 9, 2))
+    x = torch.randn(5, 4, 6)
+    assert_close(run(ours, x, None, True), run(theirs, x, None, True))
+
+
+@kinds
+def test_inference_mode(kind):
+    ours, theirs = twins(kind, 6, 9)
+    x = torch.randn(5, 4, 6)
+    with torch.inference_mode():
+        assert_close(ours(x), theirs(x))
+
+
+# ---------------------------------------------------------------------------------------------- dropout
+
+
+@kinds
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_dropout_draws_the_masks_that_torch_draws(kind, packed, p):
+    ours, theirs = twins(kind, 6, 9, 3, dropout=p)
+    x = torch.randn(5, 4, 6)
+    x = pack_padded_sequence(x, [5, 4, 2, 2]) if packed else x
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(11)
+        results.append(run(module, x, None, True))
+    assert_close(*results)
+    assert_close(run(ours.eval(), x), run(theirs.eval(), x))
+
+
+@kinds
+def test_dropout_obeys_the_random_state(kind):
+    module = getattr(seqkernels, kind)(6, 9, 2, dropout=0.5)
+    x = torch.randn(5, 4, 6)
+    state = torch.get_rng_state()
+    first, second = module(x)[0], module(x)[0]
+    torch.set_rng_state(state)
+    assert torch.equal(module(x)[0], first)
+    assert not torch.equal(first, second)
+
+
+@kinds
+def test_dropout_can_change(kind):
+    ours, theirs = twins(kind, 6, 9, 2)
+    x = torch.randn(5, 4, 6)
+    for p in (0.5, 0.0, 1.0):
+        ours.dropout = theirs.dropout = p
+        results = []
+        for module in (ours, theirs):
+            torch.manual_seed(5)
+            results.append(module(x)[0])
+        assert_close(*results)
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+h, c = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
+BAD_CALLS = {
+    "4-D input": (torch.zeros(4, 2, 3, 1),),
+    "1-D input": (torch.zeros(3),),
+    "wrong features": (torch.zeros(4, 2, 7),),
+    "no steps": (torch.zeros(0, 2, 3),),
+    "double input": (torch.zeros(4, 2, 3).double(),),
+    "half input": (torch.zeros(4, 2, 3).half(),),
+    "integer input": (torch.zeros(4, 2, 3).long(),),
+    "3-D hx for 2-D input": (torch.zeros(4, 3), h),
+    "2-D hx for 3-D input": (torch.zeros(4, 2, 3), h[0]),
+    "hx of another batch": (torch.zeros(4, 2, 3), h[:, :1]),
+    "hx of another size": (torch.zeros(4, 2, 3), h[..., :4]),
+    "hx of other layers": (torch.zeros(4, 2, 3), torch.zeros(2, 2, 5)),
+    "unbatched hx of another size": (torch.zeros(4, 3), torch.zeros(1, 4)),
+    "packed: wrong features": (PackedSequence(torch.zeros(6, 7), torch.tensor([2, 2, 2])),),
+    "packed: hx of another batch": (PackedSequence(torch.zeros(6, 3), torch.tensor([2, 2, 2])), h[:, :1]),
+}
+
+
+@kinds
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_errors_are_torchs(kind, call):
+    ours, theirs = twins(kind, 3, 5)
+    x, *hidden = BAD_CALLS[call]
+    args = (x, *((tuple(hidden * 2) if kind == "LSTM" else hidden[0],) if hidden else ()))
+    if call.startswith("packed") and kind == "LSTM":  # torch checks nothing here and computes something
+        assert outcome(ours, *args)[0] is RuntimeError
+    else:
+        expected = outcome(theirs, *args)
+        assert expected is not None
+        assert outcome(ours, *args) == expected
+
+
+@pytest.mark.parametrize(
+    "hx",
+    [h, (h,), (h, c[:, :1]), (h, c[..., :4]), (h, c[0]), (h[0], c[0]), (h.double(), c), (h, c.double())],
+    ids=lambda hx: str([tuple(t.shape) for t in hx]),
+)
+def test_errors_of_lstm_states_are_torchs(hx):
+    ours, theirs = twins("LSTM", 3, 5)
+    x = torch.zeros(4, 2, 3)
+    expected = outcome(theirs, x, hx)
+    assert expected is not None
+    assert outcome(ours, x, hx) == expected
+
+
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_errors_of_projected_states_are_torchs(proj_size):
+    ours, theirs = twins("LSTM", 3, 5, 2, proj_size=proj_size)
+    x = torch.zeros(4, 2, 3)
+    for P, H in ((5, 5), (2, 2), (2, 5), (5, 2)):
+        hx = (torch.zeros(2, 2, P), torch.zeros(2, 2, H))
+        assert outcome(ours, x, hx) == outcome(theirs, x, hx)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "batch_sizes", [[2, 2, 2], [1, 2, 2], [2, 2], [3, 1, 2], [2, -1, 4], [5, 0, 0, 0]], ids=str
+)
+def test_malformed_packed_sequences_are_refused(kind, batch_sizes):
+    module = getattr(seqkernels, kind)(3, 5)
+    x = PackedSequence(torch.randn(5, 3), torch.tensor(batch_sizes))
+    if sum(batch_sizes) == 5 and sorted(batch_sizes, reverse=True) == batch_sizes:
+        assert module(x)[0].data.isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="batch_sizes"):
+            module(x)
+
+
+@kinds
+def test_wrong_weights_are_refused(kind):
+    module = getattr(seqkernels, kind)(3, 5)
+    module.weight_hh_l0 = nn.Parameter(torch.randn(4, 5))
+    with pytest.raises(RuntimeError, match=r"w_hh|weights"):
+        module(torch.randn(4, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def test_weight_assignment_reaches_flat_weights():
+    module = seqkernels.GRU(3, 5)
+    weight = nn.Parameter(torch.randn(15, 5))
+    module.weight_hh_l0 = weight
+    assert module._flat_weights[1] is weight
+    assert [p.shape for p in module.all_weights[0]] == [w.shape for w in module._flat_weights]
+
+
+@kinds
+def test_partial_flat_weights(kind):
+    """A weight can go and come back, as weight dropping does it."""
+    ours, theirs = twins(kind, 6, 9, 2)
+    x = torch.randn(3, 2, 6)
+    weight = ours.weight_hh_l0
+    del ours.weight_hh_l0
+    assert not hasattr(ours, "weight_hh_l0")
+    ours.double()
+    ours.weight_hh_l0 = weight
+    ours.float()
+    assert_close(ours(x), theirs(x))
+
+
+@kinds
+def test_plain_tensor_as_weight(kind):
+    """DropConnect as users write it: the parameter makes way for a tensor computed from it."""
+    ours, theirs = twins(kind, 6, 9)
+    x = torch.randn(3, 2, 6)
+    for module in (ours, theirs):
+        raw = module.weight_hh_l0
+        del module._parameters["weight_hh_l0"]
+        module.register_parameter("weight_hh_l0_raw", raw)
+        module.weight_hh_l0 = raw * 0.5
+        module(x)[0].sum().backward()
+    assert_close(ours(x), theirs(x))
+    assert_close(ours.weight_hh_l0_raw.grad, theirs.weight_hh_l0_raw.grad)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, torch.nn.utils.weight_norm], ids=["parametrization", "hook"]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weight_norm(kind, norm):
+    ours, theirs = twins(kind, 6, 9)
+    x = torch.randn(3, 2, 6)
+    for module in (ours, theirs):
+        norm(module, "weight_hh_l0")
+        norm(module, "weight_ih_l0")
+        with torch.no_grad():
+            next(p for n, p in module.named_parameters() if n.endswith(("_g", "original0"))).mul_(2)
+    assert_close(run_grads(ours, x), run_grads(theirs, x))
+    if norm is parametrizations.weight_norm:
+        for module in (ours, theirs):
+            parametrize.remove_parametrizations(module, "weight_hh_l0")
+        assert_close(run_grads(ours, x), run_grads(theirs, x))
+
+
+def run_grads(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    y = module(x)[0]
+    return y, torch.autograd.grad((y * y).sum(), list(module.parameters()))
+
+
+@kinds
+def test_tied_weights(kind):
+    ours, theirs = twins(kind, 9, 9, bidirectional=True)
+    x = torch.randn(3, 2, 9)
+    for module in (ours, theirs):
+        module.weight_hh_l0_reverse = module.weight_hh_l0
+        module.bias_ih_l0_reverse = module.bias_hh_l0
+    assert_close(run_grads(ours, x), run_grads(theirs, x))
+
+
+@kinds
+def test_functional_call(kind):
+    ours, theirs = twins(kind, 6, 9)
+    x = torch.randn(3, 2, 6)
+    weights = {n: p.detach() * 2 for n, p in ours.named_parameters()}
+    assert_close(
+        torch.func.functional_call(ours, weights, (x,)), torch.func.functional_call(theirs, weights, (x,))
+    )
+    assert_close(ours(x), theirs(x))
+
+
+@kinds
+def test_weights_that_do_not_lie_contiguously(kind):
+    ours, theirs = twins(kind, 6, 9)
+    x = torch.randn(3, 2, 6)
+    for module in (ours, theirs):
+        module.weight_hh_l0 = nn.Parameter(torch.stack([module.weight_hh_l0.detach()] * 2, -1)[..., 0])
+        assert not module.weight_hh_l0.is_contiguous()
+    assert_close(run_grads(ours, x), run_grads(theirs, x))
+
+
+@kinds
+def test_state_dict_goes_both_ways(kind):
+    ours, theirs = getattr(seqkernels, kind)(6, 9, 2), getattr(nn, kind)(6, 9, 2)
+    x = torch.randn(3, 2, 6)
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(ours(x), theirs(x))
+    ours.load_state_dict(getattr(nn, kind)(6, 9, 2).state_dict(), assign=True)
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(ours(x), theirs(x))
+
+
+@kinds
+def test_copies_and_pickles_work_on(kind):
+    ours, theirs = twins(kind, 6, 9, 2)
+    x = torch.randn(3, 2, 6)
+    for copied in (copy.deepcopy(ours), copy.copy(ours), pickle.loads(pickle.dumps(ours))):
+        assert_close(run_grads(copied, x), run_grads(theirs, x))
+        assert torch.equal(copied.double().weight_ih_l0, copied._flat_weights[0])
+        ours.float()
+
+
+@kinds
+def test_state_of_old_versions_loads(kind):
+    """Before torch 1.8 there was no proj_size, and all_weights held names under another key."""
+    ours, theirs = twins(kind, 6, 9)
+    state = ours.__getstate__()
+    del state["proj_size"]
+    state["all_weights"] = state.pop("_all_weights")
+    loaded = type(ours).__new__(type(ours))
+    loaded.__setstate__(state)
+    x = torch.randn(3, 2, 6)
+    assert_close(loaded(x), theirs(x))
+
+
+@kinds
+def test_moves_between_dtypes(kind):
+    ours, theirs = twins(kind, 6, 9)
+    for move in ("double", "bfloat16", "float"):
+        getattr(ours, move)()
+        getattr(theirs, move)()
+        x = torch.randn(3, 2, 6).to(ours.weight_ih_l0.dtype)
+        assert_close(ours(x), theirs(x), rtol=0.02, atol=0.02)
+        assert ours._flat_weights[0].dtype == ours.weight_ih_l0.dtype
+
+
+@kinds
+def test_hooks_run(kind):
+    module, seen = getattr(seqkernels, kind)(6, 9), []
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    module.register_forward_hook(lambda m, args, output: seen.append("after"))
+    module.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    module(torch.randn(3, 2, 6, requires_grad=True))[0].sum().backward()
+    assert seen == ["before", "after", "backward"]
+
+
+# ---------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "projected LSTM"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["dense", "ragged", "even", "with hx"])
+def test_autocast(kind, dtype, input_dtype, form):
+    kind, options = kind.rpartition(" ")[2], {"proj_size": 4} if "projected" in kind else {}
+    ours, theirs = twins(kind, 6, 9, 2, **options)
+    x = torch.randn(5, 3, 6).to(input_dtype)
+    if form in ("ragged", "even"):
+        x = pack_padded_sequence(x, [5, 3, 3] if form == "ragged" else [5, 5, 5])
+    hx = states(ours, 3) if form == "with hx" else None
+    with torch.autocast("cpu", dtype):
+        result, expected = run(ours, x, hx), run(theirs, x, hx)
+        assert_close(result, expected, rtol=0.03, atol=0.03)
+        gradients = run(ours, x, hx, True)
+    with torch.autocast("cpu", enabled=False):
+        exact = run(theirs, x, hx, True) if input_dtype == torch.float32 else None
+    if exact is not None:
+        assert_close(gradients, exact, rtol=0.1, atol=0.1, check_dtype=False)
+        assert all(gradients[name].dtype == torch.float32 for name in gradients if name.startswith("grad"))
+
+
+@kinds
+def test_autocast_leaves_double_alone(kind):
+    ours, theirs = twins(kind, 6, 9, dtype=torch.float64)
+    x = torch.randn(5, 3, 6).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(run(ours, x), run(theirs, x))
+
+
+def test_importing_and_running_warns_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in KINDS:
+            run(getattr(seqkernels, kind)(3, 5, 2, bidirectional=True), torch.randn(4, 2, 3), None, True)
