@@ -17,112 +17,202 @@ constexpr int MR = 12;  // 32 vector registers
 #else
 constexpr int MR = 6;  // 16
 #endif
-template <class T>
-constexpr int NR = 2 * kLanes<T>;
+template <class D>
+constexpr int NR = 2 * kLanes<Acc<D>>;
 constexpr int64_t KC = 256;
-constexpr int64_t kAhead =
-    16;  // rows of B prefetched: 2 KiB, some 150 cycles; +10 % where panels come from L3
+// Rows of B prefetched: 2 KiB, some 150 cycles; +10 % where panels come from L3.
+constexpr int64_t kAhead = 16;
+
+SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// bf16 dot products take pairs of k: B holds rows k and k + 1 interleaved. K is padded with zeros to kDepth:
+// 2 for vdpbf16ps, 32 for AMX tiles.
+template <class D>
+constexpr int kPair = sizeof(D) == 2 ? 2 : 1;
+#if defined(__AMX_BF16__)
+template <class D>
+constexpr int kDepth = sizeof(D) == 2 ? 32 : 1;
+#else
+template <class D>
+constexpr int kDepth = kPair<D>;
+#endif
 
 // One tile of `rows` x NV vectors. init rows step by ldi (0: the same bias for all rows; null: zero).
-// AT: A is a packed tile, element (r, k) at a[k * MR + r]; lda unused.
-template <class T>
-using TileFn = void (*)(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* init,
-                        int64_t ldi, T* c, int64_t ldc);
+template <class D>
+using TileFn = void (*)(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, const Acc<D>* init,
+                        int64_t ldi, Acc<D>* c, int64_t ldc);
 
-template <class T, int rows, int NV, bool AT>
-static void tile(int64_t K, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb,
-                 const T* init, int64_t ldi, T* c, int64_t ldc) {
-  constexpr int W = kLanes<T>, KU = rows == 1 ? 4 : rows <= 3 ? 2 : 1, kBases = (rows + 2) / 3;
+template <class T>
+SEQ_INLINE void multiply_add(Vec<T>& acc, const T* a, const T* b) {
+  acc += *a * load(b);
+}
+#if defined(__AVX512BF16__)
+SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, a, 4);
+  acc = (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(pair)),
+                                     (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+template <class D, int rows, int NV>
+static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restrict b, int64_t ldb,
+                 const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc) {
+  using T = Acc<D>;
+  constexpr int W = kLanes<T>,
+                KU = rows == 1   ? 4
+                     : rows <= 3 ? 2
+                                 : 1,
+                kBases = (rows + 2) / 3, pair = kPair<D>;
+  // From zero, init joins at the end: a long sum is made of sums of KC, not of one chain.
   Vec<T> acc[KU][rows][NV] = {};
-  if (init) {
-    SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++) acc[0][r][v] =
-        load(init + r * ldi + v * W);
-  }
   // Three rows share one base pointer: x86 addresses base, base + lda and base + 2 lda for free.
-  const T* base[kBases];
-  SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = AT ? a + 3 * i : a + 3 * i * lda;
+  const D* base[kBases];
+  SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * lda;
   auto step = [&](int u) __attribute__((always_inline)) {
-    Vec<T> bv[NV];
-    SEQ_UNROLL for (int v = 0; v < NV; v++) bv[v] = load(b + v * W);
     if constexpr (rows >= 5) {  // with fewer rows the loads themselves run ahead
-      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + kAhead * ldb + v * W);
+      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + (kAhead * ldb + v * W) * pair);
     }
     SEQ_UNROLL for (int r = 0; r < rows; r++) {
-      T s = AT ? base[r / 3][r % 3] : base[r / 3][(r % 3) * lda];
-      SEQ_UNROLL for (int v = 0; v < NV; v++) acc[u][r][v] += s * bv[v];
+      SEQ_UNROLL for (int v = 0; v < NV; v++)
+          multiply_add(acc[u][r][v], base[r / 3] + (r % 3) * lda, b + v * W * pair);
     }
-    b += ldb;
-    SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += AT ? MR : 1;
+    b += ldb * pair;
+    SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += pair;
   };
   int64_t k = 0;
   if constexpr (KU > 1) {
-    for (; k + KU <= K; k += KU) {
+    for (; k + KU * pair <= K; k += KU * pair) {
       SEQ_UNROLL for (int u = 0; u < KU; u++) step(u);
     }
   }
-  _Pragma("GCC unroll 1") for (; k < K; k++) step(0);
+  _Pragma("GCC unroll 1") for (; k < K; k += pair) step(0);
   SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++) {
     Vec<T> sum = acc[0][r][v];
     SEQ_UNROLL for (int u = 1; u < KU; u++) sum += acc[u][r][v];
+    if (init) sum += load(init + r * ldi + v * W);
     store(c + r * ldc + v * W, sum);
   }
 }
 
-template <class T, bool AT, int... r>
-constexpr TileFn<T> tile_of(int vectors, int rows, std::integer_sequence<int, r...>) {
-  constexpr TileFn<T> one[] = {tile<T, r + 1, 1, AT>...}, two[] = {tile<T, r + 1, 2, AT>...};
+template <class D, int... r>
+constexpr TileFn<D> tile_of(int vectors, int rows, std::integer_sequence<int, r...>) {
+  constexpr TileFn<D> one[] = {tile<D, r + 1, 1>...}, two[] = {tile<D, r + 1, 2>...};
   return vectors == 1 ? one[rows - 1] : two[rows - 1];
 }
 
-// C [M, width] = init + A panel. `width` is the panel's: NR, or half of it for the last panel.
-template <class T>
-static void gemm_panel(int64_t M, int64_t width, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb,
-                       const T* init, int64_t ldi, T* c, int64_t ldc) {
-  const int64_t tiles = (M + MR - 1) / MR, kc = tiles > 1 ? KC : K;
+#if defined(__AMX_BF16__)
+// AMX: 16 x 16 accumulator tiles, 32 k at once; two by two of them share the loads of A and B, so that one
+// load (8 cycles) comes on each product (16). Rows of A need no padding: the shapes are set to the rows that
+// are there.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {};
+};
+// GCC's tile intrinsics do not say which memory they touch.
+SEQ_INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+
+static thread_local int64_t tile_rows = -1;  // what is configured now
+
+static void shape_tiles(int64_t upper, int64_t lower) {
+  if (tile_rows == upper * 32 + lower) return;
+  tile_rows = upper * 32 + lower;
+  TileShapes shapes;
+  const int64_t rows[] = {upper, upper, lower, lower, upper, lower, 16, 16};
+  for (int i = 0; i < 8; i++) shapes.rows[i] = uint8_t(rows[i] ? rows[i] : 1);
+  memory_barrier();
+  _tile_loadconfig(&shapes);
+}
+// The state is large and is saved with the thread: call when a thread is done. Other libraries set shapes of
+// their own.
+SEQ_INLINE void release_tiles() {
+  if (tile_rows >= 0) _tile_release();
+  tile_rows = -1;
+}
+
+static void amx_panel(int64_t M, int64_t width, int64_t K, const bf16* a, int64_t lda, const bf16* b,
+                      int64_t ldb, const float* init, int64_t ldi, float* c, int64_t ldc) {
+  const bool wide = width > 16;
+  memory_barrier();
+  for (int64_t m = 0; m < M; m += 32) {
+    const int64_t upper = M - m < 16 ? M - m : 16, lower = M - m - upper < 16 ? M - m - upper : 16;
+    shape_tiles(upper, lower);
+    const float* from = init + m * ldi;
+    if (init) {
+      _tile_loadd(0, from, ldi * 4);
+      if (wide) _tile_loadd(1, from + 16, ldi * 4);
+      if (lower) _tile_loadd(2, from + 16 * ldi, ldi * 4);
+      if (lower && wide) _tile_loadd(3, from + 16 * ldi + 16, ldi * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    const bf16 *rows = a + m * lda, *panel = b;
+    for (int64_t k = 0; k < K; k += 32, rows += 32, panel += 32 * ldb) {
+      _tile_loadd(6, panel, ldb * 4);
+      _tile_loadd(4, rows, lda * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if (wide) {
+        _tile_loadd(7, panel + 32, ldb * 4);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (lower) {
+        _tile_loadd(5, rows + 16 * lda, lda * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (wide) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    float* to = c + m * ldc;
+    _tile_stored(0, to, ldc * 4);
+    if (wide) _tile_stored(1, to + 16, ldc * 4);
+    if (lower) _tile_stored(2, to + 16 * ldc, ldc * 4);
+    if (lower && wide) _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
+  }
+  memory_barrier();
+}
+#else
+SEQ_INLINE void release_tiles() {}
+#endif
+
+// C [M, width] = init + A panel. `width` is the panel's: NR, or half of it for the last panel. K is a
+// multiple of kDepth, both A and the panel padded with zeros.
+template <class D>
+static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb,
+                       const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc) {
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(D) == 2) return amx_panel(M, width, K, a, lda, b, ldb, init, ldi, c, ldc);
+#endif
+  const int64_t tiles = (M + MR - 1) / MR, kc = tiles > 1 ? KC * kPair<D> : K;
   int64_t k0 = 0;
   do {
     const int64_t k = K - k0 < kc ? K - k0 : kc;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
-      const T* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
-      tile_of<T, false>(int(width / kLanes<T>), int(rows), std::make_integer_sequence<int, MR>{})(
+      const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
+      tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), std::make_integer_sequence<int, MR>{})(
           k, a + m * lda + k0, lda, b + k0 * ldb, ldb, from, k0 ? ldc : ldi, c + m * ldc, ldc);
     }
     k0 += k;
   } while (k0 < K);
 }
 
-// C [M, width] (+)= A^T B where A [K, M] lies in tiles of MR columns, each [K, MR] (pack_tiles).
-template <class T>
-static void gemm_tiles(int64_t M, int64_t width, int64_t K, const T* a, const T* b, int64_t ldb, bool add,
-                       T* c, int64_t ldc) {
-  int64_t k0 = 0;
-  do {
-    const int64_t k = K - k0 < KC ? K - k0 : KC;
-    for (int64_t m = 0; m < M; m += MR) {
-      const int64_t rows = M - m < MR ? M - m : MR;
-      tile_of<T, true>(int(width / kLanes<T>), int(rows), std::make_integer_sequence<int, MR>{})(
-          k, a + m * K + k0 * MR, 0, b + k0 * ldb, ldb, k0 || add ? c + m * ldc : nullptr, ldc, c + m * ldc,
-          ldc);
-    }
-    k0 += k;
-  } while (k0 < K);
-}
-
 // Panels
-// ------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------
 
-SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// N columns in panels: all NR wide but the last, which is W wide where that suffices.
-template <class T>
+// N columns in panels: all NR wide but the last, which is half as wide where that suffices.
+template <class D>
 struct Panels {
+  using T = Acc<D>;
   int64_t N, K;
-  int64_t count() const { return (N + NR<T> - 1) / NR<T>; }
+  int64_t depth() const { return round_up(K, kDepth<D>); }
+  int64_t count() const { return (N + NR<D> - 1) / NR<D>; }
   int64_t padded() const { return round_up(N, kLanes<T>); }
-  int64_t width(int64_t j) const { return padded() - j * NR<T> < NR<T> ? padded() - j * NR<T> : NR<T>; }
-  int64_t offset(int64_t j) const { return j * NR<T> * K; }
-  int64_t size() const { return padded() * K; }
+  int64_t width(int64_t j) const { return padded() - j * NR<D> < NR<D> ? padded() - j * NR<D> : NR<D>; }
+  int64_t offset(int64_t j) const { return j * NR<D> * depth(); }
+  int64_t size() const { return padded() * depth(); }
 };
 
 // W x W transposition in log2(W) rounds of interleaving row i with row i + W/2.
@@ -143,9 +233,11 @@ SEQ_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   }
 }
 
-// Panel from `n` rows of w (each K long, ldw apart): out[k * width + j] = w[j * ldw + k], zero for j >= n.
-template <class T, class S>
-static void pack_transposed(const S* w, int64_t ldw, int64_t n, int64_t K, T* out, int64_t width) {
+// out[k * ldo + j] = w[j * ldw + k] for k < K and j < n; zero for n <= j < width.
+template <class D, class S>
+static void pack_transposed(const S* w, int64_t ldw, int64_t n, int64_t K, D* out, int64_t ldo,
+                            int64_t width) {
+  using T = Acc<S>;
   constexpr int W = kLanes<T>;
   for (int64_t k = 0; k < K; k += W) {
     const int64_t kn = K - k < W ? K - k : W;
@@ -161,46 +253,81 @@ static void pack_transposed(const S* w, int64_t ldw, int64_t n, int64_t K, T* ou
         for (int64_t r = 0; r < W; r++) v[r] = j + r < n ? load(from + r * ldw, kn) : Vec<T>{};
       }
       transpose<T>(v);
-      T* to = out + k * width + j;
+      D* to = out + k * ldo + j;
       if (kn == W) {
-        SEQ_UNROLL for (int r = 0; r < W; r++) store(to + r * width, v[r]);
+        SEQ_UNROLL for (int r = 0; r < W; r++) store(to + r * ldo, v[r]);
       } else {
-        for (int64_t r = 0; r < kn; r++) store(to + r * width, v[r]);
+        for (int64_t r = 0; r < kn; r++) store(to + r * ldo, v[r]);
       }
     }
   }
 }
 
-// Panel row from `n` consecutive elements: out[j] = b[j], zero for n <= j < width.
+// Panel from `n` rows of w, each K long: column j is row j.
 template <class T, class S>
-SEQ_INLINE void pack_row(const S* b, int64_t n, T* out, int64_t width) {
-  constexpr int W = kLanes<T>;
-  for (int64_t j = 0; j < width; j += W) store(out + j, j < n ? load(b + j, n - j) : Vec<T>{});
+static void pack_panel(const S* w, int64_t ldw, int64_t n, int64_t K, T* out, int64_t width) {
+  pack_transposed(w, ldw, n, K, out, width, width);
 }
-
-SEQ_INLINE int64_t tiles_size(int64_t M, int64_t K) { return round_up(M, MR) * K + 64; }
-
-// A [K, M], rows lda apart, into tiles for gemm_tiles; `sums` [M] (+)= its column sums. Whole vectors are
-// stored: what runs over a tile's row is overwritten by the next row.
-template <class T>
-static void pack_tiles(int64_t M, int64_t K, const T* a, int64_t lda, T* out, bool add, T* sums) {
-  constexpr int W = kLanes<T>;
-  for (int64_t m = 0; m < M; m += W) store(sums + m, add ? load(sums + m, M - m) : Vec<T>{}, M - m);
-  for (int64_t m = 0; m < M; m += MR) {
-    T* to = out + m * K;
-    const bool whole = m + round_up(MR, W) <= M;
-    for (int64_t k = 0; k < K; k++, to += MR) {
-      const T* from = a + k * lda + m;
-      if (whole) {
-        SEQ_UNROLL for (int i = 0; i < MR; i += W) store(to + i, load(from + i));
-      } else {
-        for (int i = 0; i < MR && m + i < M; i++) to[i] = from[i];
+#if defined(__AVX512BF16__)
+// Pairs of k travel as one 32-bit element.
+static void pack_panel(const bf16* w, int64_t ldw, int64_t n, int64_t K, bf16* out, int64_t width) {
+  constexpr int W = kLanes<float>;
+  for (int64_t k = 0; k < round_up(K, kDepth<bf16>); k += 2 * W) {
+    const int64_t left = K - k < 2 * W ? K - k : 2 * W, pairs = round_up(K, kDepth<bf16>) / 2 - k / 2;
+    for (int64_t j = 0; j < width; j += W) {
+      Vec<float> v[W];
+      for (int64_t r = 0; r < W; r++) {
+        bf16 row[2 * W] = {};
+        if (j + r < n) {
+          const bf16* from = w + (j + r) * ldw + k;
+          if (left == 2 * W)
+            __builtin_memcpy(row, from, sizeof row);
+          else
+            for (int64_t i = 0; i < left; i++) row[i] = from[i];
+        }
+        __builtin_memcpy(&v[r], row, sizeof row);
       }
+      transpose<float>(v);
+      for (int64_t r = 0; r < W && r < pairs; r++)
+        __builtin_memcpy(out + (k + 2 * r) * width + 2 * j, &v[r], 4 * W);
     }
   }
-  for (int64_t k = 0; k < K; k++)
-    for (int64_t m = 0; m < M; m += W)
-      store(sums + m, load(sums + m, M - m) + load(a + k * lda + m, M - m), M - m);
+}
+#endif
+
+// Row k of a panel from `n` consecutive elements, zero for n <= j < width. The rows of a pair come in order.
+template <class T, class S>
+SEQ_INLINE void pack_row(const S* b, int64_t n, T* panel, int64_t k, int64_t width) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < width; j += W) store(panel + k * width + j, j < n ? load(b + j, n - j) : Vec<T>{});
+}
+#if defined(__AVX512BF16__)
+SEQ_INLINE void pack_row(const bf16* b, int64_t n, bf16* panel, int64_t k, int64_t width) {
+  constexpr int W = kLanes<float>;
+  for (int64_t j = 0; j < width; j += W) {
+    const U32 high = (U32)(j < n ? load(b + j, n - j) : Vec<float>{});
+    uint32_t* to = reinterpret_cast<uint32_t*>(panel + (k - k % 2) * width) + j;
+    if (k % 2 == 0)
+      store<uint32_t>(to, high >> 16);
+    else
+      store<uint32_t>(to, load<uint32_t>(to) | high);
+  }
+}
+#endif
+// Rows [K, depth) of a panel.
+template <class D>
+SEQ_INLINE void pack_padding(D* panel, int64_t K, int64_t width) {
+  const int64_t from = round_up(K, kPair<D>), to = round_up(K, kDepth<D>);
+  __builtin_memset(static_cast<void*>(panel + from * width), 0, sizeof(D) * (to - from) * width);
+}
+
+// out[0, padded) = from[0, n), converted, then zeros.
+template <class D, class S>
+SEQ_INLINE void copy_row(const S* from, int64_t n, D* out, int64_t padded) {
+  constexpr int W = kLanes<Acc<S>>;
+  int64_t i = 0;
+  for (; i < n; i += W) store(out + i, load(from + i, n - i), padded - i);
+  for (; i < padded; i++) out[i] = D{};
 }
 
 // Direct products
@@ -210,9 +337,9 @@ static void pack_tiles(int64_t M, int64_t K, const T* a, int64_t lda, T* out, bo
 // additions.
 
 // acc[r] += w[r][:] x, rows ldw apart; rows at and beyond n repeat the last one.
-template <class T, class S>
-SEQ_INLINE void dot_rows(const S* w, int64_t ldw, int64_t n, const T* x, int64_t K,
-                         Vec<T> (&acc)[kLanes<T>]) {
+template <class S, class X, class T = Acc<S>>
+SEQ_INLINE void dot_rows(const S* w, int64_t ldw, int64_t n, const X* x, int64_t K,
+                         Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
   constexpr int W = kLanes<T>, kGroup = W < 8 ? W : 8;
   for (int r0 = 0; r0 < W; r0 += kGroup) {
     const S* row[kGroup];

@@ -55,7 +55,7 @@ struct Gru {
         Vec<T> dh = load(dh_at);
         if (t.dy) dh += load(t.dy + b * t.lddy + u, m);
         const Vec<T> dn = dh * (T(1) - z) * (T(1) - n * n);
-        T* dG = t.dG + b * t.lddG + u;
+        Operand<S>* dG = t.dG + b * t.lddG + u;
         store(dG, dn, m);
         store(dG + t.H, dn * q * (r * (T(1) - r)), m);
         store(dG + 2 * t.H, dh * (load(t.h_prev + b * t.ldh_prev + u, m) - n) * (z * (T(1) - z)), m);

@@ -59,13 +59,13 @@ static void bwd_entry(const typename Cell::BwdParams& p) {
 template <class Cell>
 static int64_t pack_entry(const LayerParams& p, void* out) {
   return with_storage(p.dtype, [&]<class S>() {
-    using T = Acc<S>;
+    using O = Operand<S>;
     ForwardWeights<Cell, S> weights(p);
     for (int d = 0; out && d < p.D; d++) {
-      weights.panels[d] = static_cast<T*>(out) + d * weights.size();
+      weights.panels[d] = static_cast<O*>(out) + d * weights.size();
       weights.pack_panels(d, 0, 1);
     }
-    return int64_t(sizeof(T)) * p.D * weights.size();
+    return int64_t(sizeof(O)) * p.D * weights.size();
   });
 }
 

@@ -14,6 +14,7 @@
 template <class S>
 struct BwdTile {
   using T = Acc<S>;
+  using O = Operand<S>;
   int64_t rows, units, H;
   const S* gates;  // saved activations, gate g at column g * H
   int64_t ldgates;
@@ -21,7 +22,7 @@ struct BwdTile {
   int64_t lddy;
   T* dh;  // in: gradient of h from later steps; out: what reaches h_{t-1} past the matrix product (GRU)
   int64_t lddh;
-  T* dG;  // gate gradients, slot s at column s * H
+  O* dG;  // gate gradients, slot s at column s * H
   int64_t lddG;
   const S* h_prev;  // GRU
   int64_t ldh_prev;
@@ -33,7 +34,7 @@ struct BwdTile {
   int64_t lddcells;
   T* dc;  // in: gradient of c_t from later steps; out: of c_{t-1}
   int64_t lddc;
-  T* m;  // LSTM with projection: m_t again, for dW_hr; or null
+  O* m;  // LSTM with projection: m_t again, for dW_hr; or null
   int64_t ldm;
   bool relu;
 };
@@ -41,6 +42,7 @@ struct BwdTile {
 template <class Cell, class S>
 struct LayerBwd {
   using T = Acc<S>;
+  using O = Operand<S>;
   using Params = typename Cell::BwdParams;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
   static constexpr int64_t kChunkTokens = 256, kRebuildTokens = 48, kDirectTokens = 8;
@@ -57,13 +59,16 @@ struct LayerBwd {
 
   // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows,
   // padded].
-  T *dG[2], *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dh_chunk[2], *m_chunk[2];
+  O *dG[2], *dh_chunk[2], *m_chunk[2], *x_panels[2], *h_panels[2];
   S* gates[2];
-  T *x_panels[2], *h_panels[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
+  T *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
   T* dx_reverse;
   Barrier *everyone, *direction_barriers, *row_barriers;
-  T* local;  // per thread
-  int64_t local_size;
+  // One of each per thread: a panel of products; a share of dG, transposed; tokens of x and h to rebuild
+  // gates from.
+  T* local;
+  O* local_operand;
+  int64_t local_size, operand_size;
 
   explicit LayerBwd(const Params& params)
       : p(params),
@@ -80,9 +85,9 @@ struct LayerBwd {
         team(1),
         steps(1),
         chunk_tokens(0),
-        ldG(round_up(kSlots * p.H, kLanes<T>) + kLanes<T>),
-        ldh(round_up(p.P, 2 * kLanes<T>) + kLanes<T>),
-        ldcell(round_up(p.H, 2 * kLanes<T>) + kLanes<T>) {}
+        ldG(p.H * (kSlots - G) + round_up(G * p.H, 32) + kLanes<T>),
+        ldh(round_up(p.P, 32) + kLanes<T>),
+        ldcell(round_up(p.H, 32) + kLanes<T>) {}
 
   static constexpr bool kSame = sizeof(S) == sizeof(T);
   int64_t padded(int64_t n) const { return round_up(n, kLanes<T>); }
@@ -96,20 +101,20 @@ struct LayerBwd {
     steps = kChunkTokens > average && average > 0 ? kChunkTokens / average : 1;
     if (steps > p.T) steps = p.T;
     chunk_tokens = steps * B < seq.tokens ? steps * B : seq.tokens;
-    const Panels<T> xs{I, chunk_tokens}, hs{P, chunk_tokens};
+    const Panels<O> xs{I, chunk_tokens}, hs{P, chunk_tokens};
     for (int64_t d = 0; d < D; d++) {
-      dG[d] = a.take<T>(chunk_tokens * ldG);
+      dG[d] = a.take<O>(chunk_tokens * ldG);
       dh[d] = a.take<T>(B * ldh);
       dc[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
       c0[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
       dm[d] = projected ? a.take<T>(B * ldcell) : nullptr;
-      dh_chunk[d] = projected ? a.take<T>(chunk_tokens * ldh) : nullptr;
-      m_chunk[d] = projected ? a.take<T>(chunk_tokens * ldcell) : nullptr;
+      dh_chunk[d] = projected ? a.take<O>(chunk_tokens * ldh) : nullptr;
+      m_chunk[d] = projected ? a.take<O>(chunk_tokens * ldcell) : nullptr;
       dh0[d] = p.resets ? a.take<T>(B * ldh) : nullptr;
       dc0[d] = p.resets && Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
       gates[d] = rebuild ? a.take<S>(chunk_tokens * Cell::kSaved * H) : nullptr;
-      x_panels[d] = a.take<T>(xs.size());
-      h_panels[d] = a.take<T>(hs.size());
+      x_panels[d] = a.take<O>(xs.size());
+      h_panels[d] = a.take<O>(hs.size());
       dw_ih[d] = in_place(I) ? static_cast<T*>(p.dw[d].w_ih) : a.take<T>(G * H * padded(I));
       dw_hh[d] = in_place(P) ? static_cast<T*>(p.dw[d].w_hh) : a.take<T>(G * H * padded(P));
       dw_hr[d] = !projected    ? nullptr
@@ -121,14 +126,16 @@ struct LayerBwd {
     everyone = a.take<Barrier>(1);
     direction_barriers = a.take<Barrier>(2);
     row_barriers = a.take<Barrier>(2 * team);
-    // One panel of dx, or one gate's share of dG (or dh) in tiles.
-    const int64_t gate_rows = H > P ? H : P;
-    local_size = tiles_size(gate_rows, chunk_tokens) + padded(gate_rows);
-    if (local_size < chunk_tokens * NR<T>) local_size = chunk_tokens * NR<T>;
-    const int64_t rebuild_size = kRebuildTokens * (I + P + 2 * kLanes<T> + (G + 3) * NR<T>);
-    if (rebuild && local_size < rebuild_size) local_size = rebuild_size;
+    const int64_t rebuilt = rebuild ? kRebuildTokens : 0, gate_rows = H > P ? H : P;
+    local_size = (chunk_tokens > (G + 3) * rebuilt ? chunk_tokens : (G + 3) * rebuilt) * NR<T>;
+    operand_size = gate_rows * depth_of(chunk_tokens) + (projected ? NR<T> * depth_of(chunk_tokens) : 0);
+    const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
+    if (operand_size < rebuild_size) operand_size = rebuild_size;
     local = a.take<T>(team * local_size);
+    local_operand = a.take<O>(team * operand_size);
   }
+  // Stride of a transposed chunk: tokens, padded for whole vectors and for the products.
+  static int64_t depth_of(int64_t tokens) { return round_up(tokens, 32) + kLanes<T>; }
 
   void prepare() {
     seq.prepare();
@@ -138,7 +145,7 @@ struct LayerBwd {
   }
 
   void thread(int id, int size) {
-    const Plan plan = make_plan<T>(seq, size, G);
+    const Plan plan = make_plan<O>(seq, size, G);
     const int group = plan.concurrent == 2 ? size / 2 : size;
     const int first = plan.concurrent == 2 ? id / group : 0, rank = plan.concurrent == 2 ? id % group : id;
     if (first < plan.concurrent) {
@@ -149,6 +156,7 @@ struct LayerBwd {
                       row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
         worker.run();
       }
+      release_tiles();
     }
     if (!dx_reverse) return;
     everyone->wait(size);
@@ -173,6 +181,7 @@ struct LayerBwd {
     const int sharing;
     Barrier *direction, *rows_barrier;
     T* local;
+    O* local_operand;
     int64_t lo = 0, hi = 0;  // the chunk's steps, in memory order
     bool first_chunk = true;
 
@@ -198,7 +207,8 @@ struct LayerBwd {
           sharing(owner ? plan.unit_groups : 1),
           direction(all),
           rows_barrier(own),
-          local(layer.local + id * layer.local_size) {}
+          local(layer.local + id * layer.local_size),
+          local_operand(layer.local_operand + id * layer.operand_size) {}
 
     static int64_t blocks(int64_t n) { return (n + NR<T> - 1) / NR<T>; }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
@@ -255,6 +265,10 @@ struct LayerBwd {
     }
 
     void init_state() const {
+      for (int64_t row = f.chunk_tokens * rank / group; row < f.chunk_tokens * (rank + 1) / group; row++) {
+        for (int64_t i = f.kSlots * f.H; i < f.ldG; i++) f.dG[d][row * f.ldG + i] = O{};
+        for (int64_t i = f.P; f.projected && i < f.ldh; i++) f.dh_chunk[d][row * f.ldh + i] = O{};
+      }
       const int64_t h_at = d * f.B * f.P;
       each_state([&](int64_t b, int64_t i, int64_t n) {
         const S* from = static_cast<const S*>(p.dhn) + h_at + b * f.P + i;
@@ -272,19 +286,24 @@ struct LayerBwd {
       }
     }
 
-    // x and h_{t-1} of the chunk's tokens into panels, for the weight gradients. Tokens are shared out.
+    // x and h_{t-1} of the chunk's tokens into panels, for the weight gradients. Tokens are shared out by
+    // pairs.
     void pack_inputs() const {
-      const int64_t m = chunk_size(), begin = m * rank / group, end = m * (rank + 1) / group;
-      const Panels<T> xs{f.I, m}, hs{f.P, m};
+      const int64_t m = chunk_size(), begin = m * rank / group & ~1,
+                    end = rank + 1 == group ? m : m * (rank + 1) / group & ~1;
+      const Panels<O> xs{f.I, m}, hs{f.P, m};
       each_token(begin, end, [&](int64_t row, int64_t t, int64_t b) {
-        const S *x = seq.template x<S>(t, b), *h = h_prev(t, b);
-        for (int64_t j = 0; j < xs.count(); j++)
-          pack_row(x + j * NR<T>, f.I - j * NR<T>, f.x_panels[d] + xs.offset(j) + row * xs.width(j),
-                   xs.width(j));
-        for (int64_t j = 0; j < hs.count(); j++)
-          pack_row(h + j * NR<T>, f.P - j * NR<T>, f.h_panels[d] + hs.offset(j) + row * hs.width(j),
-                   hs.width(j));
+        pack_token(seq.template x<S>(t, b), xs, f.x_panels[d], row);
+        pack_token(h_prev(t, b), hs, f.h_panels[d], row);
       });
+      if (rank != 0) return;
+      for (int64_t j = 0; j < xs.count(); j++) pack_padding(f.x_panels[d] + xs.offset(j), m, xs.width(j));
+      for (int64_t j = 0; j < hs.count(); j++) pack_padding(f.h_panels[d] + hs.offset(j), m, hs.width(j));
+    }
+    template <class From>
+    static void pack_token(const From* from, const Panels<O>& shape, O* panels, int64_t row) {
+      for (int64_t j = 0; j < shape.count(); j++)
+        pack_row(from + j * NR<T>, shape.N - j * NR<T>, panels + shape.offset(j), row, shape.width(j));
     }
     template <class Fn>
     void each_token(int64_t begin, int64_t end, const Fn& fn) const {
@@ -297,42 +316,40 @@ struct LayerBwd {
 
     // Gates of the chunk from x and h_{t-1}: no recurrence, so plain products over blocks of tokens.
     void rebuild_gates() {
-      const int64_t m = chunk_size(), end = m * (rank + 1) / group, ldx = f.I, ldp = f.P;
-      T *x = local, *h = x + kRebuildTokens * ldx, *C = h + kRebuildTokens * ldp,
-        *Q = C + kRebuildTokens * G * NR<T>, *unused = Q + kRebuildTokens * NR<T>;
-      __builtin_memset(unused, 0, sizeof(T) * kRebuildTokens * 2 * NR<T>);
+      const ForwardWeights<Cell, S>& w = f.forward;
+      const int64_t m = chunk_size(), end = m * (rank + 1) / group, ldx = w.in.depth(), ldp = w.rec.depth();
+      O *x = local_operand, *h = x + kRebuildTokens * ldx, *unused_h = h + kRebuildTokens * ldp;
+      T *C = local, *Q = C + kRebuildTokens * G * NR<T>, *unused_c = Q + kRebuildTokens * NR<T>;
+      __builtin_memset(static_cast<void*>(unused_h), 0, sizeof(O) * kRebuildTokens * NR<T>);
+      __builtin_memset(static_cast<void*>(unused_c), 0, sizeof(T) * kRebuildTokens * NR<T>);
       for (int64_t m0 = m * rank / group; m0 < end; m0 += kRebuildTokens) {
         const int64_t n = end - m0 < kRebuildTokens ? end - m0 : kRebuildTokens;
         each_token(m0, m0 + n, [&](int64_t row, int64_t t, int64_t b) {
-          copy_row(seq.template x<S>(t, b), f.I, x + (row - m0) * ldx);
-          copy_row(h_prev(t, b), f.P, h + (row - m0) * ldp);
+          copy_row(seq.template x<S>(t, b), f.I, x + (row - m0) * ldx, ldx);
+          copy_row(h_prev(t, b), f.P, h + (row - m0) * ldp, ldp);
         });
         for (int64_t j = 0; j < blocks(f.H); j++) {
-          const ForwardWeights<Cell, S>& w = f.forward;
           const int64_t wide = w.in.width(j), u = j * NR<T>;
           for (int g = 0; g < G; g++) {
             T* c = C + g * NR<T>;
-            gemm_panel(n, wide, f.I, x, ldx, w.input(d, g, j), wide, w.bias[d] + g * w.in.padded() + u, 0, c,
+            gemm_panel(n, wide, ldx, x, ldx, w.input(d, g, j), wide, w.bias[d] + g * w.in.padded() + u, 0, c,
                        G * NR<T>);
             if (g == Cell::kSplitGate)
-              gemm_panel(n, wide, f.P, h, ldp, w.recurrent(d, g, j), wide, w.q_bias[d] + u, 0, Q, NR<T>);
+              gemm_panel(n, wide, ldp, h, ldp, w.recurrent(d, g, j), wide, w.q_bias[d] + u, 0, Q, NR<T>);
             else
-              gemm_panel(n, wide, f.P, h, ldp, w.recurrent(d, g, j), wide, c, G * NR<T>, c, G * NR<T>);
+              gemm_panel(n, wide, ldp, h, ldp, w.recurrent(d, g, j), wide, c, G * NR<T>, c, G * NR<T>);
           }
           FwdTile<S> tile{};
           tile.rows = n, tile.units = width(f.H, j), tile.H = f.H;
           tile.C = C, tile.ldc = G * NR<T>, tile.gate = NR<T>;
           tile.q = Q, tile.ldq = NR<T>;
-          tile.h_prev = unused, tile.ldh_prev = NR<T>;
-          tile.h = unused, tile.ldh = NR<T>;
-          tile.c = unused + kRebuildTokens * NR<T>, tile.ldcell = NR<T>;
+          tile.h_prev = unused_h, tile.ldh_prev = NR<T>;
+          tile.h = unused_h, tile.ldh = NR<T>;
+          tile.c = unused_c, tile.ldcell = NR<T>;
           tile.gates = f.gates[d] + m0 * Cell::kSaved * f.H + u, tile.ldgates = Cell::kSaved * f.H;
           Cell::template fwd<S>(tile);
         }
       }
-    }
-    static void copy_row(const S* from, int64_t n, T* to) {
-      for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load(from + i, n - i), n - i);
     }
 
     void step(int64_t s) {
@@ -348,7 +365,7 @@ struct LayerBwd {
           epilogue(t, j, r0 + b, end - b, start, dy ? dy + b * f.D * f.P : nullptr);
         }
       rows_barrier->wait(sharing);
-      const T* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
+      const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
       if (n > 0) f.weights.recurrent_product(d, k0, k1, n, dG, f.ldG, Cell::kDirect, dh, f.ldh);
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
@@ -356,18 +373,18 @@ struct LayerBwd {
 
     // dh of P columns, own ones summed and kept for dW_hr, becomes dm = dh W_hr of H columns.
     void project_gradient(int64_t t, int64_t n, const S* dy) {
-      T* chunk = f.dh_chunk[d] + (row_of(t) + r0) * f.ldh;
+      O* chunk = f.dh_chunk[d] + (row_of(t) + r0) * f.ldh;
       for (int64_t b = 0; b < n; b++)
         for (int64_t k = k0; k < k1; k++)
           for (int64_t i = k * NR<T>, e = i + width(f.P, k); i < e; i += kLanes<T>) {
             Vec<T> g = load(f.dh[d] + (r0 + b) * f.ldh + i);
             if (dy) g += load(dy + b * f.D * f.P + i, e - i);
-            store(chunk + b * f.ldh + i, g);
+            store(chunk + b * f.ldh + i, g, e - i);
           }
       rows_barrier->wait(sharing);
       for (int64_t j = j0; j < j1 && n > 0; j++)
-        gemm_panel(n, f.weights.proj.width(j), f.P, chunk, f.ldh, f.weights.projection(d, j),
-                   f.weights.proj.width(j), static_cast<const T*>(nullptr), 0,
+        gemm_panel(n, f.weights.proj.width(j), f.weights.proj.depth(), chunk, f.ldh,
+                   f.weights.projection(d, j), f.weights.proj.width(j), static_cast<const T*>(nullptr), 0,
                    f.dm[d] + r0 * f.ldcell + j * NR<T>, f.ldcell);
     }
 
@@ -426,7 +443,7 @@ struct LayerBwd {
       if (!p.dx) return;
       const int64_t m = chunk_size(), m0 = m * rank / group, n = m * (rank + 1) / group - m0;
       if (n == 0) return;
-      const T* dG = f.dG[d] + m0 * f.ldG;
+      const O* dG = f.dG[d] + m0 * f.ldG;
       const int64_t token = seq.token(lo) + m0;
       if (d == 1)
         input_rows(n, dG, f.dx_reverse + token * f.I);
@@ -434,7 +451,7 @@ struct LayerBwd {
         input_rows(n, dG, static_cast<S*>(p.dx) + token * f.I);
     }
     template <class Out>
-    void input_rows(int64_t n, const T* dG, Out* dx) const {
+    void input_rows(int64_t n, const O* dG, Out* dx) const {
       if constexpr (sizeof(Out) == sizeof(T)) {
         if (f.I % kLanes<T> == 0) return f.weights.input_product(d, 0, blocks(f.I), n, dG, f.ldG, dx, f.I);
       }
@@ -454,28 +471,53 @@ struct LayerBwd {
         const int64_t g = n / f.H, u = n % f.H;
         end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
         const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
-        pack_gate(in, u, end - n);
+        transpose_gate(in, u, end - n);
         outer(end - n, f.x_panels[d], f.I, f.dw_ih[d] + n * f.padded(f.I));
-        if (rec != in) pack_gate(rec, u, end - n);
+        if (rec != in) transpose_gate(rec, u, end - n);
         outer(end - n, f.h_panels[d], f.P, f.dw_hh[d] + n * f.padded(f.P));
       }
-      if (!f.projected || q0 == q1) return;
-      const int64_t m = chunk_size();
-      pack_tiles(q1 - q0, m, f.dh_chunk[d] + q0, f.ldh, local, false, local + tiles_size(q1 - q0, m));
-      for (int64_t j = 0; j < blocks(f.H); j++)
-        gemm_tiles(q1 - q0, f.weights.proj.width(j), m, local, f.m_chunk[d] + j * NR<T>, f.ldcell,
-                   !first_chunk, f.dw_hr[d] + q0 * f.padded(f.H) + j * NR<T>, f.padded(f.H));
+      if (f.projected && q0 < q1) projection_gradient();
     }
-    void pack_gate(int slot, int64_t u, int64_t n) const {
-      const int64_t column = slot * f.H + u;
-      pack_tiles(n, chunk_size(), f.dG[d] + column, f.ldG, local, !first_chunk, f.db[d] + column);
+    // Columns of dG become rows of tokens, as tiles want A; their sums are the bias gradient.
+    void transpose_gate(int slot, int64_t u, int64_t n) const {
+      const int64_t column = slot * f.H + u, m = chunk_size();
+      const O* dG = f.dG[d] + column;
+      pack_transposed(dG, f.ldG, m, n, local_operand, depth_of(m), round_up(m, 32));
+      T* to = f.db[d] + column;
+      for (int64_t i = 0; i < n;
+           i += kLanes<T>) {  // sums of 16 tokens, then of these: short chains lose fewer bits
+        Vec<T> chunk{};
+        for (int64_t row = 0; row < m; row += 16) {
+          Vec<T> sum{};
+          for (int64_t r = row; r < row + 16 && r < m; r++) sum += load(dG + r * f.ldG + i, n - i);
+          chunk += sum;
+        }
+        store(to + i, first_chunk ? chunk : load(to + i, n - i) + chunk, n - i);
+      }
     }
-    void outer(int64_t n, const T* panels, int64_t columns, T* dw) const {
-      const Panels<T> shape{columns, chunk_size()};
+    void outer(int64_t n, const O* panels, int64_t columns, T* dw) const {
+      const Panels<O> shape{columns, chunk_size()};
       const int64_t ld = f.padded(columns);
-      for (int64_t j = 0; j < shape.count(); j++)
-        gemm_tiles(n, shape.width(j), shape.K, local, panels + shape.offset(j), shape.width(j), !first_chunk,
-                   dw + j * NR<T>, ld);
+      for (int64_t j = 0; j < shape.count(); j++) {
+        T* to = dw + j * NR<T>;
+        gemm_panel(n, shape.width(j), shape.depth(), local_operand, depth_of(shape.K),
+                   panels + shape.offset(j), shape.width(j), first_chunk ? nullptr : to, ld, to, ld);
+      }
+    }
+    // dW_hr += dh^T m for this thread's rows.
+    void projection_gradient() const {
+      const int64_t m = chunk_size(), ld = f.padded(f.H);
+      const Panels<O> shape{f.H, m};
+      O* panel = local_operand + (q1 - q0) * depth_of(m);
+      pack_transposed(f.dh_chunk[d] + q0, f.ldh, m, q1 - q0, local_operand, depth_of(m), round_up(m, 32));
+      for (int64_t j = 0; j < shape.count(); j++) {
+        for (int64_t row = 0; row < m; row++)
+          pack_row(f.m_chunk[d] + row * f.ldcell + j * NR<T>, f.H - j * NR<T>, panel, row, shape.width(j));
+        pack_padding(panel, m, shape.width(j));
+        T* to = f.dw_hr[d] + q0 * ld + j * NR<T>;
+        gemm_panel(q1 - q0, shape.width(j), shape.depth(), local_operand, depth_of(m), panel, shape.width(j),
+                   first_chunk ? nullptr : to, ld, to, ld);
+      }
     }
 
     // Sums into the caller's tensors, each by the thread that owns it.

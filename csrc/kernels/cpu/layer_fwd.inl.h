@@ -18,13 +18,14 @@
 template <class S>
 struct FwdTile {
   using T = Acc<S>;
+  using O = Operand<S>;
   int64_t rows, units, H;
   const T* C;  // pre-activations, gate g at column g * gate
   int64_t ldc, gate;
   const T* q;  // GRU: W_hn h + b_hn
   int64_t ldq;
-  const T* h_prev;
-  T* h;  // [rows, ldh]
+  const O* h_prev;
+  O* h;  // [rows, ldh]
   int64_t ldh_prev, ldh;
   T* c;  // LSTM: cell state, in place
   int64_t ldcell;
@@ -40,6 +41,7 @@ struct FwdTile {
 template <class Cell, class S>
 struct LayerFwd {
   using T = Acc<S>;
+  using O = Operand<S>;
   using Params = typename Cell::FwdParams;
   static constexpr int G = Cell::kGates;
   static constexpr int64_t kChunkTokens = 128, kChunkBytes = 384 << 10, kDirectTokens = 8;
@@ -53,10 +55,12 @@ struct LayerFwd {
   int team;
 
   // Shared, one of each per direction.
-  T *state[2], *m[2], *cell[2];
+  O *state[2], *m[2];
+  T* cell[2];
   Barrier *everyone, *row_barriers;
   // One of each per thread.
-  T *C, *Q, *X, *block;
+  T *C, *Q;
+  O *X, *block;
   int64_t c_size, x_size, block_size;
   const int64_t ldh, ldm, ldcell;
 
@@ -71,28 +75,31 @@ struct LayerFwd {
         once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
         team(1),
-        ldh(round_up(P, 2 * kLanes<T>) + kLanes<T>),
-        ldm(round_up(H, 2 * kLanes<T>) + kLanes<T>),
+        ldh(round_up(P, 32) + kLanes<T>),
+        ldm(round_up(H, 32) + kLanes<T>),
         ldcell(round_up(H, kLanes<T>)) {}
+
+  // Tiles read x itself, if it is what they multiply and needs no padding.
+  bool x_in_place() const { return sizeof(S) == sizeof(O) && I == weights.in.depth(); }
 
   void layout(Arena& a) {
     seq.layout(a);
     weights.layout(a);
     for (int d = 0; d < p.D; d++) {
-      state[d] = a.take<T>(2 * B * ldh);
-      m[d] = weights.projected ? a.take<T>(B * ldm) : nullptr;
+      state[d] = a.take<O>(2 * B * ldh);
+      m[d] = weights.projected ? a.take<O>(B * ldm) : nullptr;
       cell[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
     }
     everyone = a.take<Barrier>(1);
     row_barriers = a.take<Barrier>(2 * team);
     c_size = B * (G * NR<T>) > kChunkBytes / int64_t(sizeof(T)) ? B * (G * NR<T>)
                                                                 : kChunkBytes / int64_t(sizeof(T));
-    x_size = sizeof(S) == sizeof(T) ? 0 : (B > kChunkTokens ? B : kChunkTokens) * I;
+    x_size = x_in_place() || direct ? 0 : (B > kChunkTokens ? B : kChunkTokens) * weights.in.depth();
     C = a.take<T>(team * c_size);
     Q = a.take<T>(team * B * NR<T>);
-    X = a.take<T>(team * x_size);
-    block_size = once ? G * (I + P) * NR<T> : 0;
-    block = a.take<T>(team * block_size);
+    X = a.take<O>(team * x_size);
+    block_size = once ? G * (weights.in.depth() + weights.rec.depth()) * NR<T> : 0;
+    block = a.take<O>(team * block_size);
   }
 
   void prepare() {
@@ -102,7 +109,7 @@ struct LayerFwd {
   }
 
   void thread(int id, int size) {
-    const Plan plan = make_plan<T>(seq, size, G, once);
+    const Plan plan = make_plan<O>(seq, size, G, once);
     const int members = plan.per_direction();
     const int first = plan.concurrent == 2 ? id / (size / 2) : 0,
               rank = plan.concurrent == 2 ? id % (size / 2) : id;
@@ -115,6 +122,7 @@ struct LayerFwd {
                     row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
       worker.run();
     }
+    release_tiles();
   }
 
   // One thread's share of one direction.
@@ -130,7 +138,8 @@ struct LayerFwd {
     const int64_t u0, width;  // first unit, units (padded)
     const int sharing;        // threads that share these rows
     Barrier* barrier;
-    T *C, *Q, *X, *packed_block;
+    T *C, *Q;
+    O *X, *packed_block;
     int64_t steps;  // in a chunk
     bool by_block;  // a chunk is one step: project block by block, C holds one block
     int64_t ldc, gate;
@@ -158,18 +167,19 @@ struct LayerFwd {
           packed_block(layer.block + id * layer.block_size) {
       const int64_t fits = f.c_size / (G * width + kLanes<T>),
                     tokens = fits < kChunkTokens ? fits : kChunkTokens;
-      steps = R > 0 && tokens > R && !f.direct ? tokens / R : 1;
+      steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
       by_block = steps == 1;
       gate = by_block ? NR<T> : width;
       ldc = G * gate + (by_block ? 0 : kLanes<T>);
     }
 
-    T* state(int64_t step) const { return f.state[d] + (step & 1) * f.B * f.ldh; }
-    const T* input_panel(int g, int64_t j) const {
-      return f.once ? packed_block + g * f.I * NR<T> : weights.input(d, g, j);
+    O* state(int64_t step) const { return f.state[d] + (step & 1) * f.B * f.ldh; }
+    const O* input_panel(int g, int64_t j) const {
+      return f.once ? packed_block + g * weights.in.depth() * NR<T> : weights.input(d, g, j);
     }
-    const T* recurrent_panel(int g, int64_t j) const {
-      return f.once ? packed_block + (G * f.I + g * f.P) * NR<T> : weights.recurrent(d, g, j);
+    const O* recurrent_panel(int g, int64_t j) const {
+      return f.once ? packed_block + (G * weights.in.depth() + g * weights.rec.depth()) * NR<T>
+                    : weights.recurrent(d, g, j);
     }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
 
@@ -196,8 +206,13 @@ struct LayerFwd {
 
     void init_state() {
       const S* h0 = static_cast<const S*>(p.h0) + d * f.B * f.P;
-      for (int64_t b = r0; b < r1; b++)
-        for (int half = 0; half < 2; half++) set_h(b, state(half), h0);
+      for (int64_t b = r0; b < r1; b++) {
+        for (int half = 0; half < 2; half++) {
+          set_h(b, state(half), h0);
+          for (int64_t i = f.P; j0 == 0 && i < f.ldh; i++) state(half)[b * f.ldh + i] = O{};
+        }
+        for (int64_t i = f.H; weights.projected && j0 == 0 && i < f.ldm; i++) f.m[d][b * f.ldm + i] = O{};
+      }
       if constexpr (Cell::kCellState)
         for (int64_t b = r0; b < r1; b++) set_c(b);
     }
@@ -207,8 +222,9 @@ struct LayerFwd {
       const int64_t end = weights.projected ? k1 * NR<T> : u0 + width;
       return end < f.P ? end : f.P;
     }
-    void set_h(int64_t b, T* to, const S* h0) const {
-      for (int64_t j = h_begin(); j < h_end(); j++) to[b * f.ldh + j] = scalar(h0[b * f.P + j]);
+    void set_h(int64_t b, O* to, const S* h0) const {
+      const int64_t j = h_begin(), n = h_end() - j;
+      copy_row(h0 + b * f.P + j, n, to + b * f.ldh + j, n);
     }
     void set_c(int64_t b) const {
       const S* c0 = static_cast<const S*>(p.c0) + d * f.B * f.H;
@@ -222,40 +238,39 @@ struct LayerFwd {
       int64_t n = 0;
       for (int64_t t = lo; t < hi; t++) n += seq.rows(t, r0, r1);
       if (n == 0) return;
-      if constexpr (sizeof(S) != sizeof(T)) {
-        T* to = X;
+      if (!f.x_in_place()) {
+        const int64_t ldx = weights.in.depth();
+        O* to = X;
         for (int64_t t = lo; t < hi; t++)
-          for (int64_t b = r0; b < r0 + seq.rows(t, r0, r1); b++, to += f.I) {
-            const S* x = seq.template x<S>(t, b);
-            for (int64_t i = 0; i < f.I; i += kLanes<T>) store(to + i, load(x + i, f.I - i), f.I - i);
-          }
-        project(ja, jb, n, X, f.I, C, ldc);
+          for (int64_t b = r0; b < r0 + seq.rows(t, r0, r1); b++, to += ldx)
+            copy_row(seq.template x<S>(t, b), f.I, to, ldx);
+        project(ja, jb, n, X, ldx, C, ldc);
       } else if (seq.x_contiguous() && R == f.B) {
-        project(ja, jb, n, seq.template x<S>(lo, 0), p.x_b, C, ldc);
+        project(ja, jb, n, seq.template x<O>(lo, 0), p.x_b, C, ldc);
       } else if (p.batch_sizes || R >= 8 || hi - lo == 1) {
         T* to = C;
         for (int64_t t = lo; t < hi; t++) {
           const int64_t rows = seq.rows(t, r0, r1);
-          project(ja, jb, rows, seq.template x<S>(t, r0), p.x_b, to, ldc);
+          project(ja, jb, rows, seq.template x<O>(t, r0), p.x_b, to, ldc);
           to += rows * ldc;
         }
       } else {
         for (int64_t b = r0; b < r1; b++)
-          project(ja, jb, hi - lo, seq.template x<S>(lo, b), p.x_t, C + (b - r0) * ldc, R * ldc);
+          project(ja, jb, hi - lo, seq.template x<O>(lo, b), p.x_t, C + (b - r0) * ldc, R * ldc);
       }
     }
-    void project(int64_t ja, int64_t jb, int64_t n, const T* x, int64_t ldx, T* to, int64_t ld) {
+    void project(int64_t ja, int64_t jb, int64_t n, const O* x, int64_t ldx, T* to, int64_t ld) {
       for (int64_t j = ja; j < jb; j++)
         for (int g = 0; g < G; g++)
-          gemm_panel(n, weights.in.width(j), f.I, x, ldx, input_panel(g, j), weights.in.width(j),
-                     weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0,
+          gemm_panel(n, weights.in.width(j), weights.in.depth(), x, ldx, input_panel(g, j),
+                     weights.in.width(j), weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0,
                      to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
     }
 
     void step(int64_t s, int64_t n, T* c_rows) {
       const int64_t t = time(s);
       if (n > 0) {
-        const T* h = state(s) + r0 * f.ldh;
+        const O* h = state(s) + r0 * f.ldh;
         for (int64_t j = j0; j < j1; j++) {
           if (f.direct) {
             direct_products(s, t, n, j);
@@ -263,17 +278,19 @@ struct LayerFwd {
             continue;
           }
           for (int g = 0; f.once && g < G; g++)
-            weights.pack_block(d, g, j, packed_block + g * f.I * NR<T>,
-                               packed_block + (G * f.I + g * f.P) * NR<T>);
+            weights.pack_block(d, g, j, packed_block + g * weights.in.depth() * NR<T>,
+                               packed_block + (G * weights.in.depth() + g * weights.rec.depth()) * NR<T>);
           if (by_block) project(t, t + 1, j, j + 1);
           T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
           const int64_t w = weights.rec.width(j);
           for (int g = 0; g < G; g++) {
-            const T* panel = recurrent_panel(g, j);
+            const O* panel = recurrent_panel(g, j);
             if (g == Cell::kSplitGate)
-              gemm_panel(n, w, f.P, h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q, NR<T>);
+              gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q,
+                         NR<T>);
             else
-              gemm_panel(n, w, f.P, h, f.ldh, panel, w, block + g * gate, ldc, block + g * gate, ldc);
+              gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, block + g * gate, ldc,
+                         block + g * gate, ldc);
           }
           epilogue(s, t, n, j, block);
         }
@@ -292,21 +309,14 @@ struct LayerFwd {
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
       for (int64_t b = 0; b < n; b++) {
         const S* x = seq.template x<S>(t, r0 + b);
-        const T* xs;
-        if constexpr (sizeof(S) == sizeof(T)) {
-          xs = x;
-        } else {
-          for (int64_t i = 0; i < f.I; i += W) store(X + i, load(x + i, f.I - i), f.I - i);
-          xs = X;
-        }
-        const T* h = state(s) + (r0 + b) * f.ldh;
+        const O* h = state(s) + (r0 + b) * f.ldh;
         for (int g = 0; g < G; g++) {
           const bool split = g == Cell::kSplitGate;
           for (int64_t u = j * NR<T>; u < j * NR<T> + weights.in.width(j); u += W) {
             const int64_t row = g * f.H + u, i = u - j * NR<T>;
             const T* bias = weights.bias[d] + g * weights.in.padded() + u;
             Vec<T> acc[W] = {};
-            dot_rows(w_ih + row * f.I, f.I, f.H - u, xs, f.I, acc);
+            dot_rows(w_ih + row * f.I, f.I, f.H - u, x, f.I, acc);
             if (split) {
               store(C + b * ldc + g * gate + i, load(bias) + sum_lanes<T>(acc));
               for (int r = 0; r < W; r++) acc[r] = Vec<T>{};
@@ -348,7 +358,7 @@ struct LayerFwd {
     void project_state(int64_t s, int64_t t, int64_t n) {
       for (int64_t k = k0; k < k1; k++) {
         const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = f.P - u < NR<T> ? f.P - u : NR<T>;
-        gemm_panel(n, w, f.H, f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w,
+        gemm_panel(n, w, weights.proj.depth(), f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w,
                    static_cast<const T*>(nullptr), 0, Q, NR<T>);
         for (int64_t b = 0; b < n; b++)
           for (int64_t i = 0; i < valid; i += kLanes<T>) {
@@ -374,7 +384,7 @@ struct LayerFwd {
       int64_t length = p.T;
       for (int64_t b = r0; b < r1; b++) {
         while (length > 0 && seq.rows(length - 1) <= b) length--;
-        const T* h = state(d || length == 0 ? p.T : length) + b * f.ldh;
+        const O* h = state(d || length == 0 ? p.T : length) + b * f.ldh;
         S* hn = static_cast<S*>(p.hn) + (d * f.B + b) * f.P;
         for (int64_t j = h_begin(); p.hn && j < h_end(); j += kLanes<T>)
           store(hn + j, load(h + j), h_end() - j);

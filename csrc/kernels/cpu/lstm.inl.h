@@ -57,13 +57,13 @@ struct Lstm {
         if (t.dy) dh += load(t.dy + b * t.lddy + u, n);
         Vec<T> dc = load(t.dc + b * t.lddc + u) + dh * o * (T(1) - tanh_c * tanh_c);
         if (t.dcells) dc += load(t.dcells + b * t.lddcells + u, n);
-        T* dG = t.dG + b * t.lddG + u;
+        Operand<S>* dG = t.dG + b * t.lddG + u;
         store(dG, dc * g * (i * (T(1) - i)), n);
         store(dG + t.H, dc * load(t.c_prev + b * t.ldc_prev + u, n) * (f * (T(1) - f)), n);
         store(dG + 2 * t.H, dc * i * (T(1) - g * g), n);
         store(dG + 3 * t.H, dh * tanh_c * (o * (T(1) - o)), n);
         store(t.dc + b * t.lddc + u, dc * f);
-        if (t.m) store(t.m + b * t.ldm + u, o * tanh_c);
+        if (t.m) store(t.m + b * t.ldm + u, o * tanh_c, n);
       }
     }
   }

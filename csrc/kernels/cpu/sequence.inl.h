@@ -45,22 +45,27 @@ struct Plan {
   int per_direction() const { return row_groups * unit_groups; }
 };
 
+// Multiply-adds of a tile row by two vectors, per cycle: 1, 2 with vdpbf16ps, 16 with AMX.
+template <class D>
+constexpr double kRate = kDepth<D> == 32 ? 16 : kPair<D>;
+
 // Cycles of one thread's recurrent step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate
 // arithmetic, barrier. The numbers are rounded from measurements on Zen 5 and Golden Cove; only their order
 // matters for the choice.
-template <class T>
+template <class D>
 static double step_cycles(int64_t rows, int64_t units, int64_t K, int G, bool barrier) {
   if (rows == 0) return barrier ? 1000 : 0;
-  const double panels = double(G) * round_up(units, kLanes<T>) / NR<T>, tiles = double((rows + MR - 1) / MR);
-  const double bytes = panels * NR<T> * K * sizeof(T);
+  const double panels = double(G) * round_up(units, kLanes<Acc<D>>) / NR<D>,
+               tiles = double((rows + MR - 1) / MR);
+  const double bytes = panels * NR<D> * K * sizeof(D);
   const double bandwidth = bytes <= (24 << 10)    ? 128
                            : bytes <= (512 << 10) ? 40
                            : bytes <= (2 << 20)   ? 14
                                                   : 5;
-  const double fma = double(rows), loads = (2 * tiles + rows) / 2,
-               traffic = 2 * SEQKERNELS_VEC_BYTES / bandwidth;
+  const double fma = double(rows) / kRate<D>, loads = (2 * tiles + rows) / (kRate<D> > 1 ? kRate<D> * 2 : 2),
+               traffic = NR<D> * sizeof(D) / bandwidth;
   const double busy = fma > loads ? fma : loads, k = (busy > traffic ? busy : traffic) + 0.15 * traffic;
-  return panels * K * k + 15.0 * G * rows * units / kLanes<T> + (barrier ? 1000 : 0);
+  return panels * K * k + 15.0 * G * rows * units / kLanes<Acc<D>> + (barrier ? 1000 : 0);
 }
 
 // Rows [split(i), split(i + 1)) belong to row group i: the same number of tokens each.
@@ -81,24 +86,24 @@ static int64_t row_split(const Sequence& seq, int groups, int i) {
   return lo;
 }
 
-template <class T>
+template <class D>
 static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only = false) {
   const LayerParams& p = seq.p;
   const bool concurrent = p.D == 2 && threads >= 2 && (threads % 2 == 0 || threads >= 6);
   const int size = concurrent ? threads / 2 : threads;
-  const int64_t blocks = (p.H + NR<T> - 1) / NR<T>;
+  const int64_t blocks = (p.H + NR<D> - 1) / NR<D>;
   const int64_t samples = p.batch_sizes ? (p.T < 64 ? p.T : 64) : 1;
   Plan best{concurrent ? 2 : 1, 1, 1};
   double least = -1;
   for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++) {
     const int ug = int(size / rg < blocks ? size / rg : blocks);
-    const int64_t units = (blocks + ug - 1) / ug * NR<T>;
+    const int64_t units = (blocks + ug - 1) / ug * NR<D>;
     double worst = 0;
     for (int i = 0; i < rg; i++) {
       const int64_t r0 = row_split(seq, rg, i), r1 = row_split(seq, rg, i + 1);
       double sum = 0;
       for (int64_t s = 0; s < samples; s++)
-        sum += step_cycles<T>(seq.rows(p.T * s / samples, r0, r1), units < p.H ? units : p.H, p.P, G, ug > 1);
+        sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), units < p.H ? units : p.H, p.P, G, ug > 1);
       if (sum > worst) worst = sum;
     }
     if (least < 0 || worst < least) least = worst, best.row_groups = rg, best.unit_groups = ug;
@@ -106,8 +111,8 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only =
   return best;
 }
 
-// Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every weight is
-// read from L3 and used once.
+// Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every
+// weight is read from L3 and used once.
 constexpr double kWorkPerThread = 1e5;
 
 static int team_size(const Sequence& seq, int G) {

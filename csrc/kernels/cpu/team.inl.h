@@ -3,8 +3,12 @@
 
 #include "gemm.inl.h"
 
-// Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. After 20,000 turns
-// (some 100 us: more threads than cores) it yields. One cache line for arrivals, one for the release.
+// Spinning stops paying after some 50 us: a thread that is waited for is not running, because there are more
+// threads than cores. Then yield.
+constexpr int kSpins = 1000;
+
+// Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. One cache line for
+// arrivals, one for the release.
 struct Barrier {
   alignas(64) int arrived;
   alignas(64) int phase;
@@ -18,7 +22,7 @@ struct Barrier {
       return;
     }
     for (int spins = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; spins++) {
-      if (spins < 20000) {
+      if (spins < kSpins) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -50,7 +54,7 @@ static void run_team(const Parallel& parallel, int want, const Body& body) {
         const int id = __atomic_fetch_add(&t.members, 1, __ATOMIC_ACQ_REL);
         __atomic_add_fetch(&t.covered, end - begin, __ATOMIC_ACQ_REL);
         for (int spins = 0; __atomic_load_n(&t.covered, __ATOMIC_ACQUIRE) < t.want; spins++)
-          if (spins > 20000) sched_yield();
+          if (spins > kSpins) sched_yield();
         t.body(id, __atomic_load_n(&t.members, __ATOMIC_ACQUIRE));
       },
       &team);

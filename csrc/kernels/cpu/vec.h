@@ -36,6 +36,21 @@ struct AccOf<double> {
 template <class S>
 using Acc = typename AccOf<S>::type;
 
+// What the matrix products multiply: the arithmetic type, or bf16 itself where the processor has dot products
+// for it.
+template <class S>
+struct OperandOf {
+  using type = Acc<S>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<bf16> {
+  using type = bf16;
+};
+#endif
+template <class S>
+using Operand = typename OperandOf<S>::type;
+
 template <class T>
 SEQ_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};

@@ -11,12 +11,14 @@
 template <class Cell, class S>
 struct ForwardWeights {
   using T = Acc<S>;
+  using O = Operand<S>;
   static constexpr int G = Cell::kGates;
   const LayerParams& p;
   const int64_t H, I, P;
   const bool projected, in_place;  // in place: no panels, only the biases
-  const Panels<T> in, rec, proj;
-  T *panels[2], *bias[2], *q_bias[2];  // bias [G, padded H]; q_bias: b_hh of the gate that keeps it apart
+  const Panels<O> in, rec, proj;
+  O* panels[2];
+  T *bias[2], *q_bias[2];  // bias [G, padded H]; q_bias: b_hh of the gate that keeps it apart
 
   explicit ForwardWeights(const LayerParams& params, bool use_in_place = false)
       : p(params),
@@ -30,16 +32,16 @@ struct ForwardWeights {
         proj{P, H} {}
 
   int64_t size() const { return G * (in.size() + rec.size()) + (projected ? proj.size() : 0); }
-  T* input(int d, int g, int64_t j) const { return panels[d] + g * in.size() + in.offset(j); }
-  T* recurrent(int d, int g, int64_t j) const {
+  O* input(int d, int g, int64_t j) const { return panels[d] + g * in.size() + in.offset(j); }
+  O* recurrent(int d, int g, int64_t j) const {
     return panels[d] + G * in.size() + g * rec.size() + rec.offset(j);
   }
-  T* projection(int d, int64_t j) const { return panels[d] + G * (in.size() + rec.size()) + proj.offset(j); }
+  O* projection(int d, int64_t j) const { return panels[d] + G * (in.size() + rec.size()) + proj.offset(j); }
 
   void layout(Arena& a) {
     for (int d = 0; d < p.D; d++) {
-      panels[d] = p.packed ? const_cast<T*>(static_cast<const T*>(p.packed)) + d * size()
-                           : a.take<T>(in_place ? 0 : size());
+      panels[d] = p.packed ? const_cast<O*>(static_cast<const O*>(p.packed)) + d * size()
+                           : a.take<O>(in_place ? 0 : size());
       bias[d] = a.take<T>(G * in.padded());
       q_bias[d] = a.take<T>(in.padded());
     }
@@ -58,14 +60,14 @@ struct ForwardWeights {
         pack_block(d, g, j, input(d, g, j), recurrent(d, g, j));
     }
     for (int64_t j = rank; projected && j < proj.count(); j += size)
-      pack_transposed(static_cast<const S*>(w.w_hr) + j * NR<T> * H, H, P - j * NR<T>, H, projection(d, j),
-                      proj.width(j));
+      pack_panel(static_cast<const S*>(w.w_hr) + j * NR<O> * H, H, P - j * NR<O>, H, projection(d, j),
+                 proj.width(j));
   }
   // Gate g of unit block j.
-  void pack_block(int d, int g, int64_t j, T* to_input, T* to_recurrent) const {
-    const int64_t row = g * H + j * NR<T>, rows = H - j * NR<T>;
-    pack_transposed(static_cast<const S*>(p.w[d].w_ih) + row * I, I, rows, I, to_input, in.width(j));
-    pack_transposed(static_cast<const S*>(p.w[d].w_hh) + row * P, P, rows, P, to_recurrent, rec.width(j));
+  void pack_block(int d, int g, int64_t j, O* to_input, O* to_recurrent) const {
+    const int64_t row = g * H + j * NR<O>, rows = H - j * NR<O>;
+    pack_panel(static_cast<const S*>(p.w[d].w_ih) + row * I, I, rows, I, to_input, in.width(j));
+    pack_panel(static_cast<const S*>(p.w[d].w_hh) + row * P, P, rows, P, to_recurrent, rec.width(j));
   }
   void sum_biases(int d) const {
     const Weights<const void*>& w = p.w[d];
@@ -87,26 +89,27 @@ struct ForwardWeights {
 template <class Cell, class S>
 struct BackwardWeights {
   using T = Acc<S>;
+  using O = Operand<S>;
   static constexpr int G = Cell::kGates;
   const LayerParams& p;
   const bool projected, in_place;
-  const Panels<T> in, rec, proj;
-  T* panels[2];
+  const Panels<O> in, rec, proj;
+  O* panels[2];
 
   BackwardWeights(const LayerParams& params, bool few_tokens)
       : p(params),
         projected(p.w[0].w_hr != nullptr),
-        in_place(few_tokens && !projected && sizeof(S) == sizeof(T) && p.I % kLanes<T> == 0 &&
-                 p.P % kLanes<T> == 0),
+        in_place(few_tokens && !projected && sizeof(O) == sizeof(S) && kPair<O> == 1 &&
+                 p.I % kLanes<T> == 0 && p.P % kLanes<T> == 0),
         in{p.I, G * p.H},
         rec{p.P, G * p.H},
         proj{p.H, p.P} {}
 
   int64_t size() const { return in.size() + rec.size() + (projected ? proj.size() : 0); }
-  T* projection(int d, int64_t j) const { return panels[d] + in.size() + rec.size() + proj.offset(j); }
+  O* projection(int d, int64_t j) const { return panels[d] + in.size() + rec.size() + proj.offset(j); }
 
   void layout(Arena& a) {
-    for (int d = 0; d < p.D; d++) panels[d] = a.take<T>(in_place ? 0 : size());
+    for (int d = 0; d < p.D; d++) panels[d] = a.take<O>(in_place ? 0 : size());
   }
 
   void pack(int d, int rank, int size) const {
@@ -115,10 +118,12 @@ struct BackwardWeights {
     pack_columns(static_cast<const S*>(w.w_ih), in, Cell::kInputSlot, panels[d], rank, size);
     pack_columns(static_cast<const S*>(w.w_hh), rec, Cell::kRecurrentSlot, panels[d] + in.size(), rank, size);
     if (!projected) return;
-    for (int64_t j = rank; j < proj.count(); j += size)
+    for (int64_t j = rank; j < proj.count(); j += size) {
       for (int64_t k = 0; k < proj.K; k++)
-        pack_row(static_cast<const S*>(w.w_hr) + k * proj.N + j * NR<T>, proj.N - j * NR<T>,
-                 projection(d, j) + k * proj.width(j), proj.width(j));
+        pack_row(static_cast<const S*>(w.w_hr) + k * proj.N + j * NR<O>, proj.N - j * NR<O>, projection(d, j),
+                 k, proj.width(j));
+      pack_padding(projection(d, j), proj.K, proj.width(j));
+    }
   }
   static constexpr int first_slot(const int (&slot)[G]) {
     int first = slot[0];
@@ -126,43 +131,50 @@ struct BackwardWeights {
     return first;
   }
   // Gate g's rows become the K range of its slot, counted from the first slot of this product.
-  void pack_columns(const S* w, Panels<T> shape, const int (&slot)[G], T* out, int rank, int size) const {
-    const int first = first_slot(slot);
-    for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++)
-      for (int g = 0; g < G; g++)
-        for (int64_t u = 0; u < p.H; u++)
-          pack_row(w + (g * p.H + u) * shape.N + j * NR<T>, shape.N - j * NR<T>,
-                   out + shape.offset(j) + ((slot[g] - first) * p.H + u) * shape.width(j), shape.width(j));
+  void pack_columns(const S* w, Panels<O> shape, const int (&slot)[G], O* out, int rank, int size) const {
+    int gate[G];  // in the order of their slots
+    for (int g = 0; g < G; g++) gate[slot[g] - first_slot(slot)] = g;
+    for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++) {
+      O* panel = out + shape.offset(j);
+      for (int64_t k = 0; k < shape.K; k++)
+        pack_row(w + (gate[k / p.H] * p.H + k % p.H) * shape.N + j * NR<O>, shape.N - j * NR<O>, panel, k,
+                 shape.width(j));
+      pack_padding(panel, shape.K, shape.width(j));
+    }
   }
 
   // c = init + dG W_ih (or W_hh) for the columns of blocks [j0, j1). dG starts at slot 0, c at column 0.
-  void input_product(int d, int64_t j0, int64_t j1, int64_t n, const T* dG, int64_t ldG, T* c,
+  void input_product(int d, int64_t j0, int64_t j1, int64_t n, const O* dG, int64_t ldG, T* c,
                      int64_t ldc) const {
     product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j0, j1, n, dG, ldG, false, c, ldc);
   }
-  void recurrent_product(int d, int64_t j0, int64_t j1, int64_t n, const T* dG, int64_t ldG, bool add, T* c,
+  void recurrent_product(int d, int64_t j0, int64_t j1, int64_t n, const O* dG, int64_t ldG, bool add, T* c,
                          int64_t ldc) const {
     product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j0, j1, n, dG, ldG, add, c, ldc);
   }
-  void product(const void* w, const Panels<T>& shape, const int (&slot)[G], const T* packed, int64_t j0,
-               int64_t j1, int64_t n, const T* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
+  void product(const void* w, const Panels<O>& shape, const int (&slot)[G], const O* packed, int64_t j0,
+               int64_t j1, int64_t n, const O* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
     if (!in_place) {
       for (int64_t j = j0; j < j1; j++) {
-        T* to = c + j * NR<T>;
-        gemm_panel(n, shape.width(j), shape.K, dG + first_slot(slot) * p.H, ldG, packed + shape.offset(j),
-                   shape.width(j), add ? to : nullptr, ldc, to, ldc);
+        T* to = c + j * NR<O>;
+        gemm_panel(n, shape.width(j), shape.depth(), dG + first_slot(slot) * p.H, ldG,
+                   packed + shape.offset(j), shape.width(j), add ? to : nullptr, ldc, to, ldc);
       }
       return;
     }
+    if constexpr (kPair<O> == 1) product_in_place(w, shape, slot, j0, j1, n, dG, ldG, add, c, ldc);
+  }
+  void product_in_place(const void* w, const Panels<O>& shape, const int (&slot)[G], int64_t j0, int64_t j1,
+                        int64_t n, const O* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
     constexpr int64_t kRows = 32;  // of w at a time, all columns: memory is read in its own order
     const int64_t N = shape.N;
     for (int g = 0; g < G; g++) {
       for (int64_t k = 0; k < p.H; k += kRows) {
-        const T* rows = static_cast<const T*>(w) + (g * p.H + k) * N;
+        const O* rows = static_cast<const O*>(w) + (g * p.H + k) * N;
         for (int64_t j = j0; j < j1; j++) {
-          T* to = c + j * NR<T>;
+          T* to = c + j * NR<O>;
           gemm_panel(n, shape.width(j), p.H - k < kRows ? p.H - k : kRows, dG + slot[g] * p.H + k, ldG,
-                     rows + j * NR<T>, N, add || g || k ? to : nullptr, ldc, to, ldc);
+                     rows + j * NR<O>, N, add || g || k ? to : nullptr, ldc, to, ldc);
         }
       }
     }

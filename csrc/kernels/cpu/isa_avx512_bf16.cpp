@@ -1,0 +1,20 @@
+// avx512_bf16: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has internal
+// linkage.
+#include <immintrin.h>
+#include <sched.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "table.h"
+
+#define SEQKERNELS_VEC_BYTES 64
+
+namespace seqkernels {
+namespace {
+#include "kernels.inl.h"
+}  // namespace
+
+const KernelTable& kernels_avx512_bf16() { return kTable; }
+
+}  // namespace seqkernels
