@@ -85,30 +85,26 @@ Isa probe() { return Isa::baseline; }
 
 #endif
 
-// nullptr when the build lacks the instruction set (Arm has the baseline only).
-const KernelTable* table(Isa isa) {
+const KernelTable& table(Isa isa) {
   switch (isa) {
-    case Isa::baseline:
-      return &kernels_baseline();
-#if defined(SEQKERNELS_HAVE_AVX2)
+#if defined(__x86_64__)
     case Isa::avx2:
-      return &kernels_avx2();
-#endif
-#if defined(SEQKERNELS_HAVE_AVX512)
+      return kernels_avx2();
     case Isa::avx512:
-      return &kernels_avx512();
-#endif
-#if defined(SEQKERNELS_HAVE_AVX512_BF16)
+      return kernels_avx512();
     case Isa::avx512_bf16:
-      return &kernels_avx512_bf16();
-#endif
-#if defined(SEQKERNELS_HAVE_AMX)
+      return kernels_avx512_bf16();
     case Isa::amx:
-      return &kernels_amx();
+      return kernels_amx();
 #endif
     default:
-      return nullptr;
+      return kernels_baseline();
   }
+}
+
+Isa best_isa() {
+  static const Isa best = probe();
+  return best;
 }
 
 Isa parse_isa(std::string_view name, const char* setter) {
@@ -119,19 +115,14 @@ Isa parse_isa(std::string_view name, const char* setter) {
     if (name == isa_name(isa)) return isa;
     supported += supported.empty() ? isa_name(isa) : std::string(", ") + isa_name(isa);
   }
-  throw std::invalid_argument(
-      std::string("seqkernels: ") + setter + ": got \"" + std::string(name) +
-      "\", expected an instruction set that this machine and build support: " + supported);
+  throw std::invalid_argument(std::string("seqkernels: ") + setter + ": got \"" + std::string(name) +
+                              "\", expected an instruction set that this machine supports: " + supported);
 }
 
 Isa initial_isa() {
   if (const char* name = std::getenv("SEQKERNELS_CPU_ISA"); name && *name)
     return parse_isa(name, "SEQKERNELS_CPU_ISA");
-  Isa best = Isa::baseline;
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (isa_supported(static_cast<Isa>(i))) best = static_cast<Isa>(i);
-  }
-  return best;
+  return best_isa();
 }
 
 std::atomic<Isa>& active() {
@@ -141,10 +132,7 @@ std::atomic<Isa>& active() {
 
 }  // namespace
 
-bool isa_supported(Isa isa) {
-  static const Isa best = probe();
-  return isa <= best && table(isa) != nullptr;
-}
+bool isa_supported(Isa isa) { return isa <= best_isa(); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -169,6 +157,6 @@ Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 void force_isa(const char* name) { active().store(parse_isa(name, "force_isa"), std::memory_order_relaxed); }
 
-const KernelTable& kernels() { return *table(active_isa()); }
+const KernelTable& kernels() { return table(active_isa()); }
 
 }  // namespace seqkernels

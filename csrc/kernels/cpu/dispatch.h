@@ -11,8 +11,8 @@ struct KernelTable;  // table.h
 enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 inline constexpr int kIsaCount = 5;
 
-// True when this build has the kernels and processor and operating system can run them. Asking for `amx` asks
-// Linux for the permission to use its tile registers, once per process.
+// True when processor and operating system can run it. The first call of any function here asks Linux for the
+// permission to use AMX's tile registers, where there are any.
 bool isa_supported(Isa isa);
 const char* isa_name(Isa isa);
 
