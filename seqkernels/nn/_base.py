@@ -183,7 +183,8 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
             return op(input, *states, *_cell_weights(cell), *options)
         except (RuntimeError, TypeError):
             pass  # the rest finds out why, and what to do
-    if reason := support.why_torch(input):
+    reason = support.why_torch(input) if input.dim() in (1, 2) else MISFIT
+    if reason:
         return leave_to_torch(cell, input, hx, reason)
     count = 2 if isinstance(cell, torch.nn.LSTMCell) else 1
     unbatched = input.dim() == 1
