@@ -267,11 +267,14 @@ struct LayerFwd {
                      to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
     }
 
+    // Weights that do not fit the cache are walked to and fro: what the last step read last, this one reads
+    // first.
     void step(int64_t s, int64_t n, T* c_rows) {
       const int64_t t = time(s);
       if (n > 0) {
         const O* h = state(s) + r0 * f.ldh;
-        for (int64_t j = j0; j < j1; j++) {
+        for (int64_t i = j0; i < j1; i++) {
+          const int64_t j = s % 2 ? j0 + j1 - 1 - i : i;
           if (f.direct) {
             direct_products(s, t, n, j);
             epilogue(s, t, n, j, C);
@@ -283,7 +286,8 @@ struct LayerFwd {
           if (by_block) project(t, t + 1, j, j + 1);
           T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
           const int64_t w = weights.rec.width(j);
-          for (int g = 0; g < G; g++) {
+          for (int i = 0; i < G; i++) {
+            const int g = s % 2 ? G - 1 - i : i;
             const O* panel = recurrent_panel(g, j);
             if (g == Cell::kSplitGate)
               gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q,

@@ -143,19 +143,22 @@ struct BackwardWeights {
     }
   }
 
-  // c = init + dG W_ih (or W_hh) for the columns of blocks [j0, j1). dG starts at slot 0, c at column 0.
+  // c (+)= dG W_ih (or W_hh) for the columns of blocks [j0, j1), last block first if `fro`. dG starts at slot
+  // 0, c at column 0.
   void input_product(int d, int64_t j0, int64_t j1, int64_t n, const O* dG, int64_t ldG, T* c,
                      int64_t ldc) const {
-    product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j0, j1, n, dG, ldG, false, c, ldc);
+    product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j0, j1, false, n, dG, ldG, false, c, ldc);
   }
-  void recurrent_product(int d, int64_t j0, int64_t j1, int64_t n, const O* dG, int64_t ldG, bool add, T* c,
-                         int64_t ldc) const {
-    product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j0, j1, n, dG, ldG, add, c, ldc);
+  void recurrent_product(int d, int64_t j0, int64_t j1, bool fro, int64_t n, const O* dG, int64_t ldG,
+                         bool add, T* c, int64_t ldc) const {
+    product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j0, j1, fro, n, dG, ldG, add, c,
+            ldc);
   }
   void product(const void* w, const Panels<O>& shape, const int (&slot)[G], const O* packed, int64_t j0,
-               int64_t j1, int64_t n, const O* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
+               int64_t j1, bool fro, int64_t n, const O* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
     if (!in_place) {
-      for (int64_t j = j0; j < j1; j++) {
+      for (int64_t i = j0; i < j1; i++) {
+        const int64_t j = fro ? j0 + j1 - 1 - i : i;
         T* to = c + j * NR<O>;
         gemm_panel(n, shape.width(j), shape.depth(), dG + first_slot(slot) * p.H, ldG,
                    packed + shape.offset(j), shape.width(j), add ? to : nullptr, ldc, to, ldc);
