@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqkernels import stack
+from seqkernels import stack, support
 
 
 def lstm(
@@ -52,6 +52,7 @@ def lstm(
         lengths=lengths,
         resets=resets,
         return_cells=return_cell_states,
+        why_torch=support.why_torch(input),
     )
     return outputs[0], tuple(states), *outputs[1:]
 
@@ -82,7 +83,15 @@ def gru(
     config = stack.Config(num_layers, bidirectional, batch_first, dropout, training, recompute)
     states = None if hx is None else (hx,)
     (output,), (h_n,) = stack.run(
-        stack.GRU, config, input, states, weights, batch_sizes=batch_sizes, lengths=lengths, resets=resets
+        stack.GRU,
+        config,
+        input,
+        states,
+        weights,
+        batch_sizes=batch_sizes,
+        lengths=lengths,
+        resets=resets,
+        why_torch=support.why_torch(input),
     )
     return output, h_n
 
@@ -123,5 +132,6 @@ def rnn(
         batch_sizes=batch_sizes,
         lengths=lengths,
         resets=resets,
+        why_torch=support.why_torch(input),
     )
     return output, h_n

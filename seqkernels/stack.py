@@ -62,12 +62,14 @@ def run(
     resets: Tensor | None = None,
     prepacked: Sequence[Tensor] | None = None,
     return_cells: bool = False,
+    why_torch: str | None = None,
 ) -> tuple[list[Tensor], States]:
-    """x [T,B,I], [B,T,I] if batch_first, or packed [N,I] -> [output] or [output, cells], and final states."""
+    """x [T,B,I], [B,T,I] if batch_first, or packed [N,I] -> [output] or [output, cells], and final states.
+
+    why_torch: the reason, if there are no kernels for x.
+    """
     if sum(a is not None for a in (batch_sizes, lengths, resets)) > 1:
-        raise ValueError(
-            "a packed sequence, lengths= and resets= exclude each other, got more than one of them"
-        )
+        raise ValueError("packed input, lengths= and resets= exclude each other, got more than one of them")
     batch_first = config.batch_first and batch_sizes is None
     if batch_sizes is None and x.size(1 if batch_first else 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -77,9 +79,9 @@ def run(
         states = _zeros(cell, config, x, weights, batch_sizes)
 
     dtypes = None
-    reason = support.why_torch(x)
-    if reason:
-        support.fall_back(reason)
+    if why_torch:
+        support.fall_back(why_torch)
+        prepacked = None
     elif torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         dtype, *dtypes = _autocast_dtypes(cell, states, batch_sizes)
         x, states, weights = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in weights]
@@ -91,10 +93,10 @@ def run(
     elif batch_first:
         x = x.transpose(0, 1)
 
-    if reason and resets is None and not return_cells and _every_row_runs(batch_sizes, states):
+    if why_torch and resets is None and not return_cells and _every_row_runs(batch_sizes, states):
         outputs, finals = _torch_layers(cell, config, x, states, weights, batch_sizes)
     else:
-        layer = cell.reference if reason else _native_layer(cell, config, return_cells)
+        layer = cell.reference if why_torch else _native_layer(cell, config, return_cells)
         outputs, finals = _layers(layer, config, x, states, weights, batch_sizes, resets, prepacked)
         outputs = outputs[: 1 + return_cells]
 
@@ -131,6 +133,9 @@ def _layers(
         raise ValueError(
             f"expected equally many weights for {config.num_layers} x {D} layers, got {len(weights)} tensors"
         )
+    if any(s.size(0) != config.num_layers * D for s in states):
+        rows = [s.size(0) for s in states]
+        raise ValueError(f"expected states of {config.num_layers} x {D} layers, got {rows}")
     finals = []
     for i in range(config.num_layers):
         if i > 0 and config.dropout > 0 and config.training:
@@ -138,7 +143,7 @@ def _layers(
         options = {} if prepacked is None else {"packed": prepacked[i]}
         x, *rest = layer(
             x,
-            *(s[i * D : (i + 1) * D] for s in states),
+            *(states if config.num_layers == 1 else [s[i * D : (i + 1) * D] for s in states]),
             weights[i * per_layer : (i + 1) * per_layer],
             batch_sizes=batch_sizes,
             resets=resets,

@@ -93,7 +93,7 @@ def patch() -> Iterator[None]:
     """Inside, every torch.nn.LSTM, GRU, RNN or cell that is constructed becomes ours, in the whole process.
 
     However the class was imported, because its constructor is what changes. Subclasses stay what they are.
-    Our LSTM, GRU and RNN are no instances of torch.nn's: code that looks for those with isinstance does not see
+    Our LSTM, GRU and RNN are no instances of torch.nn's: code that asks isinstance for those does not see
     them; then build the model first and `swap_` it afterwards.
     """
     constructors = {cls: cls.__init__ for cls in OURS}

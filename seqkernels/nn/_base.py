@@ -42,11 +42,27 @@ class Recurrent(RNNBase):
     def _cell(self) -> stack.Cell:
         raise AssertionError("a subclass says which cell")
 
+    def _weights(self) -> list[Tensor]:
+        """All weights in torch's order, those of today."""
+        if torch.compiler.is_compiling():  # export does not want to see a module change its attributes
+            return [getattr(self, name) for name in self._flat_weights_names]
+        self._update_flat_weights()
+        return self._flat_weights
+
+    def _weights_have_changed(self) -> bool:
+        parameters = self._parameters
+        try:  # much faster than torch's own way, which serves where a tensor stands in for a parameter
+            return any(
+                r() is not parameters[n]
+                for r, n in zip(self._flat_weight_refs, self._flat_weights_names, strict=True)
+            )
+        except (KeyError, TypeError):
+            return super()._weights_have_changed()
+
     def _why_torch(self, input: Tensor | PackedSequence, states: States | None, extras: bool) -> str | None:
         """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit."""
-        self._update_flat_weights()
         packed = isinstance(input, PackedSequence)
-        x, weight = input.data if packed else input, self._flat_weights[0]
+        x, weight = input.data if packed else input, getattr(self, self._flat_weights_names[0])
         if reason := support.why_torch(x):
             return None if extras else reason  # torch knows no extras: the reference stands in, on any device
         casts = torch.is_autocast_enabled("cpu")
@@ -78,6 +94,7 @@ class Recurrent(RNNBase):
         """[output] or [output, cells], and the final states."""
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, inverse = input if packed else (input, None, None, None)
+        extras = lengths is not None or resets is not None or return_cells
         batch_dim = 0 if self.batch_first else 1
         unbatched = not packed and x.dim() == 2
         if unbatched:
@@ -92,12 +109,13 @@ class Recurrent(RNNBase):
             self,
             x,
             states,
-            self._flat_weights,
+            self._weights(),
             batch_sizes=batch_sizes,
             lengths=lengths,
             resets=resets,
             prepacked=self._fresh_packs(),
             return_cells=return_cells,
+            why_torch=support.why_torch(x) if extras else None,
         )
         if inverse is not None:
             states = [s.index_select(1, inverse) for s in states]
@@ -115,8 +133,8 @@ class Recurrent(RNNBase):
         of a weight that torch's version counter sees. Writing to `weight.data` is not seen: unprepack first.
         Copies and pickles of the module are without packs.
         """
-        self._update_flat_weights()
-        weights, per_layer = self._flat_weights, len(self._flat_weights) // self.num_layers
+        weights = self._weights()
+        per_layer = len(weights) // self.num_layers
         gates, bidirectional = self._cell().gates, self.bidirectional
         with torch.no_grad():
             packs = [

@@ -1,0 +1,179 @@
+"""torch.compile without graph breaks, torch.export with dynamic sizes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+from twins import KINDS
+
+import seqkernels
+
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+kinds = pytest.mark.parametrize("kind", KINDS)
+cells = pytest.mark.parametrize("kind", CELLS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def in_one_graph(function):
+    """Compiled by all of torch.compile but Inductor, which is slow and adds nothing here."""
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def results(module: nn.Module, *args, **kwargs):
+    """All outputs, and the gradients of inputs and parameters."""
+    outputs = tree_leaves(module(*args, **kwargs))
+    leaves = [t for t in tree_leaves(args) if t.requires_grad] + list(module.parameters())
+    return outputs, torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves)
+
+
+OPTIONS = {
+    "plain": {},
+    "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "without bias": {"bias": False},
+}
+
+
+@kinds
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layers_train_in_one_graph(kind, options):
+    module = getattr(seqkernels, kind)(5, 7, **options)
+    compiled = in_one_graph(module)
+    for shape in ((4, 3, 5), (6, 2, 5), (9, 8, 5)):
+        x = torch.randn(shape, requires_grad=True)
+        assert_close(results(compiled, x), results(module, x))
+        with torch.no_grad():
+            assert_close(compiled(x), module(x))
+
+
+@kinds
+def test_states_recompute_and_resets_in_one_graph(kind):
+    module = getattr(seqkernels, kind)(5, 7)
+    module.recompute = True
+    compiled, x, h = in_one_graph(module), torch.randn(4, 3, 5), torch.randn(1, 3, 7, requires_grad=True)
+    hx = (h, torch.randn(1, 3, 7)) if kind == "LSTM" else h
+    resets = torch.rand(4, 3) < 0.4
+    extras = {"resets": resets} | ({"return_cell_states": True} if kind == "LSTM" else {})
+    assert_close(results(compiled, x, hx, **extras), results(module, x, hx, **extras))
+    unbatched = torch.randn(4, 5)
+    assert_close(results(compiled, unbatched), results(module, unbatched))
+
+
+@kinds
+def test_autocast_in_one_graph(kind):
+    module, x = getattr(seqkernels, kind)(5, 7), torch.randn(4, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(in_one_graph(module)(x), module(x))
+
+
+@kinds
+def test_dropout_in_one_graph(kind):
+    module, x = getattr(seqkernels, kind)(5, 7, 2, dropout=0.5), torch.randn(4, 3, 5)
+    compiled = in_one_graph(module)
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+    module.eval()
+    assert_close(compiled(x), module(x))
+
+
+@cells
+def test_cells_train_in_one_graph(kind):
+    module = getattr(seqkernels, kind)(5, 7)
+    compiled, h = in_one_graph(module), torch.randn(3, 7, requires_grad=True)
+    hx = (h, h) if kind == "LSTMCell" else h  # one tensor twice is what dynamo does not like
+    for args in ((torch.randn(3, 5, requires_grad=True),), (torch.randn(3, 5), hx), (torch.randn(5),)):
+        assert_close(results(compiled, *args), results(module, *args))
+        with torch.no_grad():
+            assert_close(compiled(*args), module(*args))
+
+
+@cells
+def test_a_loop_over_a_cell_in_one_graph(kind):
+    module, xs = getattr(seqkernels, kind)(5, 7), torch.randn(4, 3, 5)
+
+    def loop(xs):
+        state = None
+        for x in xs:
+            state = module(x, state)
+        return state
+
+    assert_close(in_one_graph(loop)(xs), loop(xs))
+
+
+@kinds
+def test_a_compiled_model_with_inductor(kind):
+    model = nn.Sequential(nn.Linear(5, 6), getattr(seqkernels, kind)(6, 7))
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 3, 5, requires_grad=True)
+    assert_close(results(compiled, x), results(model, x))
+
+
+@kinds
+def test_a_swapped_model_compiles_in_one_graph(kind):
+    model, x = nn.ModuleList([getattr(nn, kind)(5, 7)]), torch.randn(4, 3, 5)
+    seqkernels.swap_(model)
+    assert_close(in_one_graph(model[0])(x), model[0](x))
+
+
+@kinds
+def test_lengths_in_one_graph(kind):
+    module, x = getattr(seqkernels, kind)(5, 7, bidirectional=True), torch.randn(4, 3, 5, requires_grad=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = in_one_graph(module)
+        for lengths in ([4, 0, 2], [1, 1, 3], [4, 4, 4]):
+            lengths = torch.tensor(lengths)
+            assert_close(results(compiled, x, lengths=lengths), results(module, x, lengths=lengths))
+
+
+@kinds
+def test_packed_sequences_and_lengths_compile_with_breaks(kind):
+    module, x, lengths = getattr(seqkernels, kind)(5, 7), torch.randn(4, 3, 5), torch.tensor([4, 3, 1])
+    packed = pack_padded_sequence(x, lengths)
+    compiled = torch.compile(
+        lambda packed, x: (module(packed)[0].data, module(x, lengths=lengths)), backend="eager"
+    )
+    assert_close(compiled(packed, x), (module(packed)[0].data, module(x, lengths=lengths)))
+
+
+@kinds
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_export_with_dynamic_sizes(kind, batch_first):
+    module = getattr(seqkernels, kind)(5, 7, 2, bidirectional=True, batch_first=batch_first)
+    program = export(module, (torch.randn(4, 3, 5),), dynamic_shapes=({0: Dim("first"), 1: Dim("second")},))
+    assert any("seqkernels" in str(node.target) for node in program.graph.nodes)
+    assert program.state_dict.keys() == module.state_dict().keys()
+    assert not program.constants
+    for shape in ((9, 2, 5), (2, 11, 5)):
+        x = torch.randn(shape)
+        assert_close(program.module()(x), module(x))
+
+
+@cells
+def test_export_of_cells_with_dynamic_batch(kind):
+    module = getattr(seqkernels, kind)(5, 7)
+    program = export(module, (torch.randn(3, 5),), dynamic_shapes=({0: Dim("batch")},))
+    x = torch.randn(8, 5)
+    assert_close(program.module()(x), module(x))
+
+
+class WithLengths(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, lengths):
+        return self.inner(x, lengths=lengths)
+
+
+@kinds
+def test_export_with_lengths(kind):
+    module = WithLengths(getattr(seqkernels, kind)(5, 7))
+    x = torch.randn(4, 3, 5)
+    program = export(module, (x, torch.tensor([4, 0, 2])))
+    for lengths in ([1, 3, 4], [4, 4, 4]):
+        lengths = torch.tensor(lengths)
+        assert_close(program.module()(x, lengths), module(x, lengths))

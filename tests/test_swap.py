@@ -1,0 +1,262 @@
+"""swap_, unswap_, patch and explain: other classes, the same modules."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import GRU as GRU_IMPORTED_BY_NAME
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+import seqkernels
+
+
+class OwnForward(nn.LSTM):
+    def forward(self, x, hx=None):
+        return super().forward(x * 2, hx)
+
+
+class Subclass(nn.GRU):
+    pass
+
+
+class Model(nn.Module):
+    """Every module that can be swapped, on one path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(
+            [nn.LSTM(6, 8, 2, bidirectional=True, dropout=0.2), nn.GRU(16, 8), nn.RNN(8, 8)]
+        )
+        self.cells = nn.ModuleDict({n: getattr(nn, n)(8, 8) for n in ("GRUCell", "RNNCell", "LSTMCell")})
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x, _ = layer(x)
+        for cell in self.cells.values():
+            x = torch.stack([h[0] if isinstance(h, tuple) else h for h in map(cell, x)])
+        return self.head(x)
+
+
+def classes(model: nn.Module) -> set[type]:
+    return {type(m) for m in model.modules()}
+
+
+OURS = {getattr(seqkernels, name) for name in seqkernels.nn.__all__}
+THEIRS = {getattr(nn, name) for name in seqkernels.nn.__all__}
+tokens = torch.randint(0, 11, (5, 3), generator=torch.Generator().manual_seed(0))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_swaps_every_recurrent_module_and_back():
+    model = Model()
+    expected = model.eval()(tokens)
+    report = seqkernels.swap_(model)
+    assert classes(model) >= OURS
+    assert not classes(model) & THEIRS
+    assert len(report.swapped) == 6
+    assert not report.kept
+    assert_close(model(tokens), expected)
+    assert seqkernels.unswap_(model) is model
+    assert classes(model) >= THEIRS
+    assert not classes(model) & OURS
+    assert torch.equal(model(tokens), expected)
+
+
+def test_the_model_itself_may_be_a_recurrent_module():
+    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    expected = model(x)
+    assert len(seqkernels.swap_(model).swapped) == 1
+    assert type(model) is seqkernels.LSTM
+    assert_close(model(x), expected)
+
+
+def test_training_goes_on_with_the_same_optimizer_parameters_and_hooks():
+    torch.manual_seed(0)
+    model = Model()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(m.parameters(), 0.01) for m in (model, twin)]
+    first = [train(m, o, 3) for m, o in zip((model, twin), optimizers, strict=True)]
+    assert first[0] == first[1]
+    calls = []
+    model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    parameters = list(model.parameters())
+    seqkernels.swap_(model)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    swapped, plain = (train(m, o, 10) for m, o in zip((model, twin), optimizers, strict=True))
+    assert swapped == pytest.approx(plain, abs=1e-4)
+    assert plain[-1] < plain[0]
+    assert len(calls) == 10
+
+
+def test_state_dict_and_whole_model_are_saved_and_loaded():
+    model = Model().eval()
+    expected = model(tokens)
+    seqkernels.swap_(model)
+    fresh = Model().eval()
+    fresh.load_state_dict(model.state_dict())
+    assert_close(fresh(tokens), expected)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert classes(loaded) == classes(model)
+    assert_close(loaded(tokens), expected)
+
+
+def test_models_of_older_pickles_swap():
+    """A module that was pickled long ago has no attributes of ours."""
+    model = nn.GRU(3, 4)
+    assert not {"recompute", "_prepacked"} & set(model.__dict__)
+    seqkernels.swap_(model)
+    assert model.recompute is False
+    model.recompute = True
+    model.prepack_()
+    seqkernels.unswap_(model)
+    assert not {"recompute", "_prepacked"} & set(model.__dict__)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_what_is_kept_and_why():
+    replaced = nn.LSTM(3, 4)
+    replaced.forward = lambda x: x
+    model = nn.ModuleDict(
+        {
+            "own": OwnForward(3, 4),
+            "sub": Subclass(3, 4),
+            "replaced": replaced,
+            "scripted": torch.jit.script(nn.LSTM(3, 4)),
+            "meta": nn.LSTM(3, 4, device="meta"),
+            "good": nn.GRU(3, 4),
+        }
+    )
+    report = seqkernels.swap_(model)
+    reasons = {d.name: d.reason for d in report}
+    assert reasons == {
+        "own": "OwnForward has its own forward",
+        "sub": "Subclass is a subclass: derive it from seqkernels.GRU instead",
+        "replaced": "its forward is replaced on the instance",
+        "scripted": "torch.jit.script has compiled it",
+        "meta": "there are kernels for cpu tensors, not for meta",
+        "good": None,
+    }
+    assert type(model["own"]) is OwnForward
+    assert type(model["meta"]) is nn.LSTM
+    lines = str(report).splitlines()
+    assert lines[0] == "swapped 1 of 6 recurrent modules"
+    assert any(line.split() == ["good", "GRU", "swapped"] for line in lines)
+
+
+def test_on_unsupported_raise_changes_nothing():
+    model = nn.ModuleList([nn.GRU(3, 4), OwnForward(3, 4)])
+    with pytest.raises(ValueError, match="cannot swap 1, a OwnForward: OwnForward has its own forward"):
+        seqkernels.swap_(model, on_unsupported="raise")
+    assert type(model[0]) is nn.GRU
+    with pytest.raises(ValueError, match="on_unsupported must be 'keep' or 'raise', got 'ignore'"):
+        seqkernels.swap_(model, on_unsupported="ignore")
+
+
+def test_filter():
+    model = Model()
+    report = seqkernels.swap_(model, lambda name, module: name.startswith("layers"), on_unsupported="raise")
+    assert [d.name for d in report.swapped] == ["layers.0", "layers.1", "layers.2"]
+    assert {d.reason for d in report.kept} == {"left out by filter_fn"}
+    assert len(seqkernels.swap_(model).swapped) == 3
+    assert not seqkernels.swap_(model)
+
+
+def test_parametrized_modules_swap():
+    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    parametrizations.weight_norm(model, "weight_hh_l0")
+    expected = model(x)
+    assert len(seqkernels.swap_(model).swapped) == 1
+    assert isinstance(model, seqkernels.LSTM)
+    assert_close(model(x), expected)
+    assert explain_kinds(model) == ["seqkernels.LSTM"]
+    seqkernels.unswap_(model)
+    assert isinstance(model, nn.LSTM)
+    assert torch.equal(model(x)[0], expected[0])
+
+
+def explain_kinds(model: nn.Module) -> list[str]:
+    return [line.split(": ")[1].split(" on ")[0] for line in seqkernels.explain(model).splitlines()]
+
+
+def test_patch():
+    with seqkernels.patch():
+        inside = [
+            nn.LSTM(3, 4, 2),
+            nn.GRUCell(3, 4),
+            GRU_IMPORTED_BY_NAME(3, hidden_size=4),
+            nn.RNN(3, 4, 1, "relu"),
+        ]
+        with seqkernels.patch():
+            nested = nn.RNN(3, 4)
+        still_inside = nn.LSTM(3, 4)
+        kept = [Subclass(3, 4), OwnForward(3, 4)]
+    outside = [nn.LSTM(3, 4), GRU_IMPORTED_BY_NAME(3, 4), nn.GRUCell(3, 4)]
+    assert [type(m) for m in inside] == [seqkernels.LSTM, seqkernels.GRUCell, seqkernels.GRU, seqkernels.RNN]
+    assert [type(nested), type(still_inside)] == [seqkernels.RNN, seqkernels.LSTM]
+    assert inside[3].nonlinearity == "relu"
+    assert [type(m) for m in kept] == [Subclass, OwnForward]
+    assert [type(m) for m in outside] == [nn.LSTM, nn.GRU, nn.GRUCell]
+
+
+def test_patch_keeps_the_initial_weights_and_ends_with_an_exception():
+    torch.manual_seed(0)
+    plain = nn.LSTM(3, 4)
+    torch.manual_seed(0)
+    with seqkernels.patch():
+        patched = nn.LSTM(3, 4)
+    assert_close(patched.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="hidden_size must be greater than zero"), seqkernels.patch():
+        nn.LSTM(3, 0)
+    assert type(nn.LSTM(3, 4)) is nn.LSTM
+
+
+def test_explain():
+    model = nn.ModuleDict({"ours": seqkernels.GRU(3, 4), "theirs": nn.GRU(3, 4), "own": OwnForward(3, 4)})
+    isa, threads = torch.ops.seqkernels.get_isa(), torch.get_num_threads()
+    assert seqkernels.explain(model).splitlines() == [
+        f"ours: seqkernels.GRU on {isa}, float32, {threads} threads",
+        "theirs: torch's GRU, not swapped yet: seqkernels.swap_(model)",
+        "own: torch's OwnForward, OwnForward has its own forward",
+    ]
+    assert seqkernels.explain(nn.Linear(1, 1)) == "there is no recurrent module in Linear"
+
+
+def test_explain_with_inputs_says_what_runs_for_them():
+    model = seqkernels.LSTM(3, 4)
+    assert seqkernels.explain(model, torch.zeros(5, 2, 3)).startswith("(model): seqkernels.LSTM on ")
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(5, 3)])
+    assert seqkernels.explain(model, input=packed).startswith("(model): seqkernels.LSTM on ")
+    meta = seqkernels.LSTM(3, 4, device="meta")
+    with pytest.warns(
+        UserWarning, match="falls back to torch: there are kernels for cpu tensors, not for meta"
+    ):
+        text = seqkernels.explain(meta, torch.zeros(5, 2, 3, device="meta"))
+    assert text == "(model): seqkernels.LSTM, but torch runs: there are kernels for cpu tensors, not for meta"
+    whole = Model()
+    seqkernels.swap_(whole, lambda name, _: name != "layers.1")
+    whole.unused = seqkernels.GRU(3, 4)
+    lines = dict(line.split(": ", 1) for line in seqkernels.explain(whole, tokens).splitlines())
+    assert lines["layers.0"].startswith("seqkernels.LSTM on ")
+    assert lines["layers.1"].startswith("torch's GRU, not swapped yet")
+    assert lines["unused"] == "seqkernels.GRU, not called"
+    assert not any(m._forward_pre_hooks for m in whole.modules())
