@@ -45,7 +45,7 @@ struct LayerBwd {
   using O = Operand<S>;
   using Params = typename Cell::BwdParams;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
-  static constexpr int64_t kChunkTokens = 256, kRebuildTokens = 48, kDirectTokens = 8;
+  static constexpr int64_t kRebuildTokens = 48, kDirectTokens = 8;
 
   const Params& p;
   Sequence seq;
@@ -98,7 +98,10 @@ struct LayerBwd {
     weights.layout(a);
     if (rebuild) forward.layout(a);
     const int64_t average = seq.tokens / p.T;
-    steps = kChunkTokens > average && average > 0 ? kChunkTokens / average : 1;
+    // The sums dW are read and written once a chunk: the larger they are, the longer the chunk has to be.
+    const int64_t weight_bytes = G * H * (I + P) * int64_t(sizeof(T));
+    const int64_t wanted = weight_bytes <= (2 << 20) ? 256 : weight_bytes <= (8 << 20) ? 512 : 1024;
+    steps = wanted > average && average > 0 ? wanted / average : 1;
     if (steps > p.T) steps = p.T;
     chunk_tokens = steps * B < seq.tokens ? steps * B : seq.tokens;
     const Panels<O> xs{I, chunk_tokens}, hs{P, chunk_tokens};

@@ -62,7 +62,7 @@ struct LayerFwd {
   T *C, *Q;
   O *X, *block;
   int64_t c_size, x_size, block_size;
-  const int64_t ldh, ldm, ldcell;
+  const int64_t ldx, ldh, ldm, ldcell;
 
   explicit LayerFwd(const Params& params)
       : p(params),
@@ -75,12 +75,17 @@ struct LayerFwd {
         once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
         team(1),
+        ldx(round_up(I, 32) + kLanes<T>),
         ldh(round_up(P, 32) + kLanes<T>),
         ldm(round_up(H, 32) + kLanes<T>),
         ldcell(round_up(H, kLanes<T>)) {}
 
-  // Tiles read x itself, if it is what they multiply and needs no padding.
-  bool x_in_place() const { return sizeof(S) == sizeof(O) && I == weights.in.depth(); }
+  // Tiles read x itself, if it is what they multiply and needs no padding, and if its rows do not all fall
+  // into one set of the L1 cache (12 rows 4 KiB apart evict each other: 10 % at I = 1024).
+  bool x_in_place() const {
+    const int64_t stride = (B > 1 ? p.x_b : p.x_t) * int64_t(sizeof(S));
+    return sizeof(S) == sizeof(O) && I == weights.in.depth() && stride % 4096 != 0;
+  }
 
   void layout(Arena& a) {
     seq.layout(a);
@@ -94,7 +99,7 @@ struct LayerFwd {
     row_barriers = a.take<Barrier>(2 * team);
     c_size = B * (G * NR<T>) > kChunkBytes / int64_t(sizeof(T)) ? B * (G * NR<T>)
                                                                 : kChunkBytes / int64_t(sizeof(T));
-    x_size = x_in_place() || direct ? 0 : (B > kChunkTokens ? B : kChunkTokens) * weights.in.depth();
+    x_size = x_in_place() || direct ? 0 : (B > kChunkTokens ? B : kChunkTokens) * ldx;
     C = a.take<T>(team * c_size);
     Q = a.take<T>(team * B * NR<T>);
     X = a.take<O>(team * x_size);
@@ -190,6 +195,7 @@ struct LayerFwd {
         const int64_t end = begin + steps < p.T ? begin + steps : p.T;
         const int64_t lo = d ? time(end - 1) : begin,
                       hi = d ? time(begin) + 1 : end;  // chunk in memory order
+        load_inputs(lo, hi);
         if (!by_block) project(lo, hi, j0, j1);
         int64_t row = 0;  // of C: the step's first; the chunk's steps lie in memory order
         if (d)
@@ -227,9 +233,18 @@ struct LayerFwd {
       copy_row(h0 + b * f.P + j, n, to + b * f.ldh + j, n);
     }
     void set_c(int64_t b) const {
-      const S* c0 = static_cast<const S*>(p.c0) + d * f.B * f.H;
-      for (int64_t j = u0; j < u0 + width; j++)
-        f.cell[d][b * f.ldcell + j] = j < f.H ? scalar(c0[b * f.H + j]) : T(0);
+      const S* c0 = static_cast<const S*>(p.c0) + (d * f.B + b) * f.H;
+      for (int64_t u = u0; u < u0 + width; u += kLanes<T>)
+        store(f.cell[d] + b * f.ldcell + u, load(c0 + u, f.H - u));
+    }
+
+    // Own rows of x for the steps [lo, hi), converted and padded.
+    void load_inputs(int64_t lo, int64_t hi) {
+      if (f.x_in_place() || f.direct) return;
+      O* to = X;
+      for (int64_t t = lo; t < hi; t++)
+        for (int64_t b = r0; b < r0 + seq.rows(t, r0, r1); b++, to += f.ldx)
+          copy_row(seq.template x<S>(t, b), f.I, to, f.ldx);
     }
 
     // C = x W_ih^T + bias for the steps [lo, hi) and unit blocks [ja, jb). Where the tokens of own rows do
@@ -239,12 +254,7 @@ struct LayerFwd {
       for (int64_t t = lo; t < hi; t++) n += seq.rows(t, r0, r1);
       if (n == 0) return;
       if (!f.x_in_place()) {
-        const int64_t ldx = weights.in.depth();
-        O* to = X;
-        for (int64_t t = lo; t < hi; t++)
-          for (int64_t b = r0; b < r0 + seq.rows(t, r0, r1); b++, to += ldx)
-            copy_row(seq.template x<S>(t, b), f.I, to, ldx);
-        project(ja, jb, n, X, ldx, C, ldc);
+        project(ja, jb, n, X, f.ldx, C, ldc);
       } else if (seq.x_contiguous() && R == f.B) {
         project(ja, jb, n, seq.template x<O>(lo, 0), p.x_b, C, ldc);
       } else if (p.batch_sizes || R >= 8 || hi - lo == 1) {

@@ -136,8 +136,3 @@ SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
   store(static_cast<S*>(tmp), v);
   for (int64_t i = 0; i < n; i++) p[i] = tmp[i];
 }
-
-template <class S>
-SEQ_INLINE Acc<S> scalar(S s) {
-  return load(&s, 1)[0];
-}

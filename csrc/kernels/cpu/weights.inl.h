@@ -70,14 +70,13 @@ struct ForwardWeights {
     pack_panel(static_cast<const S*>(p.w[d].w_hh) + row * P, P, rows, P, to_recurrent, rec.width(j));
   }
   void sum_biases(int d) const {
-    const Weights<const void*>& w = p.w[d];
+    const S *b_ih = static_cast<const S*>(p.w[d].b_ih), *b_hh = static_cast<const S*>(p.w[d].b_hh);
     for (int g = 0; g < G; g++) {
-      for (int64_t u = 0; u < in.padded(); u++) {
-        const bool real = w.b_ih && u < H;
-        const T bi = real ? scalar(static_cast<const S*>(w.b_ih)[g * H + u]) : T(0);
-        const T bh = real ? scalar(static_cast<const S*>(w.b_hh)[g * H + u]) : T(0);
-        bias[d][g * in.padded() + u] = g == Cell::kSplitGate ? bi : bi + bh;
-        if (g == Cell::kSplitGate) q_bias[d][u] = bh;
+      for (int64_t u = 0; u < H; u += kLanes<T>) {
+        const Vec<T> bi = b_ih ? load(b_ih + g * H + u, H - u) : Vec<T>{};
+        const Vec<T> bh = b_hh ? load(b_hh + g * H + u, H - u) : Vec<T>{};
+        store(bias[d] + g * in.padded() + u, g == Cell::kSplitGate ? bi : bi + bh);
+        if (g == Cell::kSplitGate) store(q_bias[d] + u, bh);
       }
     }
   }
