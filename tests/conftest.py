@@ -12,8 +12,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "error:seqkernels falls back")
-    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
+    for line in (
+        "error:seqkernels falls back",  # no test means torch when it says seqkernels
+        "ignore:LSTM with projections is not supported with oneDNN",
+        "ignore:TF32 acceleration on top of oneDNN",
+    ):
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session", autouse=True)

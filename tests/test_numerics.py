@@ -1,0 +1,249 @@
+"""Exactness where it is hard, on all instruction sets, with any number of threads; the same bits every time."""
+
+import gc
+import resource
+
+import pytest
+import torch
+from tolerances import assert_as_exact
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+from twins import KINDS, run, run_exactly, states, twins
+
+import seqkernels
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+kinds = pytest.mark.parametrize("kind", KINDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine has."""
+    active, found = torch.ops.seqkernels.get_isa(), []
+    for name in ("baseline", "neon", "avx2", "avx512", "avx512_bf16", "amx"):
+        try:
+            torch.ops.seqkernels.set_isa(name)
+        except (RuntimeError, ValueError):
+            continue
+        found.append(name)
+    torch.ops.seqkernels.set_isa(active)
+    return found
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request):
+    active = torch.ops.seqkernels.get_isa()
+    torch.ops.seqkernels.set_isa(request.param)
+    yield request.param
+    torch.ops.seqkernels.set_isa(active)
+
+
+def check(kind_module: tuple[nn.Module, nn.Module], x, hx=None, grad: bool = True) -> None:
+    """Ours is as exact as torch's twin of it."""
+    ours, theirs = kind_module
+    dtype = next(theirs.parameters()).dtype
+    result = run(ours, x, hx, grad)
+    # oneDNN has no training in float16; torch's loop of single ops has
+    with torch.backends.mkldnn.flags(enabled=dtype != torch.float16):
+        expected = run(theirs, x, hx, grad)
+    assert_as_exact(result, expected, run_exactly(theirs, x, hx, grad), dtype)
+
+
+def test_fresh_memory_is_full_of_nan():
+    """What conftest.py promises; else tests here would miss memory that no kernel writes."""
+    assert torch.empty(8).isnan().all()
+    assert torch.ones(2, 2).new_empty(3, 3).isnan().all()
+
+
+# ------------------------------------------------------------------------------------------ instruction sets
+
+
+SHAPES = [
+    # T, B, I, H, layers, bidirectional
+    (7, 1, 40, 64, 2, False),
+    (5, 3, 33, 47, 1, True),
+    (9, 16, 64, 128, 1, False),
+    (3, 70, 20, 160, 1, True),
+]
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_instruction_set(isa, kind, dtype, shape):
+    T, B, I, H, layers, bidirectional = shape  # noqa: E741
+    pair = twins(kind, I, H, layers, bidirectional=bidirectional, dtype=dtype)
+    check(pair, torch.randn(T, B, I).to(dtype), states(pair[0], B))
+
+
+@kinds
+def test_every_instruction_set_with_packed_sequences(isa, kind):
+    pair = twins(kind, 33, 48, 2, bidirectional=True)
+    lengths = torch.randint(1, 30, (40,)).sort(descending=True).values
+    check(pair, pack_padded_sequence(torch.randn(30, 40, 33), lengths), states(pair[0], 40))
+
+
+@kinds
+def test_every_instruction_set_with_cells(isa, kind):
+    ours, theirs = getattr(seqkernels, f"{kind}Cell")(33, 47), getattr(nn, f"{kind}Cell")(33, 47)
+    ours.load_state_dict(theirs.state_dict())
+    for rows in (1, 2, 9, 70):
+        x = torch.randn(rows, 33)
+        with torch.no_grad():
+            assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_instruction_set():
+    with pytest.raises((RuntimeError, ValueError), match="sse5"):
+        torch.ops.seqkernels.set_isa("sse5")
+
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+@kinds
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_threads(kind, count, threads):
+    threads(count)
+    for T, B, H, bidirectional in (
+        (6, 1, 300, False),
+        (6, 2, 70, True),
+        (5, 40, 96, True),
+        (20, 7, 128, False),
+    ):
+        pair = twins(kind, 48, H, bidirectional=bidirectional)
+        check(pair, torch.randn(T, B, 48), states(pair[0], B))
+    pair = twins(kind, 33, 48, bidirectional=True)
+    check(pair, pack_padded_sequence(torch.randn(9, 12, 33), [9, 9, 9, 8, 7, 7, 6, 3, 3, 2, 1, 1]))
+
+
+@kinds
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_every_time(kind, count, dtype, threads):
+    threads(count)
+    module = getattr(seqkernels, kind)(40, 72, 2, bidirectional=True).to(dtype)
+    for B in (1, 3, 33):
+        x, hx = torch.randn(12, B, 40).to(dtype), states(module, B)
+        first = run(module, x, hx, True)
+        for _ in range(8):
+            again = run(module, x, hx, True)
+            assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------ long and extreme
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 16, 256, 4096])
+def test_error_does_not_grow_faster_than_torchs(kind, dtype, T):
+    torch.manual_seed(T)
+    pair = twins(kind, 16, 32, dtype=dtype)
+    check(pair, torch.randn(T, 2, 16).to(dtype), grad=T <= 256)
+
+
+def scaled(module: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(factor)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [30.0, 1e3, 1e-4])
+def test_saturated_and_tiny_gates(kind, dtype, factor):
+    pair = twins(kind, 17, 33, dtype=dtype)
+    for module in pair:
+        scaled(module, factor)
+    check(pair, torch.randn(2, 5, 17).to(dtype), states(pair[0], 5))  # more steps would be chaos
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_of_ten_thousand(kind, dtype):
+    """Here every gate is 0, 1 or -1, and the derivatives vanish without a nan."""
+    pair = twins(kind, 17, 33, dtype=dtype)
+    x = 1e6 * torch.randn(6, 5, 17).to(dtype)
+    assert all(value.isfinite().all() for value in run(pair[0], x, None, True).values())
+    check(pair, x)
+
+
+@kinds
+def test_denormal_numbers(kind):
+    pair = twins(kind, 17, 33)
+    check(pair, 1e-40 * torch.randn(6, 5, 17), states(pair[0], 5, 1e-41))
+
+
+BAD_NUMBERS = [float("inf"), float("-inf"), float("nan")]
+
+
+@kinds
+@pytest.mark.parametrize("bad", BAD_NUMBERS)
+@pytest.mark.parametrize("where", ["x", "h_0", "weight_hh_l0", "bias_ih_l0"])
+def test_inf_and_nan_go_where_torchs_go(kind, bad, where):
+    ours, theirs = twins(kind, 17, 33)
+    x, hx = torch.randn(6, 5, 17), states(ours, 5)
+    if where in ("x", "h_0"):
+        (x[2, 3] if where == "x" else hx[0][0, 3])[7] = bad
+    else:
+        for module in (ours, theirs):
+            getattr(module, where).data.view(-1)[9] = bad
+    assert_close(run(ours, x, hx), run(theirs, x, hx), equal_nan=True)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_stays_in_its_row(kind, dtype):
+    ours, _ = twins(kind, 17, 33, dtype=dtype)
+    for B in (1, 2, 5, 20):
+        x = torch.randn(6, B, 17).to(dtype)
+        clean = run(ours, x)["y"]
+        x[2, B // 2, 7] = torch.nan
+        result = run(ours, x)["y"]
+        assert result[2:, B // 2].isnan().all()
+        result[2:, B // 2] = clean[2:, B // 2]
+        assert torch.equal(result, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_relu_overflows_like_torchs(dtype):
+    ours, theirs = twins("RNN", 5, 8, nonlinearity="relu", dtype=dtype)
+    for module in (ours, theirs):
+        for parameter in module.parameters():
+            parameter.data.abs_().mul_(40)
+    x = torch.rand(60, 3, 5).to(dtype)
+    result, expected = run(ours, x), run(theirs, x)
+    assert expected["y"][-1].isinf().all()
+    assert_close(result["y"], expected["y"], rtol=1e-2, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def resident() -> int:
+    """Bytes of memory in use."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+@kinds
+def test_memory_does_not_grow(kind):
+    """A thousand calls of changing sizes; torch's own LSTM keeps something for every size."""
+    module = getattr(seqkernels, kind)(16, 24, bidirectional=True)
+    frozen = getattr(seqkernels, kind)(16, 24).requires_grad_(False)
+
+    def calls(count: int) -> None:
+        for i in range(count):
+            x = torch.randn(1 + i % 10, 1 + i % 7, 16)
+            output: Tensor = module(x)[0]
+            output.sum().backward()
+            frozen.prepack_()(x)
+            module.zero_grad()
+        gc.collect()
+
+    calls(300)
+    before = resident()
+    calls(1000)
+    assert resident() - before < 4 << 20
