@@ -1,4 +1,4 @@
-"""Exactness where it is hard, on all instruction sets, with any number of threads; the same bits every time."""
+"""Exactness where it is hard, on all instruction sets and numbers of threads; the same bits every time."""
 
 import gc
 import resource
