@@ -35,7 +35,7 @@ def modules(draw) -> torch.nn.Module:
         options["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]))
     module = getattr(seqkernels, kind)(draw(SIZES), hidden, **options).to(draw(DTYPES))
     module.recompute = draw(st.booleans())
-    note(f"{module}, {module.weight_ih_l0.dtype}, recompute={module.recompute}")
+    note(f"{module}, {module.mode}, {module.weight_ih_l0.dtype}, recompute={module.recompute}")
     return module
 
 
@@ -72,7 +72,8 @@ def calls(draw, module: torch.nn.Module) -> tuple[Any, tuple[Tensor, ...] | None
     if isinstance(module, seqkernels.LSTM) and draw(st.booleans()):
         kwargs["return_cell_states"] = True
     hx = states(module, None if kind == "unbatched" else B) if draw(st.booleans()) else None
-    grad = draw(st.booleans())
+    # The slope of relu jumps at 0: gradients of two roundings of one number may have nothing in common.
+    grad = draw(st.booleans()) and not (module.mode == "RNN_RELU" and dtype.itemsize == 2)
     note(f"{kind}, {T=}, {B=}, hx {'given' if hx else 'zero'}, {list(kwargs)}, {lengths.tolist()}, {grad=}")
     return x, hx, kwargs, grad
 
@@ -93,4 +94,4 @@ def test_as_exact_as_torch(data, module, threads, seed):
             truth = run_exactly(module, x, hx, grad, **kwargs)
     finally:
         torch.set_num_threads(before)
-    assert_as_exact(ours, torchs, truth, module.weight_ih_l0.dtype)
+    assert_as_exact(ours, torchs, truth, module.weight_ih_l0.dtype, pooled=True)
