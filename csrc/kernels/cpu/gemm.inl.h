@@ -55,7 +55,7 @@ SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-template <class D, int rows, int NV>
+template <class D, int rows, int NV, bool first>
 static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restrict b, int64_t ldb,
                  const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc) {
   using T = Acc<D>;
@@ -70,7 +70,7 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restr
   const D* base[kBases];
   SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * lda;
   auto step = [&](int u) __attribute__((always_inline)) {
-    if constexpr (rows >= 5) {  // with fewer rows the loads themselves run ahead
+    if constexpr (first && rows >= 5) {  // with fewer rows the loads themselves run ahead
       SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + (kAhead * ldb + v * W) * pair);
     }
     SEQ_UNROLL for (int r = 0; r < rows; r++) {
@@ -95,10 +95,13 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restr
   }
 }
 
+// `first`: the first tile that reads a panel brings it to L1 for the others.
 template <class D, int... r>
-constexpr TileFn<D> tile_of(int vectors, int rows, std::integer_sequence<int, r...>) {
-  constexpr TileFn<D> one[] = {tile<D, r + 1, 1>...}, two[] = {tile<D, r + 1, 2>...};
-  return vectors == 1 ? one[rows - 1] : two[rows - 1];
+constexpr TileFn<D> tile_of(int vectors, int rows, bool first, std::integer_sequence<int, r...>) {
+  constexpr TileFn<D> narrow[] = {tile<D, r + 1, 1, false>...};
+  constexpr TileFn<D> wide[] = {tile<D, r + 1, 2, false>...};
+  constexpr TileFn<D> wide_first[] = {tile<D, r + 1, 2, true>...};
+  return (vectors == 1 ? narrow : first ? wide_first : wide)[rows - 1];
 }
 
 #if defined(__AMX_BF16__)
@@ -192,7 +195,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
       const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
-      tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), std::make_integer_sequence<int, MR>{})(
+      tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), i == 0, std::make_integer_sequence<int, MR>{})(
           k, a + m * lda + k0, lda, b + k0 * ldb, ldb, from, k0 ? ldc : ldi, c + m * ldc, ldc);
     }
     k0 += k;

@@ -30,13 +30,7 @@ struct Gru {
         const Vec<T> h = n + z * (h_prev - n);
         store(t.h + b * t.ldh + u, h, m);
         if (t.y) store(t.y + b * t.ldy + u, h, m);
-        if (t.gates) {
-          S* gates = t.gates + b * t.ldgates + u;
-          store(gates, r, m);
-          store(gates + t.H, z, m);
-          store(gates + 2 * t.H, n, m);
-          store(gates + 3 * t.H, q, m);
-        }
+        if (t.gates) t.save(b, 0, u, r), t.save(b, 1, u, z), t.save(b, 2, u, n), t.save(b, 3, u, q);
       }
     }
   }

@@ -36,6 +36,16 @@ struct FwdTile {
   T* cells;  // or null
   int64_t ldcells;
   bool relu;
+  bool past_cache;  // gates are many and aligned: stream them
+
+  // Saved activation of gate g at unit u of row b.
+  void save(int64_t b, int g, int64_t u, Vec<T> v) const {
+    S* to = gates + b * ldgates + g * H + u;
+    if (past_cache)
+      stream(to, v);
+    else
+      store(to, v, units - u);
+  }
 };
 
 template <class Cell, class S>
@@ -52,6 +62,7 @@ struct LayerFwd {
   const bool direct;  // few tokens: weights are read in place
   const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
+  const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
   int team;
 
   // Shared, one of each per direction.
@@ -74,6 +85,8 @@ struct LayerFwd {
         direct(seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
         once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
+        past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
+                   p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),
         team(1),
         ldx(round_up(I, 32) + kLanes<T>),
         ldh(round_up(P, 32) + kLanes<T>),
@@ -208,6 +221,7 @@ struct LayerFwd {
         }
       }
       final_state();
+      if (f.past_cache) fence();
     }
 
     void init_state() {
@@ -247,34 +261,40 @@ struct LayerFwd {
           copy_row(seq.template x<S>(t, b), f.I, to, f.ldx);
     }
 
-    // C = x W_ih^T + bias for the steps [lo, hi) and unit blocks [ja, jb). Where the tokens of own rows do
-    // not lie one after another, tiles run along the rows of each step, or along time for few rows.
+    // C = x W_ih^T + bias for the steps [lo, hi) and unit blocks [ja, jb): each panel meets all tokens in
+    // turn.
     void project(int64_t lo, int64_t hi, int64_t ja, int64_t jb) {
-      int64_t n = 0;
-      for (int64_t t = lo; t < hi; t++) n += seq.rows(t, r0, r1);
-      if (n == 0) return;
-      if (!f.x_in_place()) {
-        project(ja, jb, n, X, f.ldx, C, ldc);
-      } else if (seq.x_contiguous() && R == f.B) {
-        project(ja, jb, n, seq.template x<O>(lo, 0), p.x_b, C, ldc);
-      } else if (p.batch_sizes || R >= 8 || hi - lo == 1) {
-        T* to = C;
-        for (int64_t t = lo; t < hi; t++) {
-          const int64_t rows = seq.rows(t, r0, r1);
-          project(ja, jb, rows, seq.template x<O>(t, r0), p.x_b, to, ldc);
-          to += rows * ldc;
-        }
-      } else {
-        for (int64_t b = r0; b < r1; b++)
-          project(ja, jb, hi - lo, seq.template x<O>(lo, b), p.x_t, C + (b - r0) * ldc, R * ldc);
-      }
-    }
-    void project(int64_t ja, int64_t jb, int64_t n, const O* x, int64_t ldx, T* to, int64_t ld) {
       for (int64_t j = ja; j < jb; j++)
-        for (int g = 0; g < G; g++)
-          gemm_panel(n, weights.in.width(j), weights.in.depth(), x, ldx, input_panel(g, j),
-                     weights.in.width(j), weights.bias[d] + g * weights.in.padded() + j * NR<T>, 0,
-                     to + g * gate + (by_block ? 0 : (j - j0) * NR<T>), ld);
+        for (int g = 0; g < G; g++) {
+          const O* panel = input_panel(g, j);
+          const T* bias = weights.bias[d] + g * weights.in.padded() + j * NR<T>;
+          T* to = C + g * gate + (by_block ? 0 : (j - j0) * NR<T>);
+          each_run(lo, hi, [&](int64_t n, const O* x, int64_t ldx, int64_t row, int64_t step) {
+            gemm_panel(n, weights.in.width(j), weights.in.depth(), x, ldx, panel, weights.in.width(j), bias,
+                       0, to + row * ldc, step * ldc);
+          });
+        }
+    }
+    // The tokens of own rows in runs of one stride: fn(tokens, x, stride of x, row of C, stride of these
+    // rows).
+    template <class Fn>
+    void each_run(int64_t lo, int64_t hi, const Fn& fn) const {
+      int64_t tokens = 0;
+      for (int64_t t = lo; t < hi; t++) tokens += seq.rows(t, r0, r1);
+      if (tokens == 0) return;
+      if (!f.x_in_place()) {
+        fn(tokens, X, f.ldx, 0, 1);
+      } else if (seq.x_contiguous() && R == f.B) {
+        fn(tokens, seq.template x<O>(lo, 0), p.x_b, 0, 1);
+      } else if (p.batch_sizes || R >= 8 || hi - lo == 1) {  // the rows of each step
+        for (int64_t t = lo, row = 0; t < hi; t++) {
+          const int64_t n = seq.rows(t, r0, r1);
+          if (n > 0) fn(n, seq.template x<O>(t, r0), p.x_b, row, 1);
+          row += n;
+        }
+      } else {  // few rows: the steps of each row
+        for (int64_t b = r0; b < r1; b++) fn(hi - lo, seq.template x<O>(lo, b), p.x_t, b - r0, R);
+      }
     }
 
     // Weights that do not fit the cache are walked to and fro: what the last step read last, this one reads
@@ -365,6 +385,7 @@ struct LayerFwd {
           tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
       }
       if constexpr (Cell::kActivation) tile.relu = p.relu;
+      tile.past_cache = f.past_cache;
       Cell::template fwd<S>(tile);
     }
 

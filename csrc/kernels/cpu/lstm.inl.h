@@ -31,13 +31,7 @@ struct Lstm {
         store(t.h + b * t.ldh + u, h, n);
         if (t.y) store(t.y + b * t.ldy + u, h, n);
         if (t.cells) store(t.cells + b * t.ldcells + u, c, n);
-        if (t.gates) {
-          S* gates = t.gates + b * t.ldgates + u;
-          store(gates, i, n);
-          store(gates + t.H, f, n);
-          store(gates + 2 * t.H, g, n);
-          store(gates + 3 * t.H, o, n);
-        }
+        if (t.gates) t.save(b, 0, u, i), t.save(b, 1, u, f), t.save(b, 2, u, g), t.save(b, 3, u, o);
       }
     }
   }

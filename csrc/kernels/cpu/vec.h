@@ -136,3 +136,23 @@ SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
   store(static_cast<S*>(tmp), v);
   for (int64_t i = 0; i < n; i++) p[i] = tmp[i];
 }
+
+// Store past the caches, for what is read only in backward: no line is fetched before it is overwritten. p is
+// aligned to the vector and n is whole (see `stream` in FwdTile); fence() makes the stores visible to other
+// threads.
+template <class S>
+SEQ_INLINE void stream(S* p, Vec<Acc<S>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+  if constexpr (sizeof(S) == 8) return _mm512_stream_pd(reinterpret_cast<double*>(p), (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+  if constexpr (sizeof(S) == 8) return _mm256_stream_pd(reinterpret_cast<double*>(p), (__m256d)v);
+#endif
+  store(p, v);
+}
+SEQ_INLINE void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
