@@ -1,6 +1,7 @@
 """Where no kernel runs, torch does, and the user hears why: a warning, or an error if SEQKERNELS_STRICT=1."""
 
 import os
+import sys
 import warnings
 
 import torch
@@ -19,7 +20,7 @@ def why_torch(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"there are no kernels for {x.dtype}"
     if torch.compiler.is_compiling():
-        return None
+        return "ONNX has no operators for our kernels" if _exports_to_onnx() else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace, and the ONNX export on top of it, know torch's operators only"
     if forward_ad._current_level >= 0:
@@ -35,6 +36,13 @@ def is_plain_call() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+@torch.compiler.assume_constant_result
+def _exports_to_onnx() -> bool:
+    return (
+        "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    )  # torch imports it only when it is needed
 
 
 @torch.compiler.assume_constant_result  # so that it speaks while torch.compile traces

@@ -466,6 +466,19 @@ def test_moves_between_dtypes(kind):
 
 
 @kinds
+def test_replicas_of_data_parallel(kind):
+    """nn.DataParallel copies a module without its parameters and puts tensors in their place."""
+    ours, theirs = twins(kind, 6, 9)
+    replica = ours._replicate_for_data_parallel()
+    for name, parameter in ours.named_parameters():
+        setattr(replica, name, parameter * 2)
+    scaled = {n: p * 2 for n, p in theirs.named_parameters()}
+    x = torch.randn(3, 2, 6)
+    assert_close(replica(x), torch.func.functional_call(theirs, scaled, (x,)))
+    assert_close(ours(x), theirs(x))
+
+
+@kinds
 def test_hooks_run(kind):
     module, seen = getattr(seqkernels, kind)(6, 9), []
     module.register_forward_pre_hook(lambda m, args: seen.append("before"))

@@ -1,7 +1,9 @@
 """Exactness where it is hard, on all instruction sets and numbers of threads; the same bits every time."""
 
+import copy
 import gc
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +132,21 @@ def test_same_bits_every_time(kind, count, dtype, threads):
         for _ in range(8):
             again = run(module, x, hx, True)
             assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@kinds
+def test_calls_from_many_python_threads(kind):
+    """Calls at the same time share no scratch memory."""
+    module = getattr(seqkernels, kind)(24, 40, bidirectional=True)
+    inputs = [torch.randn(15, B, 24) for B in (1, 3, 8, 30)]
+    expected = [run(module, x, None, True) for x in inputs]
+
+    def work(i: int) -> bool:
+        results = (run(copy.deepcopy(module), inputs[i].detach(), None, True) for _ in range(20))
+        return all(torch.equal(r[n], expected[i][n]) for r in results for n in r)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 # ------------------------------------------------------------------------------------------ long and extreme

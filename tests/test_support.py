@@ -1,9 +1,12 @@
 """What the kernels cannot do is done by torch, and said."""
 
+import io
 import warnings
+from unittest import mock
 
 import pytest
 import torch
+import torch.onnx
 from torch import nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
@@ -94,6 +97,33 @@ def test_tracing_records_torchs_operators(kind):
     kinds_of_nodes = [sorted(n.kind() for n in t.inlined_graph.nodes()) for t in traced]
     assert kinds_of_nodes[0] == kinds_of_nodes[1]
     assert_close(traced[0](x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:The tensor attributes")
+def test_onnx_export_sees_torchs_operators(kind):
+    model, x = Wrapped(getattr(seqkernels, kind)(3, 4)), sample(kind)
+    targets = []
+    for exporting in (False, True):
+        with mock.patch("torch.onnx.is_in_onnx_export", return_value=exporting):
+            nodes = torch.export.export(model, (x,)).graph.nodes
+        targets.append({str(node.target) for node in nodes if node.op == "call_function"})
+    assert any("seqkernels" in target for target in targets[0])
+    assert targets[1]
+    assert all("aten" in target or "getitem" in target for target in targets[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings(
+    "ignore:seqkernels falls back", "ignore::torch.jit.TracerWarning", "ignore:.*onnx"
+)
+@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX", "ignore:The feature will be removed")
+def test_export_to_onnx_by_tracing(kind):
+    onnx = pytest.importorskip("onnx")
+    model, file = Wrapped(getattr(seqkernels, kind)(3, 4)), io.BytesIO()
+    torch.onnx.export(model, (sample(kind),), file, dynamo=False)
+    graph = onnx.load_from_string(file.getvalue()).graph
+    assert [node.op_type for node in graph.node if node.op_type in KINDS] == [kind]
 
 
 class Wrapped(nn.Module):
