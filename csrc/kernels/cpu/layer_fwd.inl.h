@@ -54,7 +54,7 @@ struct LayerFwd {
   using O = Operand<S>;
   using Params = typename Cell::FwdParams;
   static constexpr int G = Cell::kGates;
-  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 384 << 10, kDirectTokens = 8;
+  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 1 << 20, kDirectTokens = 8;
 
   const Params& p;
   Sequence seq;
