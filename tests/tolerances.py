@@ -37,8 +37,8 @@ def assert_as_exact(
 ) -> None:
     """Every tensor by name; those whose names begin with "grad" are gradients.
 
-    pooled: torch's error is its worst, relative to size, among all outputs or all gradients; in a tensor of one
-    or two numbers torch can be exact by luck.
+    pooled: torch's error is its worst, relative to size, among all outputs or all gradients, because a tensor
+    of one or two numbers can be exact by luck.
     """
     assert ours.keys() == torchs.keys() == truth.keys()
     worst = {True: 0.0, False: 0.0}
