@@ -40,9 +40,8 @@ def is_plain_call() -> bool:
 
 @torch.compiler.assume_constant_result
 def _exports_to_onnx() -> bool:
-    return (
-        "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-    )  # torch imports it only when it is needed
+    """Without importing torch.onnx, which torch itself does only when somebody asks for it."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result  # so that it speaks while torch.compile traces

@@ -41,6 +41,20 @@ def test_other_devices(kind):
 
 
 @every_kind
+def test_compiled_modules_fall_back_and_say_so(kind, monkeypatch):
+    torch.compiler.reset()
+    compiled = torch.compile(getattr(seqkernels, kind)(3, 4, device="meta"), fullgraph=True, backend="eager")
+    with pytest.warns(
+        UserWarning, match="falls back to torch: there are kernels for cpu tensors, not for meta"
+    ):
+        compiled(sample(kind, device="meta"))
+    torch.compiler.reset()
+    monkeypatch.setenv("SEQKERNELS_STRICT", "1")
+    with pytest.raises(Exception, match="SEQKERNELS_STRICT forbids to fall back to torch"):
+        compiled(sample(kind, device="meta"))
+
+
+@every_kind
 def test_complex(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
