@@ -406,7 +406,7 @@ def test_the_whole_command(tmp_path, capsys):
     out = capsys.readouterr().out
     (case,) = [case for _, case in cases.select("quick", "GRUCell")]
     assert case.title in out
-    assert "geomean" in out
+    assert "geomean" in out or "unsure" in out  # a busy machine: intervals too wide to count the case
     assert {file.name for file in (tmp_path / "first").iterdir()} >= {"results.csv", "results.json"}
     content = json.loads((tmp_path / "first" / "results.json").read_text(encoding="utf-8"))
     ours = content["rows"][0]
