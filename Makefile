@@ -37,7 +37,7 @@ format: $(VENV)/.requirements
 
 # The torch-free kernels and their C++ test driver under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.requirements
-	cmake -G Ninja -S . -B build/sanitize -DSEQKERNELS_SANITIZE=address,undefined -DSEQKERNELS_PYTHON=OFF -DSEQKERNELS_TESTS=ON $(CMAKE_ARGS)
+	cmake -G Ninja -S . -B build/sanitize -DSEQKERNELS_SANITIZE=address,undefined -DSEQKERNELS_PYTHON=OFF -DSEQKERNELS_TESTS=ON
 	cmake --build build/sanitize
 	build/sanitize/seqkernels_test
 
