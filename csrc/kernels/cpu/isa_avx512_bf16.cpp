@@ -1,5 +1,5 @@
-// avx512_bf16: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has internal
-// linkage.
+// avx512_bf16: see kernels.inl.h. Compiled with its own flags (CMakeLists.txt); everything but the table has
+// internal linkage.
 #include <immintrin.h>
 #include <sched.h>
 
