@@ -38,13 +38,11 @@ def is_plain_call() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _exports_to_onnx() -> bool:
     """Without importing torch.onnx, which torch itself does only when somebody asks for it."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-@torch.compiler.assume_constant_result  # so that it speaks while torch.compile traces
 def fall_back(reason: str) -> None:
     """Say, once per reason, that torch runs and why; raise RuntimeError if SEQKERNELS_STRICT=1."""
     if os.environ.get("SEQKERNELS_STRICT", "0") not in ("", "0"):
@@ -52,3 +50,9 @@ def fall_back(reason: str) -> None:
     if reason not in _told:
         _told.add(reason)
         warnings.warn(f"seqkernels falls back to torch: {reason}", stacklevel=4)
+
+
+# What torch.compiler.assume_constant_result sets, so that these speak while torch.compile traces; the decorator itself
+# imports all of torch._dynamo, which takes as long as importing torch.
+_exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]

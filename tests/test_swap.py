@@ -241,7 +241,8 @@ def test_explain():
     assert seqkernels.explain(nn.Linear(1, 1)) == "there is no recurrent module in Linear"
 
 
-def test_explain_with_inputs_says_what_runs_for_them():
+def test_explain_with_inputs_says_what_runs_for_them(monkeypatch):
+    monkeypatch.setattr(seqkernels.support, "_told", set())  # each reason is told once in a process
     model = seqkernels.LSTM(3, 4)
     assert seqkernels.explain(model, torch.zeros(5, 2, 3)).startswith("(model): seqkernels.LSTM on ")
     packed = nn.utils.rnn.pack_sequence([torch.zeros(5, 3)])
