@@ -52,7 +52,7 @@ def fall_back(reason: str) -> None:
         warnings.warn(f"seqkernels falls back to torch: {reason}", stacklevel=4)
 
 
-# What torch.compiler.assume_constant_result sets, so that these speak while torch.compile traces; the decorator
-# itself imports all of torch._dynamo, which takes as long as importing torch.
+# What torch.compiler.assume_constant_result sets, so that these speak while torch.compile traces.
+# The decorator itself imports torch._dynamo, which takes as long as importing torch.
 _exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
