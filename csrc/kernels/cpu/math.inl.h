@@ -1,6 +1,6 @@
 // sigmoid and tanh on vectors, <= 4 ulp (tests/test_kernels.py measures it; sigmoid below -87 is 0), exact at
 // 0, +-1 when saturated, NaN in NaN out. Both rest on expm1(t) = s p + (s - 1) with t = k ln 2 + r, |r| <= ln
-// 2 / 2, s = 2^k, p = expm1(r) by its Taylor series: written so, small arguments of tanh keep their relative
+// 2 / 2, s = 2^k, p = expm1(r) by a polynomial: written so, small arguments of tanh keep their relative
 // accuracy and sigmoid pays nothing for it.
 #pragma once
 
