@@ -13,10 +13,9 @@
 #include <cstdint>
 
 #include "parallel.h"
+#include "types.h"
 
 namespace seqkernels {
-
-enum class DType { f32, f64, bf16, f16 };
 
 // One direction's parameters in torch's layout and gate order: w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh
 // [G*H] (both or neither), w_hr [P, H] (LSTM with projection, else null). Rows are contiguous.
