@@ -1,0 +1,182 @@
+"""Attention ops: dense, or sequences of any length one after the other; the weights from a second pass."""
+
+import torch
+from torch import Tensor
+
+from seqkernels.ops import _autograd as ag
+from seqkernels.reference import attention as reference
+from seqkernels.reference.attention import NO_LIMIT
+
+_fwd = torch.ops.seqkernels.attention_fwd.default
+_bwd = torch.ops.seqkernels.attention_bwd.default
+_weights = torch.ops.seqkernels.attention_weights.default
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    len_k: Tensor | None = None,
+    alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    left: int = NO_LIMIT,
+    right: int = NO_LIMIT,
+    bottom_right: bool = False,
+    dropout: float = 0.0,
+    max_q: int = 0,
+    max_k: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] -> out [B,Hq,Tq,Dv] (of [B,Tq,Hq,Dv] in memory), lse [B,Hq,Tq].
+
+    mask: bool (True: sees) or float, 4-D, broadcast to [B,Hq,Tq,Tk]. len_k [B]: the number of keys, Tk if None.
+    cu_q, cu_k [S+1]: sequence s has queries cu_q[s] to cu_q[s+1] of a batch of one, at most max_q, and so keys.
+    alibi: slopes [Hq] or [B,Hq]. sinks [Hq]: logits that join every softmax. Gradients for q, k, v, a float mask
+    and sinks, of out and lse. Query i sees key j when -left <= j - i - offset <= right; offset is 0, or the
+    number of keys less that of queries if bottom_right.
+    """
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        q, k, v = map(ag.unit_last_stride, (q, k, v))
+    rng = torch.randint(2**62, (2,), device=q.device) if dropout else None
+    options = (scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k)
+    if ag.needs_grad(q, k, v, mask, sinks):
+        if mask is not None and mask.requires_grad:
+            mask = _as_it_lies(mask)
+        out, lse = _Attention.apply(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
+    else:
+        out, lse = _fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
+    return out.transpose(1, 2), lse
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, mask: Tensor | None, right: int, mean: bool
+) -> Tensor:
+    """The weights [B,Hq,Tq,Tk] behind `attention`'s lse, or their mean over heads [B,Tq,Tk]; differentiable."""
+    q, k = map(ag.unit_last_stride, (q, k))
+    if ag.needs_grad(q, k, mask):
+        return _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
+    return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
+
+
+def _as_it_lies(mask: Tensor) -> Tensor:
+    """Size 1 where stride 0 repeats it: the gradient has the mask's shape, and T x T numbers are many."""
+    for dim in range(4):
+        if mask.stride(dim) == 0 and mask.size(dim) > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
+class _Attention(ag.Function):
+    @staticmethod
+    def forward(q, k, v, *args):
+        return _fwd(q, k, v, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k = inputs
+        ag.keep_none_grads(ctx)
+        ctx.save_for_backward(*tensors, rng, *output)
+        ctx.visibility = scale, softcap, left, right, bottom_right
+        ctx.options = dropout, max_q, max_k
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        *tensors, rng, out, lse = ctx.saved_tensors
+        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks = tensors
+        dropout, max_q, max_k = ctx.options
+        need_dmask = ctx.needs_input_grad[3]
+        if ag.create_graph():
+            if dropout:
+                raise RuntimeError("attention with dropout can be differentiated once only")
+            dq, dk, dv, dmask, dsinks = _differentiate(ctx, tensors, (dout, dlse), need_dmask)
+        else:
+            dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+            dlse = None if dlse is None else dlse.contiguous()
+            options = (*ctx.visibility, dropout, rng, max_q, max_k)
+            dq, dk, dv, dmask, dsinks = _bwd(
+                dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *options, need_dmask
+            )
+            dq, dk, dv = (g.transpose(1, 2) for g in (dq, dk, dv))
+            dmask = dmask.to(mask.dtype) if need_dmask else None
+        dsinks = None if sinks is None else dsinks
+        return dq, dk, dv, dmask, None, None, None, None, dsinks, *[None] * 9
+
+
+def _differentiate(ctx, tensors, grads, need_dmask):
+    q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks = tensors
+    scale, softcap, left, right, bottom_right = ctx.visibility
+
+    def function(q, k, v, *rest):
+        rest = list(rest)
+        out, lse = reference.attention(
+            q,
+            k,
+            v,
+            mask=rest.pop(0) if need_dmask else mask,
+            sinks=rest.pop(0) if rest else None,
+            cu_q=cu_q,
+            cu_k=cu_k,
+            len_k=len_k,
+            alibi=alibi,
+            scale=scale,
+            softcap=softcap,
+            left=left,
+            right=right,
+            bottom_right=bottom_right,
+        )
+        return out.transpose(1, 2), lse
+
+    inputs = [q, k, v, *([mask] if need_dmask else []), *([] if sinks is None else [sinks])]
+    dq, dk, dv, *rest = ag.differentiate(function, inputs, grads)
+    return dq, dk, dv, rest.pop(0) if need_dmask else None, rest.pop(0) if rest else None
+
+
+class _Weights(ag.Function):
+    @staticmethod
+    def forward(q, k, lse, mask, scale, right, mean):
+        return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, _, mask, *ctx.options = inputs
+        ctx.save_for_backward(q, k, mask)
+
+    @staticmethod
+    def backward(ctx, dweights):
+        q, k, mask = ctx.saved_tensors
+        scale, right, mean = ctx.options
+
+        def function(q, k, mask=mask):
+            return (reference.attention_weights(q, k, mask=mask, scale=scale, right=right, mean=mean),)
+
+        inputs = (q, k, mask) if ctx.needs_input_grad[3] else (q, k)
+        dq, dk, *dmask = ag.differentiate(function, inputs, (dweights,))
+        return dq, dk, None, *(dmask or [None]), None, None, None
+
+
+@torch.library.register_fake("seqkernels::attention_fwd")
+def _(q, k, v, *args):
+    B, Hq, Tq, _ = q.shape
+    return q.new_empty(B, Tq, Hq, v.size(3)), _accumulated(q, (B, Hq, Tq))
+
+
+@torch.library.register_fake("seqkernels::attention_bwd")
+def _(dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *options):
+    grads = [t.new_empty([t.size(d) for d in (0, 2, 1, 3)]) for t in (q, k, v)]
+    dmask = _accumulated(q, mask.shape if options[-1] else 0)
+    return *grads, dmask, _accumulated(q, 0 if sinks is None else sinks.shape)
+
+
+@torch.library.register_fake("seqkernels::attention_weights")
+def _(q, k, lse, *options):
+    B, Hq, Tq, _ = q.shape
+    return q.new_empty(*((B,) if options[-1] else (B, Hq)), Tq, k.size(2))
+
+
+def _accumulated(like: Tensor, shape) -> Tensor:
+    return like.new_empty(shape, dtype=ag.accumulation_dtype(like.dtype))

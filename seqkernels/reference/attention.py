@@ -1,0 +1,100 @@
+"""Attention in plain torch: P = softmax(softcap(scale Q K^T) - alibi |j - i - offset| + mask), O = P V.
+
+Arguments as in `seqkernels.ops.attention.attention`, on any device; half types compute in float32.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+
+NO_LIMIT = 2**62
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    len_k: Tensor | None = None,
+    dropout: float = 0.0,
+    keep: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """out [B,Hq,Tq,Dv], and lse [B,Hq,Tq] in float32, or float64 for float64.
+
+    keep: bool [B,Hq,Tq,Tk], the weights that dropout leaves; drawn at random if None.
+    """
+    if cu_q is not None and cu_k is not None:
+        spans = zip(pairwise([0, *cu_q.tolist()]), pairwise([0, *cu_k.tolist()]), strict=True)
+        parts = [
+            attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], dropout=dropout, **options)
+            for (a, b), (c, d) in spans
+        ]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 2), torch.cat(lses, 2)
+    if len_k is not None:  # what lies beyond may be anything, and 0 * nan is nan
+        beyond = (torch.arange(k.size(2), device=k.device) >= len_k[:, None])[:, None, :, None]
+        k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
+    p, lse = _softmax(q, k, len_k=len_k, **options)
+    if keep is not None:
+        p = p * keep / (1 - dropout)
+    elif dropout:
+        p = drop(p, dropout)
+    return (p @ _for_each_query_head(v, q)).to(q.dtype), lse
+
+
+def attention_weights(q: Tensor, k: Tensor, *, mean: bool = False, **options) -> Tensor:
+    """P [B,Hq,Tq,Tk], or its mean over heads [B,Tq,Tk]."""
+    p = _softmax(q, k, **options)[0]
+    return (p.mean(1) if mean else p).to(q.dtype)
+
+
+def _softmax(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    len_k: Tensor | None = None,
+    alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    left: int = NO_LIMIT,
+    right: int = NO_LIMIT,
+    bottom_right: bool = False,
+) -> tuple[Tensor, Tensor]:
+    (B, Hq, Tq, _), Tk = q.shape, k.size(2)
+    keys = _for_each_query_head(k, q)
+    s = scale * (q.to(keys.dtype) @ keys.mT)
+    if softcap:
+        s = softcap * (s / softcap).tanh()
+    i, j = (torch.arange(T, device=q.device) for T in (Tq, Tk))
+    lengths = j.new_full((1, 1, 1, 1), Tk) if len_k is None else len_k[:, None, None, None]
+    distance = j - i[:, None] - (lengths - Tq if bottom_right else 0)
+    sees = (distance >= -left) & (distance <= right) & (j < lengths)
+    if alibi is not None:
+        s = s - alibi[..., None, None] * distance.abs()
+    if mask is not None and mask.dtype == torch.bool:
+        sees = sees & mask
+    elif mask is not None:
+        s = s + mask
+    s = s.masked_fill(~sees, -torch.inf)
+    sink = s.new_full((), -torch.inf) if sinks is None else sinks[:, None, None].to(s.dtype)
+    s = torch.cat([s, sink.expand(B, Hq, Tq, 1)], -1)
+    largest = s.detach().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    e = (s - largest).exp()
+    total = e.sum(-1, keepdim=True)
+    nothing = total == 0  # a query that sees no key: out 0, lse -inf, gradients 0
+    total = total.masked_fill(nothing, 1)
+    lse = (largest + total.log()).masked_fill(nothing, -torch.inf)
+    return e[..., :-1] / total, lse.squeeze(-1)
+
+
+def _for_each_query_head(t: Tensor, q: Tensor) -> Tensor:
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.size(1) == q.size(1) else t.repeat_interleave(q.size(1) // t.size(1), 1)
