@@ -76,7 +76,8 @@ def run(
     if resets is not None:
         resets = _time_major(resets, x, batch_first)
     if states is None:
-        states = _zeros(cell, config, x, weights, batch_sizes)
+        B = x.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        states = zeros(cell, config, B, x, weights)
 
     dtypes = None
     if why_torch:
@@ -177,13 +178,8 @@ def _every_row_runs(batch_sizes: Tensor | None, states: States) -> bool:
     return batch_sizes is None or int(batch_sizes[0]) == states[0].size(1)
 
 
-def _zeros(
-    cell: Cell, config: Config, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
-) -> States:
-    if batch_sizes is not None:
-        B = int(batch_sizes[0])
-    else:
-        B = x.size(0 if config.batch_first else 1)
+def zeros(cell: Cell, config: Config, B: int, x: Tensor, weights: Sequence[Tensor]) -> States:
+    """The initial states of B rows where none are given."""
     H, P = weights[0].size(0) // cell.gates, weights[1].size(1)
     L = config.num_layers * (2 if config.bidirectional else 1)
     return [x.new_zeros(L, B, size) for size in (P, H)[: cell.states]]

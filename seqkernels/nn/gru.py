@@ -38,6 +38,8 @@ class GRU(Recurrent):
     ):
         extras = lengths is not None or resets is not None
         states = None if hx is None else (hx,)
+        if not extras and (short := self._short_cut(input, states)):
+            return short
         if reason := self._why_torch(input, states, extras):
             return leave_to_torch(self, input, hx, reason, extras)
         (output,), (h_n,) = self._run(input, states, lengths, resets)

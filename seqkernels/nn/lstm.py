@@ -40,6 +40,8 @@ class LSTM(Recurrent):
         return_cell_states: bool = False,
     ):
         extras = lengths is not None or resets is not None or return_cell_states
+        if not extras and (short := self._short_cut(input, hx)):
+            return short[0], short[1:]
         if reason := self._why_torch(input, hx, extras):
             return leave_to_torch(self, input, hx, reason, extras)
         (output, *cells), states = self._run(input, hx, lengths, resets, return_cell_states)

@@ -134,6 +134,7 @@ struct LayerBwd {
     operand_size = gate_rows * depth_of(chunk_tokens) + (projected ? NR<T> * depth_of(chunk_tokens) : 0);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
     if (operand_size < rebuild_size) operand_size = rebuild_size;
+    if (weights.once && operand_size < weights.kBlockSize) operand_size = weights.kBlockSize;
     local = a.take<T>(team * local_size);
     local_operand = a.take<O>(team * operand_size);
   }
@@ -148,7 +149,7 @@ struct LayerBwd {
   }
 
   void thread(int id, int size) {
-    const Plan plan = make_plan<O>(seq, size, G);
+    const Plan plan = make_plan<O>(seq, size, G, weights.once);
     const int group = plan.concurrent == 2 ? size / 2 : size;
     const int first = plan.concurrent == 2 ? id / group : 0, rank = plan.concurrent == 2 ? id % group : id;
     if (first < plan.concurrent) {
@@ -369,7 +370,8 @@ struct LayerBwd {
         }
       rows_barrier->wait(sharing);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
-      if (n > 0) f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kDirect, dh, f.ldh);
+      if (n > 0)
+        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kDirect, dh, f.ldh, local_operand);
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
     }
@@ -441,26 +443,32 @@ struct LayerBwd {
       });
     }
 
-    // dx = dG W_ih for this thread's tokens of the chunk.
+    // dx = dG W_ih for this thread's tokens of the chunk; where weights are packed block by block, for its
+    // columns.
     void input_gradient() const {
       if (!p.dx) return;
-      const int64_t m = chunk_size(), m0 = m * rank / group, n = m * (rank + 1) / group - m0;
+      const bool by_columns = f.weights.once;
+      const int64_t m = chunk_size(), m0 = by_columns ? 0 : m * rank / group;
+      const int64_t n = by_columns ? m : m * (rank + 1) / group - m0;
+      const int64_t i0 = by_columns ? blocks(f.I) * rank / group : 0,
+                    i1 = by_columns ? blocks(f.I) * (rank + 1) / group : blocks(f.I);
       if (n == 0) return;
       const O* dG = f.dG[d] + m0 * f.ldG;
       const int64_t token = seq.token(lo) + m0;
       if (d == 1)
-        input_rows(n, dG, f.dx_reverse + token * f.I);
+        input_block(i0, i1, n, dG, f.dx_reverse + token * f.I);
       else
-        input_rows(n, dG, static_cast<S*>(p.dx) + token * f.I);
+        input_block(i0, i1, n, dG, static_cast<S*>(p.dx) + token * f.I);
     }
     template <class Out>
-    void input_rows(int64_t n, const O* dG, Out* dx) const {
+    void input_block(int64_t i0, int64_t i1, int64_t n, const O* dG, Out* dx) const {
       if constexpr (sizeof(Out) == sizeof(T)) {
-        if (f.I % kLanes<T> == 0) return f.weights.input_product(d, 0, blocks(f.I), n, dG, f.ldG, dx, f.I);
+        if (f.I % kLanes<T> == 0)
+          return f.weights.input_product(d, i0, i1, n, dG, f.ldG, dx, f.I, local_operand);
       }
-      for (int64_t j = 0; j < blocks(f.I); j++) {
+      for (int64_t j = i0; j < i1; j++) {
         T* block = local - j * NR<T>;  // column 0 of a matrix of which only this block exists
-        f.weights.input_product(d, j, j + 1, n, dG, f.ldG, block, NR<T>);
+        f.weights.input_product(d, j, j + 1, n, dG, f.ldG, block, NR<T>, local_operand);
         const int64_t w = width(f.I, j);
         for (int64_t b = 0; b < n; b++)
           for (int64_t i = 0; i < w; i += kLanes<T>)

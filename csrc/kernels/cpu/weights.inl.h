@@ -84,14 +84,16 @@ struct ForwardWeights {
 
 // Backward, one direction: w_ih [G*H, I] and w_hh [G*H, P] with their rows in the order of the gate
 // gradients' slots, w_hr [P, H]. For a handful of tokens w_ih and w_hh stay where they are: their rows
-// already are rows of B.
+// already are rows of B. With one step each is used once, so that blocks of it are packed when their turn
+// comes and never leave L1.
 template <class Cell, class S>
 struct BackwardWeights {
   using T = Acc<S>;
   using O = Operand<S>;
   static constexpr int G = Cell::kGates;
   const LayerParams& p;
-  const bool projected, in_place;
+  static constexpr int64_t kBlockRows = KC * kPair<O>, kBlockSize = kBlockRows * NR<O>;
+  const bool projected, in_place, once;
   const Panels<O> in, rec, proj;
   O* panels[2];
 
@@ -100,6 +102,7 @@ struct BackwardWeights {
         projected(p.w[0].w_hr != nullptr),
         in_place(few_tokens && !projected && sizeof(O) == sizeof(S) && kPair<O> == 1 &&
                  p.I % kLanes<T> == 0 && p.P % kLanes<T> == 0),
+        once(p.T == 1 && !in_place && !projected),
         in{p.I, G * p.H},
         rec{p.P, G * p.H},
         proj{p.H, p.P} {}
@@ -108,11 +111,11 @@ struct BackwardWeights {
   O* projection(int d, int64_t j) const { return panels[d] + in.size() + rec.size() + proj.offset(j); }
 
   void layout(Arena& a) {
-    for (int d = 0; d < p.D; d++) panels[d] = a.take<O>(in_place ? 0 : size());
+    for (int d = 0; d < p.D; d++) panels[d] = a.take<O>(in_place || once ? 0 : size());
   }
 
   void pack(int d, int rank, int size) const {
-    if (in_place) return;
+    if (in_place || once) return;
     const Weights<const void*>& w = p.w[d];
     pack_columns(static_cast<const S*>(w.w_ih), in, Cell::kInputSlot, panels[d], rank, size);
     pack_columns(static_cast<const S*>(w.w_hh), rec, Cell::kRecurrentSlot, panels[d] + in.size(), rank, size);
@@ -129,29 +132,53 @@ struct BackwardWeights {
     for (int g = 1; g < G; g++) first = slot[g] < first ? slot[g] : first;
     return first;
   }
-  // Gate g's rows become the K range of its slot, counted from the first slot of this product.
   void pack_columns(const S* w, Panels<O> shape, const int (&slot)[G], O* out, int rank, int size) const {
-    int gate[G];  // in the order of their slots
-    for (int g = 0; g < G; g++) gate[slot[g] - first_slot(slot)] = g;
-    for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++) {
-      O* panel = out + shape.offset(j);
-      for (int64_t k = 0; k < shape.K; k++)
-        pack_row(w + (gate[k / p.H] * p.H + k % p.H) * shape.N + j * NR<O>, shape.N - j * NR<O>, panel, k,
-                 shape.width(j));
-      pack_padding(panel, shape.K, shape.width(j));
+    for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++)
+      pack_rows(w, shape, slot, j, 0, shape.K, out + shape.offset(j));
+  }
+  // Rows [k0, k1) of panel j. Gate g's rows are the K range of its slot, counted from the first slot.
+  void pack_rows(const S* w, const Panels<O>& shape, const int (&slot)[G], int64_t j, int64_t k0, int64_t k1,
+                 O* to) const {
+    const int64_t N = shape.N, column = j * NR<O>;
+    for (int g = 0; g < G; g++) {
+      const int64_t first = (slot[g] - first_slot(slot)) * p.H, begin = k0 > first ? k0 : first,
+                    end = k1 < first + p.H ? k1 : first + p.H;
+      const S* from = w + (g * p.H - first) * N + column;
+      for (int64_t k = begin; k < end; k++) {
+        __builtin_prefetch(from + (k + kAhead) * N);
+        __builtin_prefetch(from + (k + kAhead) * N + kLanes<T>);
+        pack_row(from + k * N, N - column, to, k - k0, shape.width(j));
+      }
     }
+    pack_padding(to, k1 - k0, shape.width(j));
   }
 
   // c (+)= dG W_ih (or W_hh) for the columns of blocks [j0, j1), last block first if `fro`. dG starts at slot
-  // 0, c at column 0.
-  void input_product(int d, int64_t j0, int64_t j1, int64_t n, const O* dG, int64_t ldG, T* c,
-                     int64_t ldc) const {
+  // 0, c at column 0. `block`: kBlockSize elements of the thread's own, used by `once`.
+  void input_product(int d, int64_t j0, int64_t j1, int64_t n, const O* dG, int64_t ldG, T* c, int64_t ldc,
+                     O* block) const {
+    if (once)
+      return product_once(p.w[d].w_ih, in, Cell::kInputSlot, j0, j1, n, dG, ldG, false, c, ldc, block);
     product(p.w[d].w_ih, in, Cell::kInputSlot, panels[d], j0, j1, false, n, dG, ldG, false, c, ldc);
   }
   void recurrent_product(int d, int64_t j0, int64_t j1, bool fro, int64_t n, const O* dG, int64_t ldG,
-                         bool add, T* c, int64_t ldc) const {
+                         bool add, T* c, int64_t ldc, O* block) const {
+    if (once)
+      return product_once(p.w[d].w_hh, rec, Cell::kRecurrentSlot, j0, j1, n, dG, ldG, add, c, ldc, block);
     product(p.w[d].w_hh, rec, Cell::kRecurrentSlot, panels[d] + in.size(), j0, j1, fro, n, dG, ldG, add, c,
             ldc);
+  }
+  void product_once(const void* w, const Panels<O>& shape, const int (&slot)[G], int64_t j0, int64_t j1,
+                    int64_t n, const O* dG, int64_t ldG, bool add, T* c, int64_t ldc, O* block) const {
+    for (int64_t j = j0; j < j1; j++) {
+      T* to = c + j * NR<O>;
+      for (int64_t k = 0; k < shape.K; k += kBlockRows) {
+        const int64_t rows = shape.K - k < kBlockRows ? shape.K - k : kBlockRows;
+        pack_rows(static_cast<const S*>(w), shape, slot, j, k, k + rows, block);
+        gemm_panel(n, shape.width(j), round_up(rows, kDepth<O>), dG + first_slot(slot) * p.H + k, ldG, block,
+                   shape.width(j), add || k ? to : nullptr, ldc, to, ldc);
+      }
+    }
   }
   void product(const void* w, const Panels<O>& shape, const int (&slot)[G], const O* packed, int64_t j0,
                int64_t j1, bool fro, int64_t n, const O* dG, int64_t ldG, bool add, T* c, int64_t ldc) const {
