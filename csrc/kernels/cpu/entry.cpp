@@ -22,6 +22,9 @@ void gru_fwd(const GruFwdParams& p) { kernels().gru_fwd(p); }
 void gru_bwd(const GruBwdParams& p) { kernels().gru_bwd(p); }
 void rnn_fwd(const RnnFwdParams& p) { kernels().rnn_fwd(p); }
 void rnn_bwd(const RnnBwdParams& p) { kernels().rnn_bwd(p); }
+void attention_fwd(const AttentionFwdParams& p) { kernels().attention_fwd(p); }
+void attention_bwd(const AttentionBwdParams& p) { kernels().attention_bwd(p); }
+void attention_weights(const AttentionWeightsParams& p) { kernels().attention_weights(p); }
 
 namespace {
 

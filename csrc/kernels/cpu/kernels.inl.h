@@ -1,6 +1,8 @@
 // The body of every ISA file: included inside its anonymous namespace, so that each instruction set has its
 // own copies.
 
+#include "attention_bwd.inl.h"
+#include "attention_fwd.inl.h"
 #include "gru.inl.h"
 #include "lstm.inl.h"
 #include "rnn.inl.h"
@@ -76,6 +78,11 @@ static const KernelTable kTable = {
     bwd_entry<Gru>,
     fwd_entry<Rnn>,
     bwd_entry<Rnn>,
+    [](const AttentionFwdParams& p) { with_storage(p.dtype, [&]<class S>() { attention_fwd<S>(p); }); },
+    [](const AttentionBwdParams& p) { with_storage(p.dtype, [&]<class S>() { attention_bwd<S>(p); }); },
+    [](const AttentionWeightsParams& p) {
+      with_storage(p.dtype, [&]<class S>() { attention_weights<S>(p); });
+    },
     pack_entry<Lstm>,
     pack_entry<Gru>,
     pack_entry<Rnn>,

@@ -2,6 +2,7 @@
 // fill it.
 #pragma once
 
+#include "../attention.h"
 #include "../gru.h"
 #include "../lstm.h"
 #include "../rnn.h"
@@ -15,6 +16,9 @@ struct KernelTable {
   void (*gru_bwd)(const GruBwdParams&);
   void (*rnn_fwd)(const RnnFwdParams&);
   void (*rnn_bwd)(const RnnBwdParams&);
+  void (*attention_fwd)(const AttentionFwdParams&);
+  void (*attention_bwd)(const AttentionBwdParams&);
+  void (*attention_weights)(const AttentionWeightsParams&);
   // One layer's weights in panels, for `packed` in forward params: returns the bytes, writes unless out is
   // null.
   int64_t (*lstm_pack)(const LayerParams&, void* out);

@@ -1,0 +1,291 @@
+// What forward and backward of attention share: which keys a query sees, how a score becomes a logit, exp2,
+// and the matrix product that both are made of.
+#pragma once
+
+#include "math.inl.h"
+#include "team.inl.h"
+
+// Queries (forward) or keys (backward) of one block: 64 floats, 32 doubles. They lie in the lanes, side by
+// side in every row of every buffer of a block, so that softmax, masks and limits need no horizontal step.
+template <class T>
+constexpr int64_t kBlock = 256 / sizeof(T);
+
+// Products
+// -------------------------------------------------------------------------------------------------------
+//
+//   C [M, N] = start + A [M, K] B [K, N],  N in lanes, both operands read where they lie.
+//
+// A is read by broadcast, along its rows (element [r, k] at a[r * lda + k]) or across them (a[k * lda + r]):
+// no operand of attention has to be packed or transposed but the one in the lanes. With 32 registers a tile
+// is 6 rows x 4 vectors: 24 accumulators, 10 loads for 24 FMAs. bf16 operands (see Operand) come in pairs of
+// k.
+
+enum class Start { zero, c, scaled };  // C = A B, C + A B, C scale[column] + A B
+
+template <class D, int rows, int NV, bool across>
+static void product_tile(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, Acc<D>* c, int64_t ldc,
+                         Start start, const Acc<D>* scale) {
+  using T = Acc<D>;
+  constexpr int W = kLanes<T>, pair = kPair<D>;
+  Vec<T> acc[rows][NV] = {};
+  constexpr int kBases = (rows + 2) / 3;  // x86 addresses base, base + lda and base + 2 lda for free
+  const D* base[kBases];
+  SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * (across ? pair : lda);
+  _Pragma("GCC unroll 1") for (int64_t k = 0; k < K; k += pair) {
+    SEQ_UNROLL for (int r = 0; r < rows; r++) {
+      SEQ_UNROLL for (int v = 0; v < NV; v++)
+          multiply_add(acc[r][v], base[r / 3] + (r % 3) * (across ? pair : lda), b + v * W * pair);
+    }
+    SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += across ? lda : pair;
+    b += ldb;
+  }
+  SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++) {
+    T* to = c + r * ldc + v * W;
+    if (start == Start::c) acc[r][v] += load(to);
+    if (start == Start::scaled) acc[r][v] += load(to) * load(scale + v * W);
+    store(to, acc[r][v]);
+  }
+}
+
+template <class D>
+using ProductTile = void (*)(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, Acc<D>* c,
+                             int64_t ldc, Start start, const Acc<D>* scale);
+constexpr int kTileVectors = MR == 12 ? 4 : 2, kTileRows = 6;
+template <class D, int NV, bool across, int... r>
+constexpr ProductTile<D> product_tile_of(int rows, std::integer_sequence<int, r...>) {
+  constexpr ProductTile<D> tiles[] = {product_tile<D, r + 1, NV, across>...};
+  return tiles[rows - 1];
+}
+
+// N is a multiple of the vector. lda and ldb in elements; a row of B is a pair of k where operands are pairs.
+template <class D, bool across>
+static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb,
+                    Acc<D>* c, int64_t ldc, Start start, const Acc<D>* scale = nullptr) {
+  using T = Acc<D>;
+  constexpr int W = kLanes<T>, pair = kPair<D>;
+  constexpr int64_t kDepthOfBlock = 128 * pair;  // of B: 32 KiB at a time, or it leaves L1 between two tiles
+  int64_t k0 = 0;
+  do {
+    const int64_t k = K - k0 < kDepthOfBlock * 3 / 2 ? K - k0 : kDepthOfBlock;
+    for (int64_t n = 0; n < N;) {
+      const int nv = (N - n) / W >= kTileVectors ? kTileVectors : (N - n) / W >= 2 ? 2 : 1;
+      constexpr auto some = std::make_integer_sequence<int, kTileRows>{};
+      constexpr auto many = std::make_integer_sequence<int, MR>{};
+      const int64_t most = nv == kTileVectors ? kTileRows : MR, tiles = (M + most - 1) / most;
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t m = M * i / tiles;
+        const int rows = int(M * (i + 1) / tiles - m);
+        const auto tile = nv == kTileVectors ? product_tile_of<D, kTileVectors, across>(rows, some)
+                          : nv == 2          ? product_tile_of<D, 2, across>(rows, many)
+                                             : product_tile_of<D, 1, across>(rows, many);
+        tile(k, across ? a + k0 / pair * lda + m * pair : a + m * lda + k0, lda,
+             b + k0 / pair * ldb + n * pair, ldb, c + m * ldc + n, ldc, k0 ? Start::c : start,
+             scale ? scale + n : nullptr);
+      }
+      n += nv * W;
+    }
+    k0 += k;
+  } while (k0 < K);
+}
+
+// exp2
+// -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Exp2;  // magic rounds to integer when added and leaves the biased exponent in the low bits
+
+template <>
+struct Exp2<float> {
+  using Int = Vec<int32_t>;
+  static constexpr float kMagic = 12582912.0f + 127, kLowest = kMagic - 126;
+  static constexpr int kShift = 23;
+  // Minimax on |r| <= 1/2, exact at 0: relative error 9.1e-8.
+  static constexpr float kC[] = {0.00132647269f, 0.00967151266f, 0.0555073374f,
+                                 0.240222421f,   0.693146978f,   1.0f};
+};
+template <>
+struct Exp2<double> {
+  using Int = Vec<int64_t>;
+  static constexpr double kMagic = 6755399441055744.0 + 1023, kLowest = kMagic - 1022;
+  static constexpr int kShift = 52;
+  static constexpr double kC[] = {1.3691488853904128e-12, 2.5678435993488206e-11,
+                                  4.4455382718708116e-10, 7.054911620801123e-09,
+                                  1.01780860092397e-07,   1.321548679014431e-06,
+                                  1.5252733804059841e-05, 0.0001540353039338161,
+                                  0.0013333558146428443,  0.009618129107628477,
+                                  0.05550410866482158,    0.24022650695910072,
+                                  0.6931471805599453,     1.0};
+};
+
+// 2^(u c) for u c < 128 (1024): 0 below the normal numbers and for -inf, NaN for NaN. The fraction r comes
+// out of one FMA with u c, not rounded before.
+template <class T>
+SEQ_INLINE Vec<T> exp2_of(Vec<T> u, T c) {
+  using E = Exp2<T>;
+  const Vec<T> z = u * c + E::kMagic, r = u * c - (z - E::kMagic);
+  Vec<T> y = splat(E::kC[0]);
+  SEQ_UNROLL
+  for (int i = 1; i < int(sizeof(E::kC) / sizeof(T)); i++) y = y * r + E::kC[i];
+  y *= (Vec<T>)((typename E::Int)z << E::kShift);
+  return z < E::kLowest ? Vec<T>{} : y;
+}
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class T>
+constexpr T kInf = __builtin_inff();
+
+// Is a lane of this comparison true?
+template <class M>
+SEQ_INLINE bool any(M mask) {
+  uint64_t words[sizeof(M) / 8], all = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  SEQ_UNROLL for (uint64_t w : words) all |= w;
+  return all != 0;
+}
+
+// Geometry
+// -------------------------------------------------------------------------------------------------------
+
+SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One sequence: its rows begin at query q0 and key k0 of batch entry `batch`.
+struct Span {
+  int64_t batch, q0, k0, Tq, Tk, offset, left, right, lse, lse_h;  // lse: of query 0, and from head to head
+
+  Span(const AttentionParams& p, int64_t b) : batch(b), q0(0), k0(0), Tq(p.Tq), Tk(p.Tk) {
+    if (p.cu_q) {
+      batch = 0;
+      q0 = p.cu_q[b], k0 = p.cu_k[b];
+      Tq = p.cu_q[b + 1] - q0, Tk = p.cu_k[b + 1] - k0;
+    } else if (p.len_k) {
+      Tk = most(0, least(Tk, p.len_k[b]));
+    }
+    constexpr int64_t kFar = int64_t(1) << 61;  // sums of positions stay in range
+    offset = p.bottom_right ? Tk - Tq : 0;
+    left = most(-kFar, least(p.left, kFar)), right = most(-kFar, least(p.right, kFar));
+    lse_h = p.cu_q ? p.cu_q[p.B] : Tq;
+    lse = p.cu_q ? q0 : b * p.Hq * Tq;
+  }
+  // Query i sees keys [first_key(i), end_key(i)); key j is seen by queries [first_query(j), end_query(j)).
+  int64_t first_key(int64_t i) const { return most(0, least(Tk, i + offset - left)); }
+  int64_t end_key(int64_t i) const { return most(0, least(Tk, i + offset + right + 1)); }
+  int64_t first_query(int64_t j) const { return most(0, least(Tq, j - offset - right)); }
+  int64_t end_query(int64_t j) const { return most(0, least(Tq, j - offset + left + 1)); }
+};
+
+template <class S, class P>
+SEQ_INLINE auto row_of(const Heads<P>& x, int64_t b, int64_t h, int64_t t) {
+  using To = std::conditional_t<std::is_const_v<std::remove_pointer_t<P>>, const S, S>;
+  return static_cast<To*>(x.data) + b * x.b + h * x.h + t * x.t;
+}
+
+// Scores and masks
+// -------------------------------------------------------------------------------------------------------
+
+// How scale Q K^T becomes a logit. Where neither softcap nor alibi nor an additive mask is there, scores stay
+// as the product left them and the scale goes into exp2 (unless it is 0: 0 times the -inf of a mask).
+template <class T>
+struct ScoreRule {
+  T scale, cap;
+  bool natural, alibi;
+
+  explicit ScoreRule(const AttentionParams& p)
+      : scale(T(p.scale)),
+        cap(T(p.softcap)),
+        natural(p.softcap != 0 || p.scale == 0 || p.alibi || p.mask_kind == MaskKind::additive ||
+                p.mask_kind == MaskKind::additive_acc),
+        alibi(p.alibi) {}
+  // What exp2 multiplies scores with.
+  T log2_scale() const { return natural ? T(kLog2e) : T(double(scale) * kLog2e); }
+  // Logits but for the mask; `slope` is the derivative of softcap.
+  Vec<T> operator()(Vec<T> s, Vec<T> distance, Vec<T> alibi_slope, Vec<T>& slope) const {
+    s *= scale;
+    if (cap != 0) {
+      const Vec<T> t = tanh<T>(s / cap);
+      slope = T(1) - t * t;
+      s = t * cap;
+    }
+    if (alibi) s -= alibi_slope * (distance < T(0) ? -distance : distance);
+    return s;
+  }
+};
+
+template <class T>
+SEQ_INLINE Vec<T> iota() {
+  Vec<T> v;
+  SEQ_UNROLL for (int i = 0; i < kLanes<T>; i++) v[i] = T(i);
+  return v;
+}
+
+SEQ_INLINE int64_t mask_offset(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
+  return b * p.mask_b + h * p.mask_h + i * p.mask_q;
+}
+// What the mask adds to the logits of n keys from key j on (0 or -inf for a boolean one).
+template <class S>
+static Vec<Acc<S>> mask_values(const AttentionParams& p, int64_t offset, int64_t j, int64_t n) {
+  using T = Acc<S>;
+  const int64_t step = p.mask_k, first = offset + j * step;
+  n = least(n, kLanes<T>);
+  if (step == 1 && p.mask_kind == MaskKind::additive) return load(static_cast<const S*>(p.mask) + first, n);
+  if (step == 1 && p.mask_kind == MaskKind::additive_acc)
+    return load(static_cast<const T*>(p.mask) + first, n);
+  T line[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t at = first + i * step;
+    if (p.mask_kind == MaskKind::boolean)
+      line[i] = static_cast<const uint8_t*>(p.mask)[at] ? T(0) : -kInf<T>;
+    else if (p.mask_kind == MaskKind::additive)
+      line[i] = load(static_cast<const S*>(p.mask) + at, 1)[0];
+    else
+      line[i] = static_cast<const T*>(p.mask)[at];
+  }
+  return load(static_cast<const T*>(line));
+}
+
+// Rows
+// -------------------------------------------------------------------------------------------------------
+
+// Rows as products read them: where they lie if they have the arithmetic type (and need no padding),
+// otherwise converted into `copy`, `width` wide.
+template <class T, class S>
+SEQ_INLINE const T* as_operand(const S* rows, int64_t stride, int64_t n, int64_t features, T* copy,
+                               int64_t width, bool padded, int64_t& ld) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (!padded || features == width) {
+      ld = stride;
+      return rows;
+    }
+  }
+  for (int64_t i = 0; i < n; i++) copy_row(rows + i * stride, features, copy + i * width, width);
+  ld = width;
+  return copy;
+}
+
+// Columns of x [features, ld] as rows, times factor[column]: column j goes to row_at(j).
+template <class S, class T, class Row>
+static void write_columns(const T* x, int64_t ld, int64_t n, int64_t features, const T* factor,
+                          const Row& row_at) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < n; j += W) {
+    const Vec<T> by = load(factor + j);
+    for (int64_t f = 0; f < features; f += W) {
+      Vec<T> v[W];
+      for (int r = 0; r < W; r++) v[r] = f + r < features ? load(x + (f + r) * ld + j) * by : Vec<T>{};
+      transpose<T>(v);
+      for (int r = 0; r < W && j + r < n; r++) store(row_at(j + r) + f, v[r], features - f);
+    }
+  }
+}
+
+// Threads
+// -------------------------------------------------------------------------------------------------------
+
+// Work below this many multiply-adds is not worth waking another thread: 3 us.
+static int attention_team(const AttentionParams& p, int64_t tasks) {
+  constexpr double kWork = 2e5;
+  const double queries = p.cu_q ? double(p.cu_q[p.B]) : double(p.B) * double(p.Tq),
+               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8),
+               threads = least(p.parallel.threads, tasks);
+  return threads < work / kWork ? int(threads) : work < kWork ? 1 : int(work / kWork);
+}
