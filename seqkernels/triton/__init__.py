@@ -1,0 +1,1 @@
+"""Attention kernels for GPUs. Importing this package imports neither Triton nor CUDA."""

@@ -1,0 +1,398 @@
+"""From tensors to kernels: the functions of the op schema, what is compiled in, tiles and grids.
+
+q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] with any strides but the last, which is 1. With cu_q and cu_k [S+1] (on
+the device, never read by the host) B is 1 and T counts the rows of all sequences. dout is [B,Tq,Hq,Dv] as out is.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import backward, forward, weights
+from .common import BOOL_MASK, FLOAT_MASK, LOG2E, NO_MASK, Features
+from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
+
+MAX_DIM = 512
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FAR = 2**29  # a window no sequence reaches; sums of two stay within int32
+
+
+class Problem(NamedTuple):
+    features: Features
+    arguments: tuple[Any, ...]  # those every kernel begins with
+    batches: int  # sequences
+    heads: int
+    group: int
+    max_q: int
+    max_k: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def programs_a_tile(self) -> int:
+        return self.batches * self.heads
+
+    def tile(self, kernel: str) -> Tile:
+        f = self.features
+        rich = f.MASK != 0 or f.DROPOUT or f.SOFTCAP
+        return tile_for(
+            kernel, architecture(self.device), self.dtype.itemsize * 8, max(sum(f.QK), sum(f.PV)), rich
+        )
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    len_k: Tensor | None,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    dropout: float,
+    rng: Tensor | None,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor]:
+    """-> out [B,Tq,Hq,Dv], LSE [B,Hq,Tq] float32, natural, sinks included."""
+    problem = prepare(
+        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
+        max_q, max_k,
+    )  # fmt: skip
+    return run_forward(problem, q, v.size(3))
+
+
+def paged_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor,
+    len_k: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    max_k: int,
+) -> tuple[Tensor, Tensor]:
+    """As attention_fwd, with keys in pages k [pages,Hk,rows,D], v [pages,Hk,rows,Dv]: row j of sequence b lies in page
+    block_table[b, j / rows], int32 or int64 [B, pages of the longest]. max_k: no sequence is longer. No gradients.
+    """
+    problem = prepare(
+        q, k, v, None, None, None, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, 0.0, None,
+        0, max_k,
+    )  # fmt: skip
+    problem = problem._replace(features=problem.features._replace(PAGE=k.size(2)))
+    return run_forward(problem, q, v.size(3), block_table)
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    len_k: Tensor | None,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    dropout: float,
+    rng: Tensor | None,
+    max_q: int,
+    max_k: int,
+    need_dmask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dq [B,Tq,Hq,D], dk [B,Tk,Hk,D], dv [B,Tk,Hk,Dv], dmask float32 in the mask's shape, dsinks [Hq]."""
+    if dout.stride(-1) != 1 and dout.size(-1) > 1:
+        dout = dout.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
+    problem = prepare(
+        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
+        max_q, max_k, dout,
+    )  # fmt: skip
+    f, heads, group = problem.features, problem.heads, problem.group
+    B, Tq, Tk, D, DV = q.size(0), q.size(2), k.size(2), q.size(3), v.size(3)
+    key_heads = heads // group
+    new = q.new_zeros if f.VARLEN else q.new_empty  # rows behind the last sequence belong to nobody
+    dq, dk, dv = new(B, Tq, heads, D), new(B, Tk, key_heads, D), new(B, Tk, key_heads, DV)
+    dmask = q.new_empty(mask.shape if need_dmask and mask is not None else 0, dtype=torch.float32)
+    delta = torch.empty_like(lse)
+    strides = [dout.stride(n) // f.ALIGN for n in (0, 2, 1)]
+
+    with torch.cuda.device_of(q):
+        rows, block = B * Tq * heads, 32
+        if rows:
+            backward.attention_delta[(triton.cdiv(rows, block),)](
+                out, dout, dlse if dlse is None else dlse.contiguous(), delta, *strides, rows, heads, Tq,
+                DV=DV, WIDTH=triton.next_power_of_2(DV), BLOCK=block, ALIGN=f.ALIGN, DLSE=dlse is not None,
+            )  # fmt: skip
+        gradient = (*problem.arguments, dout, lse, delta, *strides)
+
+        tile = problem.tile(DKDV)
+        tiles = triton.cdiv(problem.max_k, tile.BN)
+        splits = group_splits(problem.batches * key_heads * tiles, group, multiprocessors(q.device))
+        parts = dk, dv
+        if splits > 1:
+            parts = [q.new_zeros(splits, *x.shape, dtype=torch.float32) for x in parts]
+        launch(
+            backward.attention_dkdv, problem.batches * key_heads * tiles * splits, tile,
+            *gradient, scale, *parts, tiles, splits, B * Tk * key_heads, F=f,
+        )  # fmt: skip
+        if splits > 1:
+            for total, part in zip((dk, dv), parts, strict=True):
+                total.copy_(part.sum(0))
+
+        tile = problem.tile(DQ)
+        tiles = triton.cdiv(problem.max_q, tile.BM)
+        launch(backward.attention_dq, problem.batches * heads * tiles, tile, *gradient, scale, dq, tiles, F=f)
+
+        if dmask.numel():
+            tile = problem.tile(TILES)
+            mask_b, mask_h, rows, cols = mask.shape
+            sum_q, sum_k = rows == 1 < Tq, cols == 1 < Tk
+            own = (1 if sum_q else triton.cdiv(Tq, tile.BM)) * (1 if sum_k else triton.cdiv(Tk, tile.BN))
+            launch(
+                backward.attention_dmask, mask_b * mask_h * own, tile,
+                *gradient, dmask, mask_h, B // mask_b, heads // mask_h, rows, cols, F=f, SUM_Q=sum_q, SUM_K=sum_k,
+            )  # fmt: skip
+
+    dsinks = q.new_empty(0, dtype=torch.float32)
+    if sinks is not None:  # a key without value: dP = 0, so dS = -P delta
+        p = torch.exp(sinks[:, None] - lse)
+        dsinks = -torch.where(lse == -math.inf, 0.0, p * delta).sum((0, 2))
+    return dq, dk, dv, dmask, dsinks
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    len_k: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    dropout: float,
+    rng: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """-> P after dropout, in q's dtype: [B,Hq,Tq,Tk], or its mean over heads [B,Tq,Tk]."""
+    problem = prepare(
+        q,
+        k,
+        k,
+        mask,
+        None,
+        None,
+        len_k,
+        alibi,
+        None,
+        scale,
+        softcap,
+        left,
+        right,
+        bottom_right,
+        dropout,
+        rng,
+        0,
+        0,
+    )
+    B, heads, Tq, Tk = *q.shape[:3], k.size(2)
+    average = heads if mean else 1
+    p = q.new_empty((B, Tq, Tk) if mean else (B, heads, Tq, Tk))
+    tile = problem.tile(TILES)
+    programs = B * (heads // average) * triton.cdiv(Tq, tile.BM) * triton.cdiv(Tk, tile.BN)
+    with torch.cuda.device_of(q):
+        launch(
+            weights.attention_weights, programs, tile,
+            *problem.arguments, lse.contiguous(), p, average, F=problem.features,
+        )  # fmt: skip
+    return p
+
+
+def prepare(
+    q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
+    max_q, max_k, *others: Tensor,
+) -> Problem:  # fmt: skip
+    """Checks what only these kernels cannot do; sorts the rest into what is compiled in and what is passed."""
+    D, DV = q.size(3), v.size(3)
+    if q.dtype not in DTYPES:
+        raise NotImplementedError(f"attention on GPUs: float16, bfloat16 or float32, got {q.dtype}")
+    if not (0 < D <= MAX_DIM and 0 < DV <= MAX_DIM):
+        raise NotImplementedError(f"attention on GPUs: head dims from 1 to {MAX_DIM}, got {D} and {DV}")
+    heads, group = q.size(1), q.size(1) // max(k.size(1), 1)
+    batches = q.size(0) if cu_q is None else cu_q.numel() - 1
+    align = common_divisor(16 // q.itemsize, q, k, v, *others)
+
+    kind, mask_strides, mask_align, mask_unit = NO_MASK, (0, 0, 0, 0), 1, False
+    if mask is not None:
+        kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
+        mask = mask.detach().expand(q.size(0), heads, q.size(2), k.size(2))
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        mask_align = common_divisor(16 // mask.itemsize, mask)
+        mask_unit = mask.stride(3) == 1
+        mask_strides = (*(s // mask_align for s in mask.stride()[:3]), mask.stride(3))
+    if alibi is not None:
+        alibi = alibi.to(torch.float32).contiguous()
+    if dropout > 0 and rng is None:
+        raise ValueError("dropout > 0 needs rng: an int64 tensor (seed, offset)")
+
+    f = Features(
+        D=D,
+        DV=DV,
+        QK=powers_of_two(D),
+        PV=powers_of_two(DV),
+        LEFT=left < FAR,
+        RIGHT=right < FAR,
+        BOTTOM_RIGHT=bottom_right,
+        VARLEN=cu_q is not None,
+        LEN_K=len_k is not None,
+        MASK=kind.value,
+        MASK_UNIT=mask_unit,
+        MASK_ALIGN=mask_align,
+        ALIBI=alibi is not None,
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
+        DROPOUT=dropout > 0,
+        ALIGN=align,
+        PRECISION=float32_precision() if q.dtype == torch.float32 else "ieee",
+        UPCAST=triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
+    )
+    # Where scale is 0 a scale that leaves nothing of any product: 0 times the -inf of a hidden key would be NaN.
+    to_log2 = 1 / softcap if softcap > 0 else LOG2E.value
+    arguments = (
+        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng,
+        *(s // align for x in (q, k, v) for s in x.stride()[:3]), *mask_strides,
+        alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
+        heads, group, q.size(2), k.size(2), max(min(left, FAR), -FAR), max(min(right, FAR), -FAR),
+        float(scale * to_log2) or 1e-30, float(softcap * LOG2E.value),
+        min(round(dropout * 2**32), 2**32 - 1), 0.0 if dropout >= 1 else 1 / (1 - dropout),
+    )  # fmt: skip
+    longest = (q.size(2), max_k or k.size(2)) if cu_q is None else (max_q, max_k)
+    return Problem(f, arguments, batches, heads, group, *longest, q.dtype, q.device)
+
+
+def run_forward(
+    problem: Problem, q: Tensor, DV: int, block_table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    B, heads, Tq = q.shape[:3]
+    tile = problem.tile(FORWARD)
+    rows = problem.max_q * problem.group
+    pack = rows <= PACKED_ROWS and problem.group > 1 or problem.max_q <= 16
+    if pack:
+        tile = packed_tile(tile, rows)
+    tiles = triton.cdiv(rows if pack else problem.max_q, tile.BM)
+    programs = problem.batches * (heads // problem.group if pack else heads) * tiles
+    visible = problem.max_k
+    splits = key_splits(programs, visible, multiprocessors(q.device))
+    f = problem.features._replace(PACK=pack, SPLIT=splits > 1)
+
+    new = q.new_zeros if f.VARLEN else q.new_empty
+    out = new(B, Tq, heads, DV)
+    lse = new(B, heads, Tq, dtype=torch.float32)
+    parts = out, lse
+    if splits > 1:
+        parts = [new(splits, *x.shape, dtype=torch.float32) for x in parts]
+    with torch.cuda.device_of(q):
+        launch(
+            forward.attention_forward, programs * splits, tile,
+            *problem.arguments, *parts, block_table, 0 if block_table is None else block_table.stride(0),
+            tiles, splits, B * Tq * heads, F=f,
+        )  # fmt: skip
+        if splits > 1 and out.numel():
+            width = triton.next_power_of_2(DV)
+            forward.combine[(B * Tq * heads,)](
+                *parts, problem.arguments[8], out, lse, heads, Tq, splits, B * Tq * heads,
+                SINKS=f.SINKS, DV=DV, WIDTH=width, CHUNK=16, num_warps=1 if width <= 128 else 4,
+            )  # fmt: skip
+    return out, lse
+
+
+def launch(kernel, programs: int, tile: Tile, *arguments, **constants) -> None:
+    if programs:
+        kernel[(programs,)](
+            *arguments, **constants, BM=tile.BM, BN=tile.BN, num_warps=tile.warps, num_stages=tile.stages
+        )
+
+
+PACKED_ROWS = 128
+
+
+def packed_tile(tile: Tile, rows: int) -> Tile:
+    """The smallest tile that holds the rows: decoding is bound by the bytes of k and v, not by products."""
+    BM = max(16, min(triton.next_power_of_2(rows), tile.BM))
+    return Tile(BM, tile.BN, 4 if BM <= 64 else tile.warps, tile.stages)
+
+
+def key_splits(programs: int, keys: int, multiprocessors: int) -> int:
+    """Two programs for each multiprocessor, each with at least 256 keys; 1 where there are enough tiles anyway."""
+    if programs == 0 or programs >= multiprocessors:
+        return 1
+    return max(1, min(2 * multiprocessors // programs, keys // 256, 128))
+
+
+def group_splits(programs: int, group: int, multiprocessors: int) -> int:
+    """The smallest divisor of the group that gives every multiprocessor a program."""
+    enough = (n for n in range(1, group + 1) if group % n == 0 and programs * n >= multiprocessors)
+    return next(enough, group)
+
+
+@functools.lru_cache
+def powers_of_two(dim: int) -> tuple[int, ...]:
+    """112 -> (64, 32, 16). At most three, each at least 16, as tl.dot wants: 72 -> (64, 16), 240 -> (256,)."""
+    sixteens = -(-dim // 16)
+    while sixteens.bit_count() > 3:
+        sixteens += sixteens & -sixteens
+    return tuple(16 << bit for bit in reversed(range(sixteens.bit_length())) if sixteens >> bit & 1)
+
+
+def common_divisor(largest: int, *tensors: Tensor) -> int:
+    """The largest power of two up to `largest` that divides all strides but the last: loads are that wide."""
+    strides = (s for x in tensors for s, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    return math.gcd(largest, *strides)
+
+
+def float32_precision() -> str:
+    """torch.set_float32_matmul_precision: highest, high, medium -> exact, three products in TF32, one."""
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+@functools.lru_cache
+def architecture(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 80
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+__all__: Sequence[str] = ("attention_bwd", "attention_fwd", "attention_weights", "paged_attention_fwd")
