@@ -1,6 +1,6 @@
-// Every op's schema. Shapes: T steps, B rows, N tokens, D directions, P = H or the projection's size;
-// `weights` is the layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means: not
-// saved, rebuild them.
+// Every op's schema. Recurrent shapes: T steps, B rows, N tokens, D directions, P = H or the projection's
+// size; `weights` is the layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means:
+// not saved, rebuild them.
 #include "kernels/cpu/dispatch.h"
 #include "recurrent.h"
 
@@ -51,6 +51,24 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "Tensor");
   // The weights of one layer of G = `gates` gates as the forward kernels read them, for `packed`.
   m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
+  // Shapes and meaning: kernels/attention.h. q [B,Hq,Tq,D], k, v by any strides but the last; with cu_q and
+  // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
+  // dv. rng: seed and offset of the dropout, which only some devices have. max_q, max_k: the longest
+  // sequences, which spare a GPU's host to look. dmask is like mask, size 0 if not wanted.
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, "
+      "Tensor? alibi, Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right, "
+      "float dropout, Tensor? rng, int max_q, int max_k) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, Tensor? alibi, Tensor? sinks, float scale, "
+      "float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, int max_q, int "
+      "max_k, "
+      "bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
+  m.def(
+      "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
+      "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
+      "bool mean) -> Tensor");
   m.def("set_isa(str name) -> ()");
   m.def("get_isa() -> str");
 }

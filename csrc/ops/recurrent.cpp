@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/table.h"
@@ -11,47 +10,11 @@ namespace seqkernels::ops {
 
 namespace {
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::ostringstream out;
-  out << "[";
-  for (size_t i = 0; i < shape.size(); i++) out << (i ? ", " : "") << shape[i];
-  out << "]";
-  return out.str();
-}
-
-std::vector<int64_t> shape_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-std::optional<DType> dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      return std::nullopt;
-  }
-}
-
 int64_t weights_per_direction(const Tensors& weights, int64_t D) {
   return weights.size() % D ? -1 : static_cast<int64_t>(weights.size()) / D;
 }
 
 }  // namespace
-
-Parallel torch_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* arg) {
-            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(arg, begin, end); });
-          },
-          nullptr};
-}
 
 LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h0,
                      const Tensors& weights, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
@@ -212,8 +175,6 @@ void CellCall::fill(LayerParams& p) const {
   if (b_ih) p.w[0].b_ih = b_ih->const_data_ptr(), p.w[0].b_hh = b_hh->const_data_ptr();
   p.parallel = torch_threads();
 }
-
-Tensor none_like(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, {0}, dtype); }
 
 Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]) {
   Tensors grads;

@@ -1,28 +1,13 @@
 // What the three layer ops share: checks, allocation, and the bridge from tensors to kernel parameters.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
 #include <initializer_list>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "kernels/layer.h"
+#include "tensor.h"
 
 namespace seqkernels::ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-
-// torch's threads behind the kernels' interface.
-Parallel torch_threads();
 
 // One layer call, checked: sizes and the tensors that every kernel reads. Errors name the op, what was got
 // and expected.
@@ -63,9 +48,6 @@ struct CellCall {
   void fill(LayerParams& p) const;
   void check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const;
 };
-
-// A size-0 tensor where an output is not wanted: the arity of an op never changes.
-Tensor none_like(const Tensor& t, ScalarType dtype);
 
 // New tensors shaped like the weights, and their pointers in `out`.
 Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]);

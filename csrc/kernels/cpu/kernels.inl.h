@@ -7,12 +7,46 @@
 #include "lstm.inl.h"
 #include "rnn.inl.h"
 
-// 24 independent chains of multiply-adds in AVX-512 registers (12 elsewhere), as many as a tile has
-// accumulators: more than enough for two units of 4 cycles latency. Returns the flops done.
+// What the products of storage type S are made of, on registers only. 24 independent chains in AVX-512
+// registers (12 elsewhere), as many as a tile has accumulators: more than enough for two units of 4 cycles
+// latency. AMX has 4 tiles of sums. Returns the flops done.
 template <class S>
 static double fma_peak(int64_t n) {
   using T = Acc<S>;
   constexpr int kChains = 2 * MR;
+#if defined(__AMX_BF16__)
+  if constexpr (kDepth<Operand<S>> == 32) {
+    shape_tiles(16, 16);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t k = 0; k < n; k++) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    release_tiles();
+    return 4.0 * double(n) * (2 * 16 * 16 * 32);
+  }
+#endif
+#if defined(__AVX512BF16__)
+  if constexpr (kPair<Operand<S>> == 2) {
+    __m512 sums[kChains] = {};
+    __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    __asm__ volatile("" : "+v"(ones));
+    for (int64_t k = 0; k < n; k++) {
+      SEQ_UNROLL for (int i = 0; i < kChains; i++) sums[i] = _mm512_dpbf16_ps(sums[i], ones, ones);
+    }
+    SEQ_UNROLL for (int i = 0; i < kChains; i++) __asm__ volatile("" : : "v"(sums[i]));
+    return 2.0 * double(n) * kChains * 2 * kLanes<T>;
+  }
+#endif
   Vec<T> a[kChains], b = splat(T(1) - T(1) / 1024), c = splat(T(1) / 1024);
   SEQ_UNROLL for (int i = 0; i < kChains; i++) a[i] = splat(T(i));
   for (int64_t k = 0; k < n; k++) {

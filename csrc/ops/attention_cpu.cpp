@@ -1,0 +1,235 @@
+// Attention on CPU tensors: checks, allocation, and the bridge to kernels/attention.h.
+#include <algorithm>
+#include <tuple>
+
+#include "kernels/attention.h"
+#include "tensor.h"
+
+namespace seqkernels::ops {
+
+namespace {
+
+// One call, checked. Errors name the op, what was got and expected.
+struct AttentionCall {
+  const char* op;
+  const Tensor& q;
+  DType dtype{};
+  int64_t rows;  // of lse: B, or 1 with cu_q
+  AttentionParams p;
+
+  AttentionCall(const char* op_name, const Tensor& q_, const Tensor& k, const Tensor* v,
+                const OptionalTensor& cu_q, const OptionalTensor& cu_k)
+      : op(op_name), q(q_) {
+    const auto type = dtype_of(q.scalar_type());
+    STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
+                    ": expected q of float32, float64, bfloat16 or float16");
+    dtype = p.dtype = *type;
+    p.parallel = torch_threads();
+    p.q = heads<const void>(q, "q");
+    p.k = heads<const void>(k, "k");
+    rows = p.B = q.size(0), p.Hq = q.size(1), p.Tq = q.size(2), p.D = q.size(3);
+    p.Hk = k.size(1), p.Tk = k.size(2);
+    expect(k, "k", {p.B, p.Hk, p.Tk, p.D});
+    if (v) {
+      p.v = heads<const void>(*v, "v");
+      p.Dv = v->size(3);
+      expect(*v, "v", {p.B, p.Hk, p.Tk, p.Dv});
+    }
+    STD_TORCH_CHECK(p.Hk > 0 ? p.Hq % p.Hk == 0 : p.Hq == 0, "seqkernels::", op,
+                    ": expected a number of query heads that is a multiple of the key heads, got ", p.Hq,
+                    " and ", p.Hk);
+    STD_TORCH_CHECK(cu_q.has_value() == cu_k.has_value(), "seqkernels::", op,
+                    ": expected cu_q and cu_k both or neither");
+    if (!cu_q) return;
+    STD_TORCH_CHECK(rows == 1, "seqkernels::", op, ": expected q of one row with cu_q, got ", rows);
+    p.B = cu_q->dim() == 1 ? cu_q->size(0) - 1 : -1;
+    p.cu_q = offsets(*cu_q, "cu_q", p.Tq);
+    p.cu_k = offsets(*cu_k, "cu_k", p.Tk);
+  }
+
+  void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
+                    ", got ", text(shape_of(t)));
+  }
+  ScalarType acc() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  template <class Void>
+  Heads<Void*> heads(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4, "seqkernels::", op,
+                    ": expected ", name, " of 4 dimensions, with dtype and device of q, got shape ",
+                    text(shape_of(t)));
+    STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1, "seqkernels::", op, ": expected ", name,
+                    " with unit stride in its last dimension, got stride ", t.stride(3));
+    if constexpr (std::is_const_v<Void>)
+      return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+    else
+      return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  }
+  // What the ops hand out: [B, T, H, features] in memory.
+  Heads<void*> by_tokens(const Tensor& t) const {
+    return {t.mutable_data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
+  }
+  Heads<const void*> read_by_tokens(const Tensor& t, const char* name,
+                                    const std::vector<int64_t>& shape) const {
+    const Heads<const void*> h = heads<const void>(t, name);
+    expect(t, name, shape);
+    return {h.data, h.b, h.t, h.h};
+  }
+
+  // [S + 1] from 0 to the number of tokens, never falling; `longest` in: tokens, out: of one sequence.
+  const int64_t* offsets(const Tensor& t, const char* name, int64_t& longest) const {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.is_contiguous() &&
+                        t.size(0) == p.B + 1 && p.B >= 0,
+                    "seqkernels::", op, ": expected ", name,
+                    " as contiguous int64 [sequences + 1] on the CPU");
+    const int64_t *at = t.const_data_ptr<int64_t>(), tokens = longest;
+    bool rising = at[0] == 0 && at[p.B] == tokens;
+    longest = 0;
+    for (int64_t i = 0; i < p.B; i++) {
+      rising &= at[i] <= at[i + 1];
+      longest = std::max(longest, at[i + 1] - at[i]);
+    }
+    STD_TORCH_CHECK(rising, "seqkernels::", op, ": expected ", name, " to rise from 0 to the ", tokens,
+                    " tokens");
+    return at;
+  }
+
+  // acc, contiguous.
+  const void* read(const OptionalTensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == acc() && t->is_contiguous(), "seqkernels::", op,
+                    ": expected ", name, " contiguous on the CPU, in float32, or float64 where q is");
+    expect(*t, name, shape);
+    return t->const_data_ptr();
+  }
+
+  void visibility(double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
+                  double dropout) {
+    STD_TORCH_CHECK(dropout == 0, "seqkernels::", op, ": expected no dropout on the CPU, got ", dropout);
+    p.scale = scale, p.softcap = softcap, p.left = left, p.right = right, p.bottom_right = bottom_right;
+  }
+
+  void modifiers(const OptionalTensor& mask, const OptionalTensor& len_k, const OptionalTensor& alibi,
+                 const OptionalTensor& sinks) {
+    STD_TORCH_CHECK(!p.cu_q || (!mask && !len_k), "seqkernels::", op,
+                    ": expected no mask and no len_k with cu_q");
+    if (mask) {
+      const auto type = mask->scalar_type();
+      STD_TORCH_CHECK(mask->is_cpu() && mask->dim() == 4 &&
+                          (type == ScalarType::Bool || type == q.scalar_type() || type == acc()),
+                      "seqkernels::", op,
+                      ": expected mask of 4 dimensions on the CPU, bool, float32 or of the dtype of q");
+      const int64_t full[] = {p.B, p.Hq, p.Tq, p.Tk};
+      int64_t* strides[] = {&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
+      for (int i = 0; i < 4; i++) {
+        STD_TORCH_CHECK(mask->size(i) == full[i] || mask->size(i) == 1, "seqkernels::", op,
+                        ": expected mask that broadcasts to ", text({full, full + 4}), ", got ",
+                        text(shape_of(*mask)));
+        *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+      }
+      p.mask = mask->const_data_ptr();
+      p.mask_kind = type == ScalarType::Bool  ? MaskKind::boolean
+                    : type == q.scalar_type() ? MaskKind::additive
+                                              : MaskKind::additive_acc;
+    }
+    if (len_k) {
+      STD_TORCH_CHECK(len_k->is_cpu() && len_k->scalar_type() == ScalarType::Long && len_k->is_contiguous(),
+                      "seqkernels::", op, ": expected len_k as contiguous int64 on the CPU");
+      expect(*len_k, "len_k", {p.B});
+      p.len_k = len_k->const_data_ptr<int64_t>();
+      for (int64_t b = 0; b < p.B; b++)
+        STD_TORCH_CHECK(p.len_k[b] >= 0 && p.len_k[b] <= p.Tk, "seqkernels::", op,
+                        ": expected len_k from 0 to the ", p.Tk, " keys, got ", p.len_k[b], " at ", b);
+    }
+    if (alibi) {
+      STD_TORCH_CHECK(alibi->is_cpu() && alibi->scalar_type() == ScalarType::Float && alibi->is_contiguous(),
+                      "seqkernels::", op, ": expected alibi as contiguous float32 on the CPU");
+      if (alibi->dim() == 1)
+        expect(*alibi, "alibi", {p.Hq});
+      else
+        expect(*alibi, "alibi", {p.B, p.Hq}), p.alibi_b = p.Hq;
+      p.alibi = alibi->const_data_ptr<float>();
+    }
+    p.sinks = read(sinks, "sinks", {p.Hq});
+  }
+};
+
+template <class Params>
+Params params_of(const AttentionCall& call) {
+  Params p;
+  static_cast<AttentionParams&>(p) = call.p;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
+                                         OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k,
+                                         OptionalTensor alibi, OptionalTensor sinks, double scale,
+                                         double softcap, int64_t left, int64_t right, bool bottom_right,
+                                         double dropout, OptionalTensor, int64_t, int64_t) {
+  AttentionCall call("attention_fwd", q, k, &v, cu_q, cu_k);
+  call.visibility(scale, softcap, left, right, bottom_right, dropout);
+  call.modifiers(mask, len_k, alibi, sinks);
+  Tensor out = torch::stable::new_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
+  Tensor lse = torch::stable::new_empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
+  auto p = params_of<AttentionFwdParams>(call);
+  p.out = call.by_tokens(out);
+  p.lse = lse.mutable_data_ptr();
+  seqkernels::attention_fwd(p);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    OptionalTensor mask, OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k, OptionalTensor alibi,
+    OptionalTensor sinks, double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
+    double dropout, OptionalTensor, int64_t, int64_t, bool need_dmask) {
+  AttentionCall call("attention_bwd", q, k, &v, cu_q, cu_k);
+  call.visibility(scale, softcap, left, right, bottom_right, dropout);
+  call.modifiers(mask, len_k, alibi, sinks);
+  const int64_t tokens_q = q.size(2), tokens_k = k.size(2);
+  auto p = params_of<AttentionBwdParams>(call);
+  p.out = call.read_by_tokens(out, "out", {call.rows, tokens_q, p.Hq, p.Dv});
+  p.dout = call.read_by_tokens(dout, "dout", {call.rows, tokens_q, p.Hq, p.Dv});
+  p.lse = call.read(lse, "lse", {call.rows, p.Hq, tokens_q});
+  p.dlse = call.read(dlse, "dlse", {call.rows, p.Hq, tokens_q});
+  STD_TORCH_CHECK(!need_dmask || (mask && p.mask_kind != MaskKind::boolean), "seqkernels::attention_bwd",
+                  ": expected a float mask where its gradient is wanted");
+  Tensor dq = torch::stable::new_empty(q, {call.rows, tokens_q, p.Hq, p.D});
+  Tensor dk = torch::stable::new_empty(q, {call.rows, tokens_k, p.Hk, p.D});
+  Tensor dv = torch::stable::new_empty(q, {call.rows, tokens_k, p.Hk, p.Dv});
+  Tensor dmask =
+      need_dmask ? torch::stable::new_empty(q, mask->sizes(), call.acc()) : none_like(q, call.acc());
+  Tensor dsinks = sinks ? torch::stable::new_empty(*sinks, {p.Hq}) : none_like(q, call.acc());
+  p.dq = call.by_tokens(dq), p.dk = call.by_tokens(dk), p.dv = call.by_tokens(dv);
+  if (need_dmask) p.dmask = dmask.mutable_data_ptr();
+  if (sinks) p.dsinks = dsinks.mutable_data_ptr();
+  seqkernels::attention_bwd(p);
+  return {dq, dk, dv, dmask, dsinks};
+}
+
+Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, OptionalTensor len_k,
+                         OptionalTensor alibi, double scale, double softcap, int64_t left, int64_t right,
+                         bool bottom_right, double dropout, OptionalTensor, bool mean) {
+  AttentionCall call("attention_weights", q, k, nullptr, std::nullopt, std::nullopt);
+  call.visibility(scale, softcap, left, right, bottom_right, dropout);
+  call.modifiers(mask, len_k, alibi, std::nullopt);
+  auto p = params_of<AttentionWeightsParams>(call);
+  std::vector<int64_t> shape{p.B, p.Tq, p.Tk};
+  if (!mean) shape.insert(shape.begin() + 1, p.Hq);
+  Tensor weights = torch::stable::new_empty(q, shape);
+  p.lse = call.read(lse, "lse", {p.B, p.Hq, p.Tq});
+  p.weights = weights.mutable_data_ptr();
+  p.mean = mean;
+  seqkernels::attention_weights(p);
+  return weights;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  m.impl("attention_weights", TORCH_BOX(&attention_weights));
+}
+
+}  // namespace seqkernels::ops

@@ -1,0 +1,45 @@
+#include "tensor.h"
+
+#include <sstream>
+
+namespace seqkernels::ops {
+
+std::string text(const std::vector<int64_t>& shape) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < shape.size(); i++) out << (i ? ", " : "") << shape[i];
+  out << "]";
+  return out.str();
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::optional<DType> dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      return std::nullopt;
+  }
+}
+
+Parallel torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* arg) {
+            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(arg, begin, end); });
+          },
+          nullptr};
+}
+
+Tensor none_like(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, {0}, dtype); }
+
+}  // namespace seqkernels::ops

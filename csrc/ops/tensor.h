@@ -1,0 +1,33 @@
+// What every binding needs: names, shapes and element types of tensors, and torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/parallel.h"
+#include "kernels/types.h"
+
+namespace seqkernels::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+std::string text(const std::vector<int64_t>& shape);
+std::vector<int64_t> shape_of(const Tensor& t);
+std::optional<DType> dtype_of(ScalarType type);
+
+// torch's threads behind the kernels' interface.
+Parallel torch_threads();
+
+// A size-0 tensor where an output is not wanted: the arity of an op never changes.
+Tensor none_like(const Tensor& t, ScalarType dtype);
+
+}  // namespace seqkernels::ops
