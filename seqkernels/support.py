@@ -28,6 +28,22 @@ def why_torch(x: Tensor) -> str | None:
     return None
 
 
+def why_torch_attends(query: Tensor, dropout_p: float = 0.0) -> str | None:
+    """`why_torch` for attention."""
+    if reason := why_torch(query):
+        return reason
+    if dropout_p and query.device.type == "cpu":
+        return "the attention kernels for cpu tensors have no dropout"
+    if torch._C._are_functorch_transforms_active() and _inside_vmap():
+        return "the attention kernels do not know torch.vmap"
+    return None
+
+
+def _inside_vmap() -> bool:
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
 def is_plain_call() -> bool:
     """Nothing but the arguments decides: no compiler, tracer, autocast or forward-mode AD looks on."""
     return not (

@@ -32,16 +32,17 @@ def attention(
     max_q: int = 0,
     max_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] -> out [B,Hq,Tq,Dv] (of [B,Tq,Hq,Dv] in memory), lse [B,Hq,Tq].
+    """q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] -> out [B,Hq,Tq,Dv], lying as [B,Tq,Hq,Dv], lse [B,Hq,Tq].
 
-    mask: bool (True: sees) or float, 4-D, broadcast to [B,Hq,Tq,Tk]. len_k [B]: the number of keys, Tk if None.
-    cu_q, cu_k [S+1]: sequence s has queries cu_q[s] to cu_q[s+1] of a batch of one, at most max_q, and so keys.
-    alibi: slopes [Hq] or [B,Hq]. sinks [Hq]: logits that join every softmax. Gradients for q, k, v, a float mask
-    and sinks, of out and lse. Query i sees key j when -left <= j - i - offset <= right; offset is 0, or the
-    number of keys less that of queries if bottom_right.
+    mask: bool (True: sees) or float, 4-D, broadcast to [B,Hq,Tq,Tk]. len_k [B]: number of keys, Tk if None.
+    cu_q, cu_k [S+1]: sequence s has the queries cu_q[s] to cu_q[s+1] of a batch of one, its keys likewise,
+    no more than max_q and max_k. alibi: slopes [Hq] or [B,Hq]. sinks [Hq]: logits that join every softmax.
+    Query i sees key j when -left <= j - i - offset <= right; offset is 0, or the number of keys less that of
+    queries if bottom_right. Gradients of out and lse for q, k, v, a float mask and sinks.
     """
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         q, k, v = map(ag.unit_last_stride, (q, k, v))
+    mask = _readable(mask, q)
     rng = torch.randint(2**62, (2,), device=q.device) if dropout else None
     options = (scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k)
     if ag.needs_grad(q, k, v, mask, sinks):
@@ -56,11 +57,18 @@ def attention(
 def attention_weights(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, mask: Tensor | None, right: int, mean: bool
 ) -> Tensor:
-    """The weights [B,Hq,Tq,Tk] behind `attention`'s lse, or their mean over heads [B,Tq,Tk]; differentiable."""
+    """The weights [B,Hq,Tq,Tk] that belong to lse, or their mean over heads [B,Tq,Tk]; differentiable."""
     q, k = map(ag.unit_last_stride, (q, k))
+    mask = _readable(mask, q)
     if ag.needs_grad(q, k, mask):
         return _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
     return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
+
+
+def _readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The kernels read masks of bool, of q's dtype, and of that in which they accumulate."""
+    acc = ag.accumulation_dtype(q.dtype)
+    return mask if mask is None or mask.dtype in (torch.bool, q.dtype, acc) else mask.to(acc)
 
 
 def _as_it_lies(mask: Tensor) -> Tensor:

@@ -1,0 +1,357 @@
+"""Attention as functions: torch's scaled_dot_product_attention and more, packed sequences, decoding."""
+
+import math
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seqkernels import support
+from seqkernels.ops import attention as ops
+from seqkernels.ops._autograd import accumulation_dtype
+from seqkernels.ops.attention import NO_LIMIT
+from seqkernels.reference import attention as reference
+
+Window = tuple[int | None, int | None]
+
+MISFIT = "query, key, value and attn_mask differ in dtype, device or size"
+_NO_WAY_OF_ITS_OWN = torch._C._disabled_torch_function_impl  # parameters have it, and torch.export's tensors
+_INTEGERS = {torch.int64, torch.int32}
+_CASTS = (torch.float32, torch.bfloat16, torch.float16)
+_torchs = F.scaled_dot_product_attention  # what `patch` finds there later may be ours
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """No nested tensor and no subclass with a way of its own to attend."""
+    if torch.compiler.is_compiling():
+        return not any(t is not None and t.is_nested for t in tensors)
+    return not any(
+        t is not None
+        and (t.is_nested or not (type(t) is Tensor or type(t).__torch_function__ is _NO_WAY_OF_ITS_OWN))
+        for t in tensors
+    )
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * query @ key^T + attn_mask) @ value without the matrix of scores, differentiable twice.
+
+    query [...,Hq,L,E], key [...,H,S,E], value [...,H,S,Ev], leading dims of any number that broadcast, or
+    jagged nested tensors; float32, float64, bfloat16 or float16, all the same. Returns [...,Hq,L,Ev].
+        attn_mask: bool (True: attends) or float (added, gets a gradient), broadcast to [...,Hq,L,S], or a
+            `torch.nn.attention.bias.CausalBias`
+        is_causal: query i attends to keys 0 to i; with attn_mask=causal_lower_right(L, S) the last sees all
+        enable_gqa: H may be a divisor of Hq
+        window: (left, right): how many keys before and behind its own a query attends to; None: no limit
+        softcap: scores become softcap * tanh(score / softcap)
+        alibi_slopes: [Hq] or [B,Hq]: slope * distance is subtracted from the scores; no gradient
+        sinks: [Hq]: logits that take part in every softmax and have no value; get a gradient
+        return_lse: also return the logarithm of the softmax's denominator, [...,Hq,L] in float32 (float64 for
+            float64), differentiable
+    A query that attends to no key gives 0. dropout_p is applied always, as in torch.
+    Raises what torch raises; ValueError where arguments that torch does not know do not fit; RuntimeError
+    when key and value differ in length.
+    Equal to `torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p,
+    is_causal, scale=scale, enable_gqa=enable_gqa)`.
+    """
+    extras = return_lse or not (window is softcap is alibi_slopes is sinks is None)
+    bottom_right = False
+    if _is_causal_bias(bias := attn_mask):
+        if is_causal:
+            raise ValueError("CausalBias should not be used with causal=True")
+        bottom_right = bias.variant == type(bias.variant).LOWER_RIGHT
+        attn_mask, is_causal = None, True
+        if bottom_right and (bias.seq_len_q, bias.seq_len_kv) != (query.size(-2), key.size(-2)):
+            attn_mask, is_causal, bottom_right = bias._materialize(query.device), False, False
+
+    plain = isinstance(is_causal, bool) and all(isinstance(t, Tensor) for t in (query, key, value))
+    plain = plain and is_plain(query, key, value, attn_mask)
+    dense = _four_dims(*_autocast(query, key, value, attn_mask), enable_gqa) if plain else None
+    reason = MISFIT if dense is None else support.why_torch_attends(query, dropout_p)
+    forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
+    if not extras and (reason or forbidden):
+        if not (plain or forbidden or dropout_p or attn_mask is not None) and _are_jagged(query, key, value):
+            return _jagged(query, key, value, is_causal, scale)
+        if bottom_right:
+            attn_mask, is_causal = bias._materialize(query.device), False
+        with sdpa_kernel(SDPBackend.MATH) if forward_ad._current_level >= 0 else nullcontext():
+            result = _torchs(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if plain and reason and not forbidden:
+            support.fall_back(reason)
+        return result
+    if dense is None:
+        raise ValueError(f"{MISFIT}: got {_described(query, key, value, attn_mask)}")
+
+    q, k, v, mask, lead = dense
+    options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
+    options |= {"mask": mask, "bottom_right": bottom_right, "dropout": dropout_p}
+    if forbidden:
+        out, lse = reference.attention(q, k, v, **options)
+    else:
+        out, lse = _attend(q, k, v, options, reason)
+    if len(lead) != 2:
+        out, lse = out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, lse.size(2))
+    return (out, lse) if return_lse else out
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of S sequences that lie one after the other, without padding.
+
+    q [N,Hq,D], k [M,H,D], v [M,H,Dv] -> [N,Hq,Dv], and lse [Hq,N] if return_lse. Sequence s has the queries
+    cu_seqlens_q[s] to cu_seqlens_q[s+1] and the keys cu_seqlens_k[s] to cu_seqlens_k[s+1] (int32 or int64,
+    [S+1], from 0 to N and M), none longer than max_q and max_k. The rest as in
+    `scaled_dot_product_attention`, but causal and window are aligned to the last query and the last key of
+    each sequence.
+    Raises ValueError for arguments that do not fit.
+    Equal to `scaled_dot_product_attention` on each sequence alone, with `causal_lower_right`.
+    """
+    q, k, v, _ = _autocast(q, k, v, None)
+    same = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    if not same or not q.dim() == k.dim() == v.dim() == 3 or q.size(2) != k.size(2) or k.size(0) != v.size(0):
+        raise ValueError(f"q, k and v must be [N,Hq,D], [M,H,D] and [M,H,Dv], got {_described(q, k, v)}")
+    if k.size(1) != v.size(1) or k.size(1) == 0 or q.size(1) % k.size(1):
+        raise ValueError(f"k and v must have one number of heads that divides q's, got {_described(q, k, v)}")
+    cu = cu_seqlens_q, cu_seqlens_k
+    if not cu[0].dim() == cu[1].dim() == 1 or cu[0].shape != cu[1].shape or {c.dtype for c in cu} - _INTEGERS:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {_described(*cu)}")
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
+    cu_q, cu_k = (c.to(torch.int64) for c in cu)
+    options |= {"cu_q": cu_q, "cu_k": cu_k, "bottom_right": True, "max_q": max_q, "max_k": max_k}
+    out, lse = _attend(q, k, v, options, support.why_torch_attends(q))
+    return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The newest Tq queries of each row attend causally to the keys and values in a cache.
+
+    q [B,Hq,Tq,D], k_cache [B,H,S,D], v_cache [B,H,S,Dv], of which the first cache_seqlens [B] (int32 or
+    int64) count, those of the queries included; what lies beyond is never read. Returns [B,Hq,Tq,Dv], and
+    lse [B,Hq,Tq] if return_lse. With block_table, integers [B,blocks], the caches are
+    [pages,H,page size,D or Dv], and the keys of row b lie in the pages block_table[b], in this order. The
+    rest as in `scaled_dot_product_attention`, with window aligned to the last query and the last key.
+    Raises ValueError for arguments that do not fit.
+    Equal to `scaled_dot_product_attention(q, k, v, causal_lower_right(Tq, n), enable_gqa=True)` on every row,
+    with its first n keys and values.
+    """
+    q, k, v, _ = _autocast(q, k_cache, v_cache, None)
+    if block_table is not None:
+        if block_table.dim() != 2:
+            raise ValueError(f"block_table must be [B,blocks], got {_described(block_table)}")
+        k, v = (t[block_table].transpose(1, 2).flatten(2, 3) for t in (k, v))
+    dense = _four_dims(q, k, v, None, gqa=True) if q.dim() == k.dim() == v.dim() == 4 else None
+    if dense is None or q.size(0) != k.size(0):
+        raise ValueError(f"{MISFIT}: got {_described(q, k_cache, v_cache)}")
+    if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in _INTEGERS:
+        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {_described(cache_seqlens)}")
+    q, k, v, _, _ = dense
+    options = _options(q, scale, window, True, softcap, alibi_slopes, sinks)
+    options |= {"len_k": cache_seqlens.to(torch.int64), "bottom_right": True}
+    out, lse = _attend(q, k, v, options, support.why_torch_attends(q))
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], reason: str | None
+) -> tuple[Tensor, Tensor]:
+    if reason is None:
+        return ops.attention(q, k, v, **options)
+    result = reference.attention(q, k, v, **options)
+    support.fall_back(reason)
+    return result
+
+
+def _jagged(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """[B,H,ragged,features] by the offsets of each, which are cu_seqlens."""
+    q, k, v, _ = _autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
+    options = _options(q, scale, None, is_causal, None, None, None)
+    options |= {"cu_q": query.offsets(), "cu_k": key.offsets()}
+    options |= {"max_q": query._get_max_seqlen(), "max_k": key._get_max_seqlen()}
+    out, _ = _attend(q, k, v, options, support.why_torch_attends(q))
+    return torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)
+
+
+def _are_jagged(*tensors: Tensor) -> bool:
+    return all(
+        isinstance(t, Tensor)
+        and t.is_nested
+        and t.layout == torch.jagged
+        and t.dim() == 4
+        and t._ragged_idx == 2
+        and t.lengths() is None
+        for t in tensors
+    )
+
+
+def _is_causal_bias(mask: object) -> bool:
+    """Without importing torch.nn.attention.bias, and torch._dynamo with it, which takes as long as torch."""
+    bias = sys.modules.get("torch.nn.attention.bias")
+    return bias is not None and isinstance(mask, bias.CausalBias)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in _CASTS else t for t in tensors)
+
+
+def _four_dims(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool):
+    """[B,H,T,features] each, the mask in four dims, the leading dims of the result; None if they misfit."""
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return None
+    if q.dim() == k.dim() == v.dim() == 4 and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        batch, lead = q.shape[:1], q.shape[:2]
+    elif min(q.dim(), k.dim(), v.dim()) < (3 if gqa else 2):
+        return None
+    elif (expanded := _broadcast(q, k, v, gqa)) is None:
+        return None
+    else:
+        q, k, v, batch, lead = expanded
+    if q.size(-1) != k.size(-1):
+        return None
+    if k.size(-2) != v.size(-2):
+        raise RuntimeError(
+            f"Expected key and value to have the same length, but got {k.size(-2)} and {v.size(-2)}"
+        )
+    if mask is not None and (mask := _mask(mask, q, (*lead, q.size(-2), k.size(-2)), batch)) is None:
+        return None
+    return q, k, v, mask, lead
+
+
+def _broadcast(q: Tensor, k: Tensor, v: Tensor, gqa: bool):
+    """Leading dims of any number, broadcast and brought to two."""
+    Hq, Hk, Hv = (1 if t.dim() == 2 else t.size(-3) for t in (q, k, v))
+    gqa = gqa or Hk == Hv == 1
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
+        H = Hq if gqa else torch.broadcast_shapes((Hq,), (Hk,), (Hv,))[0]
+    except RuntimeError:
+        return None
+    if not gqa:
+        Hk = Hv = H
+    elif any(h == 0 or H % h for h in (Hk, Hv)):
+        return None
+    elif Hk != Hv:
+        k, v = (t.repeat_interleave(H // t.size(-3), -3) for t in (k, v))
+        Hk = Hv = H
+    lead = () if max(q.dim(), k.dim(), v.dim()) == 2 else (*batch, H)
+    B = math.prod(batch)
+    q, k, v = (
+        t.expand(*batch, h, *t.shape[-2:]).reshape(B, h, *t.shape[-2:]) for t, h in ((q, H), (k, Hk), (v, Hv))
+    )
+    return q, k, v, batch, lead
+
+
+def _mask(mask: Tensor, q: Tensor, scores: tuple[int, ...], batch: tuple[int, ...]) -> Tensor | None:
+    """Four dims; of more, the leading ones are expanded. None if it does not broadcast to scores."""
+    if mask.device != q.device or mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return None
+    if not 2 <= mask.dim() <= len(scores) or any(
+        m not in (1, s) for m, s in zip(reversed(mask.shape), reversed(scores), strict=False)
+    ):
+        return None
+    if mask.dim() > 4:
+        shape = mask.shape[:-3]
+        mask = mask.expand(*batch, *mask.shape[-3:]) if any(n != 1 for n in shape) else mask
+        return mask.flatten(0, -4)
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _options(
+    q: Tensor,
+    scale: float | None,
+    window: Window | None,
+    is_causal: bool,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> dict[str, Any]:
+    """The arguments of `ops.attention` for q [B,Hq,Tq,D]."""
+    (B, Hq, _, D), left, right = q.shape, NO_LIMIT, NO_LIMIT
+    if window is not None:
+        if len(window) != 2 or any(w is not None and w < 0 for w in window):
+            raise ValueError(f"window must be (left, right), each an integer >= 0 or None, got {window!r}")
+        left, right = (NO_LIMIT if w is None else w for w in window)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
+    if alibi_slopes is not None:
+        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)) or alibi_slopes.requires_grad:
+            raise ValueError(
+                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {_described(alibi_slopes)}"
+            )
+        alibi_slopes = alibi_slopes.float()
+    if sinks is not None:
+        if tuple(sinks.shape) != (Hq,):
+            raise ValueError(f"sinks must be [{Hq}], got {_described(sinks)}")
+        sinks = sinks.to(accumulation_dtype(q.dtype))
+    return {
+        "scale": (D or 1) ** -0.5 if scale is None else float(scale),
+        "left": left,
+        "right": min(right, 0) if is_causal else right,
+        "softcap": softcap or 0.0,
+        "alibi": alibi_slopes,
+        "sinks": sinks,
+    }
+
+
+def _described(*tensors: Tensor | None) -> str:
+    return ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors if t is not None)

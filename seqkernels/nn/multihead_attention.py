@@ -1,0 +1,220 @@
+"""MultiheadAttention: torch.nn's own constructor, parameters and errors, on the kernels of seqkernels."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqkernels import support
+from seqkernels.attention import MISFIT, is_plain
+from seqkernels.nn._base import torchs_twin
+from seqkernels.ops.attention import NO_LIMIT, attention, attention_weights
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention, with the same constructor, parameters, state_dict and results.
+
+    Masks stay as small as they are given, weights come from a second pass: without, memory is O(L + S).
+    A query whose keys are all masked gives 0, with need_weights too, where torch gives nan.
+    Equal to `torch.nn.MultiheadAttention(...)(query, key, value, ...)`.
+    """
+
+    _torch = torch.nn.MultiheadAttention
+
+    __prepare_scriptable__ = torchs_twin
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        masks = key_padding_mask, attn_mask
+        plain = is_plain(query, key, value, *masks)
+        forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
+        reason = support.why_torch_attends(query, self.dropout if self.training else 0.0)
+        if plain and not reason and not self._fits(query, key, value, *masks, is_causal):
+            reason = MISFIT
+        if not (plain or reason or forbidden or need_weights) and self._fits_nested(
+            query, key, value, *masks
+        ):
+            return self._forward_nested(query), None
+        if reason or forbidden or not plain:
+            result = self._torch.forward(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+            if plain and reason and not forbidden:
+                support.fall_back(reason)
+            return result
+
+        unbatched = query.dim() == 2
+        if unbatched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        q, k, v = self._heads(query, key, value)
+        k, v = self._with_bias_and_zeros(k, v)
+        more = k.size(2) - key.size(-2 if self.batch_first or unbatched else 0)
+        # The hint replaces the mask where it does so in torch, and wherever both mean the same.
+        hint = is_causal and not (
+            attn_mask.requires_grad or (more and (need_weights or key_padding_mask is not None))
+        )
+        mask = _merged(None if hint else attn_mask, key_padding_mask, q, more)
+        scale, right = self.head_dim**-0.5, 0 if hint else NO_LIMIT
+        out, lse = attention(q, k, v, scale=scale, mask=mask, right=right)
+        out = out.transpose(1, 2).flatten(2)
+        if unbatched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        if not need_weights:
+            return out, None
+        weights = attention_weights(q, k, lse, scale=scale, mask=mask, right=right, mean=average_attn_weights)
+        return out, weights.squeeze(0) if unbatched else weights
+
+    def _fits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> bool:
+        """If not, torch raises in its own words, or makes sense of it."""
+        weight, casts = self.out_proj.weight, torch.is_autocast_enabled(query.device.type)
+        for t, size in ((query, self.embed_dim), (key, self.kdim), (value, self.vdim)):
+            if t.dim() != query.dim() or t.size(-1) != size or t.device != weight.device:
+                return False
+            if not (casts or t.dtype == weight.dtype):
+                return False
+        if query.dim() == 3:
+            time = 1 if self.batch_first else 0
+            rows, N, L, S = (query.size(1 - time),), query.size(1 - time), query.size(time), key.size(time)
+        elif query.dim() == 2:
+            rows, N, L, S = (), 1, query.size(0), key.size(0)
+        else:
+            return False
+        if key.shape[:-1] != value.shape[:-1] or key.shape[:-1].numel() != N * S:
+            return False
+
+        def mask_fits(mask: Tensor | None, *shapes: tuple[int, ...]) -> bool:
+            return mask is None or (
+                tuple(mask.shape) in shapes
+                and mask.device == weight.device
+                and (
+                    mask.dtype in (torch.bool, torch.float32, query.dtype)
+                    or (casts and mask.is_floating_point())
+                )
+            )
+
+        if is_causal and attn_mask is None:
+            return False
+        return mask_fits(key_padding_mask, (*rows, S)) and mask_fits(
+            attn_mask, (L, S), (N * self.num_heads, L, S)
+        )
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Projects to [N,H,T,features per head], views of as few matrix products as the inputs allow."""
+        weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if weight is None:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            projected = [
+                F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            ]
+        else:
+            groups = [(query, 1), (key, 1), (value, 1)]
+            if key is value:
+                groups = [(query, 3)] if query is key else [(query, 1), (key, 2)]
+            sizes = [n * E for _, n in groups]
+            biases = [None] * len(groups) if bias is None else bias.split(sizes)
+            projected = [
+                part
+                for (x, n), w, b in zip(groups, weight.split(sizes), biases, strict=True)
+                for part in F.linear(x, w, b).chunk(n, -1)
+            ]
+        heads = [p.unflatten(-1, (self.num_heads, self.head_dim)) for p in projected]
+        if query.dim() == 2:
+            return [h.transpose(0, 1).unsqueeze(0) for h in heads]
+        return [h.transpose(1, 2) if self.batch_first else h.permute(1, 2, 0, 3) for h in heads]
+
+    def _with_bias_and_zeros(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """bias_k and bias_v, and a key and value of zeros, behind all others."""
+        N, H, _, d = k.shape
+        ks, vs = [k], [v]
+        if self.bias_k is not None and self.bias_v is not None:
+            ks, vs = (
+                [t, bias.to(t.dtype).view(1, H, 1, d).expand(N, -1, -1, -1)]
+                for t, bias in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            ks, vs = ([*ts, ts[0].new_zeros(N, H, 1, d)] for ts in (ks, vs))
+        return (k, v) if len(ks) == 1 else (torch.cat(ks, 2), torch.cat(vs, 2))
+
+    def _fits_nested(self, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
+        """The nested tensors that torch.nn.TransformerEncoder makes of padded ones in inference."""
+        return (
+            query is key is value
+            and query.is_nested
+            and query.layout == torch.strided
+            and query.dim() == 3
+            and query.is_contiguous()
+            and query.dtype == self.out_proj.weight.dtype
+            and masks == (None, None)
+            and self.batch_first
+            and self._qkv_same_embed_dim
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not torch.is_grad_enabled()
+        )
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Self-attention in a strided nested tensor, by its rows without padding."""
+        sizes, tokens = x._nested_tensor_size(), x.values().view(-1, self.embed_dim)
+        cu = F.pad(sizes[:, 0].cumsum(0), (1, 0))
+        longest = int(sizes[:, 0].max())
+        q, k, v = self._heads(*[tokens] * 3)
+        out, _ = attention(q, k, v, scale=self.head_dim**-0.5, cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)
+        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        layout = sizes, x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
+        return torch._nested_view_from_buffer(out.flatten(), *layout)
+
+
+def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, more: int) -> Tensor | None:
+    """Four dims, True where a query sees a key; or float to be added, if one of the masks is."""
+    if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
+        warnings.warn(
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. "
+            "Use same type for both instead.",
+            stacklevel=4,
+        )
+    masks = []
+    if attn_mask is not None:
+        masks.append(
+            attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (q.size(0), -1))
+        )
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None])
+    if more:
+        masks = [F.pad(m, (0, more)) for m in masks]
+    if all(m.dtype == torch.bool for m in masks):
+        return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1]) if masks else None
+    masks = [
+        m if m.is_floating_point() else torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf)
+        for m in masks
+    ]
+    return masks[0] if len(masks) == 1 else masks[0] + masks[1]
