@@ -10,6 +10,9 @@
 template <class T>
 constexpr int64_t kBlock = 256 / sizeof(T);
 
+SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Products
 // -------------------------------------------------------------------------------------------------------
 //
@@ -63,6 +66,15 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
                     Acc<D>* c, int64_t ldc, Start start, const Acc<D>* scale = nullptr) {
   using T = Acc<D>;
   constexpr int W = kLanes<T>, pair = kPair<D>;
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(D) == 2) {
+    static_assert(!across, "AMX reads A along its rows");
+    for (int64_t n = 0; n < N; n += 32)
+      amx_panel(M, least(32, N - n), K, a, lda, b + 2 * n, ldb / 2, start == Start::zero ? nullptr : c + n,
+                ldc, c + n, ldc);
+    return;
+  }
+#endif
   constexpr int64_t kDepthOfBlock = 128 * pair;  // of B: 32 KiB at a time, or it leaves L1 between two tiles
   int64_t k0 = 0;
   do {
@@ -145,9 +157,6 @@ SEQ_INLINE bool any(M mask) {
 
 // Geometry
 // -------------------------------------------------------------------------------------------------------
-
-SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One sequence: its rows begin at query q0 and key k0 of batch entry `batch`.
 struct Span {
@@ -277,6 +286,19 @@ static void write_columns(const T* x, int64_t ld, int64_t n, int64_t features, c
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+// Two rows as bf16, `a` in the lower half; and the same with the rows interleaved, as products read pairs.
+SEQ_INLINE __m512i narrow(Vec<float> a, Vec<float> b) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+SEQ_INLINE __m512i as_pairs(__m512i rows) {
+  typedef uint16_t Lanes __attribute__((vector_size(64)));
+  const Lanes order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16((__m512i)order, rows);
+}
+#endif
 
 // Threads
 // -------------------------------------------------------------------------------------------------------

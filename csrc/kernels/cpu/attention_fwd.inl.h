@@ -15,22 +15,37 @@
 template <class S>
 struct AttentionFwd {
   using T = Acc<S>;
+  using O = Operand<S>;
+  static constexpr bool kPacked = sizeof(O) == 2;
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kQ = kBlock<T>, kK = 64;  // queries and keys of a block
-  static constexpr T kGrowth = 8;                    // log2 of how far P may pass 1
+  static constexpr int64_t kQ = kBlock<T>, kK = kPacked ? 128 : 64;  // queries and keys of a block
+  static constexpr T kGrowth = 8;                                    // log2 of how far P may pass 1
 
   const AttentionFwdParams& p;
   const int64_t group;
   const ScoreRule<T> rule;
   const bool masked;
+  const int64_t depth, ldv;  // D and Dv as products see them
+  int64_t key_blocks = 0;    // of all sequences
   int team = 1;
 
-  int64_t *first_task, *next;
-  T *QT, *OT, *ST, *M, *rows;
+  int64_t *first_task, *first_block, *next;  // of each sequence: tasks, packed blocks of keys
+  Barrier* barrier;
+  O *QT, *packed;
+  T *OT, *ST, *M, *rows;
   int64_t rows_size;
 
   explicit AttentionFwd(const AttentionFwdParams& params)
-      : p(params), group(p.Hk ? p.Hq / p.Hk : 0), rule(p), masked(p.mask_kind != MaskKind::none) {}
+      : p(params),
+        group(p.Hk ? p.Hq / p.Hk : 0),
+        rule(p),
+        masked(p.mask_kind != MaskKind::none),
+        depth(round_up(p.D, kDepth<O>)),
+        ldv(kPacked ? round_up(p.Dv, 32) : p.Dv) {
+    for (int64_t b = 0; kPacked && b < p.B; b++) key_blocks += blocks_of(Span(p, b).Tk);
+  }
+  static int64_t blocks_of(int64_t Tk) { return (Tk + kK - 1) / kK; }
+  int64_t block_size() const { return kK * (depth + ldv); }
 
   // Blocks of a sequence: heads x queries.
   struct Blocks {
@@ -44,26 +59,61 @@ struct AttentionFwd {
 
   void layout(Arena& a) {
     first_task = a.take<int64_t>(p.B + 1);
+    first_block = a.take<int64_t>(p.B + 1);
     next = a.take<int64_t>(1);
-    QT = a.take<T>(team * p.D * kQ);
-    OT = a.take<T>(team * p.Dv * kQ);
+    barrier = a.take<Barrier>(1);
+    QT = a.take<O>(team * depth * kQ);
+    OT = a.take<T>(team * ldv * kQ);
     ST = a.take<T>(team * kK * kQ);
     M = a.take<T>(masked ? team * kK * kQ : 0);
+    packed = a.take<O>(kPacked ? key_blocks * p.Hk * block_size() : 0);
     rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
-                     std::is_same_v<S, T> ? 0 : kK * most(p.D, p.Dv));
+                     std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
     rows = a.take<T>(team * rows_size);
   }
   void prepare() {
     *next = 0;
-    first_task[0] = 0;
+    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
+    first_task[0] = first_block[0] = 0;
     for (int64_t b = 0; b < p.B; b++) {
-      const Blocks blocks(Span(p, b).Tq, group);
+      const Span span(p, b);
+      const Blocks blocks(span.Tq, group);
       first_task[b + 1] = first_task[b] + p.Hk * blocks.chunks * blocks.per_head;
+      first_block[b + 1] = first_block[b] + blocks_of(span.Tk);
     }
   }
   int64_t tasks() const { return first_task[p.B]; }
 
-  void thread(int id) {
+  // Packed block of keys: K [kK, depth] as it lies, V^T [ldv, kK], zeros around.
+  O* block(int64_t b, int64_t hk, int64_t i) const {
+    return packed + (first_block[b] * p.Hk + hk * (first_block[b + 1] - first_block[b]) + i) * block_size();
+  }
+  void pack(int64_t b, int64_t hk, int64_t i) const {
+    const Span span(p, b);
+    const int64_t j = span.k0 + i * kK, n = least(kK, span.Tk - i * kK), rows_to = round_up(n, 32);
+    O *K = block(b, hk, i), *VT = K + kK * depth;
+    for (int64_t r = 0; r < rows_to; r++) {
+      const int64_t width = r < n ? p.D : 0;
+      if (width)
+        __builtin_memcpy(static_cast<void*>(K + r * depth), row_of<S>(p.k, span.batch, hk, j + r),
+                         sizeof(O) * width);
+      __builtin_memset(static_cast<void*>(K + r * depth + width), 0, sizeof(O) * (depth - width));
+    }
+    pack_transposed(row_of<S>(p.v, span.batch, hk, j), p.v.t, n, p.Dv, VT, kK, rows_to);
+    __builtin_memset(static_cast<void*>(VT + p.Dv * kK), 0, sizeof(O) * (ldv - p.Dv) * kK);
+  }
+
+  void thread(int id, int size) {
+    if constexpr (kPacked) {
+      const int64_t all = key_blocks * p.Hk;
+      int64_t b = 0;
+      for (int64_t n = all * id / size; n < all * (id + 1) / size; n++) {
+        while (first_block[b + 1] * p.Hk <= n) b++;
+        const int64_t i = n - first_block[b] * p.Hk, blocks = first_block[b + 1] - first_block[b];
+        pack(b, i / blocks, i % blocks);
+      }
+      barrier->wait(size);
+    }
     Worker worker(*this, id);
     int64_t b = 0;
     for (;;) {
@@ -78,12 +128,14 @@ struct AttentionFwd {
       worker.run(span, b, head, head * group + h, least(blocks.heads, group - h), q,
                  least(blocks.queries, span.Tq - q));
     }
+    release_tiles();
   }
 
   struct Worker {
     const AttentionFwd& f;
     const AttentionFwdParams& p;
-    T *const QT, *const OT, *const ST, *const M, *const rows;
+    O* const QT;
+    T *const OT, *const ST, *const M, *const rows;
     // Of each lane: maximum, sum, rescaling, alibi, position, keys seen of this block, mask row.
     T max[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ], first[kQ], end[kQ];
     int64_t query[kQ], mask_row[kQ];
@@ -91,8 +143,8 @@ struct AttentionFwd {
     Worker(const AttentionFwd& forward, int id)
         : f(forward),
           p(forward.p),
-          QT(f.QT + id * p.D * kQ),
-          OT(f.OT + id * p.Dv * kQ),
+          QT(f.QT + id * f.depth * kQ),
+          OT(f.OT + id * f.ldv * kQ),
           ST(f.ST + id * kK * kQ),
           M(f.M + (f.masked ? id * kK * kQ : 0)),
           rows(f.rows + id * f.rows_size) {}
@@ -111,28 +163,40 @@ struct AttentionFwd {
       }
       pack_queries(span, h0, heads, i0, n, N);
 
-      const int64_t j0 = span.first_key(i0), j1 = span.end_key(i0 + n - 1),
-                    full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0);  // all queries see these
-      const int64_t blocks = j1 > j0 ? (j1 - j0 + kK - 1) / kK : 0;
+      const int64_t full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0),  // all queries see these
+          j0 = span.first_key(i0) / 32 * 32, j1 = most(j0, span.end_key(i0 + n - 1));
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0), *v = row_of<S>(p.v, span.batch, hk, span.k0);
       const T c = f.rule.natural ? T(kLog2e) : T(__builtin_fabs(p.scale) * kLog2e);
-      for (int64_t i = 0; i < blocks; i++) {
-        const int64_t j = j0 + (j1 - j0) * i / blocks, nk = j0 + (j1 - j0) * (i + 1) / blocks - j;
-        int64_t ld;
-        const T* a = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D, false, ld);
-        product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
+      for (int64_t j = j0, nk; j < j1; j += nk) {
+        nk = least(j1, (j / kK + 1) * kK) - j;
+        const O* block = kPacked ? f.block(b, hk, j / kK) : nullptr;
+        const bool limits = j < full0 || j + nk > full1;
+        if constexpr (kPacked) {
+          product<O, false>(round_up(nk, kDepth<O>), N, f.depth, block + j % kK * f.depth, f.depth, QT,
+                            2 * kQ, ST, kQ, Start::zero);
+        } else {
+          int64_t ld;
+          const T* a = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D, false, ld);
+          product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
+        }
         if (f.masked) load_mask(lanes, N, j, nk);
-        if (f.masked || f.rule.natural || j < full0 || j + nk > full1)
-          adjust(span, N, j, nk, j < full0 || j + nk > full1);
+        if (f.masked || f.rule.natural || limits) adjust(span, N, j, nk, limits);
         const bool rescale = softmax(N, nk, c);
-        a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
-        product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ,
-                         i == 0    ? Start::zero
-                         : rescale ? Start::scaled
-                                   : Start::c,
-                         alpha);
+        const Start start = j == j0 ? Start::zero : rescale ? Start::scaled : Start::c;
+        if constexpr (kPacked) {
+          if (start == Start::scaled)
+            for (int64_t d = 0; d < p.Dv; d++)
+              for (int64_t l = 0; l < N; l += W)
+                store(OT + d * kQ + l, load(OT + d * kQ + l) * load(alpha + l));
+          product<O, false>(f.ldv, N, round_up(nk, kDepth<O>), block + kK * f.depth + j % kK, kK,
+                            reinterpret_cast<const O*>(ST), 2 * kQ, OT, kQ, j == j0 ? Start::zero : Start::c);
+        } else {
+          int64_t ld;
+          const T* a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
+          product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ, start, alpha);
+        }
       }
-      finish(span, h0, i0, n, lanes, blocks > 0);
+      finish(span, h0, i0, n, lanes, j1 > j0);
     }
 
     // Q^T with the sign of the scale, so that the greatest product is the greatest score.
@@ -146,10 +210,12 @@ struct AttentionFwd {
                            sizeof(S) * p.D);
         q = copy, stride = p.D;
       }
-      pack_transposed(q, stride, heads * n, p.D, QT, kQ, N);
+      if constexpr (kPacked)
+        pack_panel(q, stride, heads * n, p.D, QT, kQ);
+      else
+        pack_transposed(q, stride, heads * n, p.D, QT, kQ, N);
       if (p.scale < 0 && !f.rule.natural)
-        for (int64_t d = 0; d < p.D; d++)
-          for (int64_t l = 0; l < N; l += W) store(QT + d * kQ + l, -load(QT + d * kQ + l));
+        for (int64_t i = 0; i < f.depth * kQ; i += W) store(QT + i, -load(static_cast<const O*>(QT + i)));
     }
 
     // M [key, query] = what the mask adds.
@@ -188,6 +254,9 @@ struct AttentionFwd {
         }
     }
 
+    // Rows k and k + 1 of P^T as pairs; they replace row k / 2 of S^T, which has been read.
+    uint32_t* pairs(int64_t k, int64_t l) const { return reinterpret_cast<uint32_t*>(ST) + k / 2 * kQ + l; }
+
     // S^T becomes P^T. True when O^T has to be scaled by alpha.
     bool softmax(int64_t N, int64_t nk, T c) {
       bool rescale = false;
@@ -222,11 +291,24 @@ struct AttentionFwd {
           total *= a;
           rescale = true;
         }
-        for (k = 0; k < nk; k++) {
+        const auto p_of = [&](int64_t k) __attribute__((always_inline)) {
           const Vec<T> e = exp2_of<T>(load(s + k * kQ) - zero, c);
           total += e;
-          store(s + k * kQ, e);
+          return e;
+        };
+#if defined(__AVX512BF16__)
+        if constexpr (kPacked) {
+          for (k = 0; k + 2 <= nk; k += 2) {
+            const Vec<T> e = p_of(k);
+            store<uint32_t>(pairs(k, l), (U32)as_pairs(narrow(e, p_of(k + 1))));
+          }
+          if (k < nk) store<uint32_t>(pairs(k, l), (U32)as_pairs(narrow(p_of(k), Vec<T>{})));
+          for (k += k < nk ? 2 : 0; k < round_up(nk, kDepth<O>); k += 2) store<uint32_t>(pairs(k, l), U32{});
+          store(sum + l, total);
+          continue;
         }
+#endif
+        for (k = 0; k < nk; k++) store(s + k * kQ, p_of(k));
         store(sum + l, total);
       }
       return rescale;
@@ -267,6 +349,7 @@ static void attention_fwd(const AttentionFwdParams& p) {
   Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   forward.layout(arena);
   forward.prepare();
-  run_team(p.parallel, attention_team(p, forward.tasks()), [&](int id, int) { forward.thread(id); });
+  run_team(p.parallel, attention_team(p, forward.tasks()),
+           [&](int id, int size) { forward.thread(id, size); });
   scratch_free(arena.base);
 }
