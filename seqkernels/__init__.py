@@ -1,7 +1,8 @@
-"""Fused kernels for sequence models in PyTorch: drop-in LSTM, GRU and RNN."""
+"""Fused kernels for sequence models in PyTorch: drop-in LSTM, GRU, RNN and attention."""
 
 from seqkernels import functional
-from seqkernels.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from seqkernels.attention import decode_attention, scaled_dot_product_attention, varlen_attention
+from seqkernels.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
 from seqkernels.swap import SwapReport, explain, patch, swap_, unswap_
 
 __version__ = "0.1.0"
@@ -12,11 +13,15 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
     "SwapReport",
+    "decode_attention",
     "explain",
     "functional",
     "patch",
+    "scaled_dot_product_attention",
     "swap_",
     "unswap_",
+    "varlen_attention",
 ]

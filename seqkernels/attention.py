@@ -338,11 +338,11 @@ def _options(
             raise ValueError(
                 f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {_described(alibi_slopes)}"
             )
-        alibi_slopes = alibi_slopes.float()
+        alibi_slopes = alibi_slopes.float().contiguous()
     if sinks is not None:
         if tuple(sinks.shape) != (Hq,):
             raise ValueError(f"sinks must be [{Hq}], got {_described(sinks)}")
-        sinks = sinks.to(accumulation_dtype(q.dtype))
+        sinks = sinks.to(accumulation_dtype(q.dtype)).contiguous()
     return {
         "scale": (D or 1) ** -0.5 if scale is None else float(scale),
         "left": left,

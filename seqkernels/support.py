@@ -34,9 +34,9 @@ def why_torch_attends(query: Tensor, dropout_p: float = 0.0) -> str | None:
         return reason
     if dropout_p and query.device.type == "cpu":
         return "the attention kernels for cpu tensors have no dropout"
-    if torch._C._are_functorch_transforms_active() and _inside_vmap():
-        return "the attention kernels do not know torch.vmap"
-    return None
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return None
+    return "the attention kernels do not know torch.vmap" if _inside_vmap() else None
 
 
 def _inside_vmap() -> bool:

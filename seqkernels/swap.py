@@ -1,6 +1,8 @@
-"""Swap torch's recurrent modules for ours in an existing model, and back; say which of both runs, and why.
+"""Swap torch's modules for ours in an existing model, and back; say which of both runs, and why.
 
 A swap changes the class of a module and nothing else: parameters, buffers, hooks and optimizers stay valid.
+But torch.nn.TransformerEncoderLayer has a path in C++ for inference that reads the weights of its attention
+and never calls it; where that is ours, the layer is told to take its path in Python.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +12,13 @@ from functools import wraps
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, TransformerEncoder, TransformerEncoderLayer
+from torch.nn import functional as F
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import nn, support
+from seqkernels import attention, nn, support
 
 Classes = dict[type[Module], type[Module]]
 OURS: Classes = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
@@ -24,7 +27,7 @@ TORCHS: Classes = {ours: theirs for theirs, ours in OURS.items()}
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one recurrent module: swapped, or kept for `reason`."""
+    """What became of one module: swapped, or kept for `reason`."""
 
     name: str
     module: Module
@@ -46,7 +49,7 @@ class SwapReport(tuple[Decision, ...]):
         rows = [(d.name or "(model)", type(d.module).__name__, d.reason or "swapped") for d in self]
         name_width, class_width = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
         lines = [f"{name:<{name_width}}  {kind:<{class_width}}  {fate}" for name, kind, fate in rows]
-        return "\n".join([f"swapped {len(self.swapped)} of {len(self)} recurrent modules", *lines])
+        return "\n".join([f"swapped {len(self.swapped)} of {len(self)} modules", *lines])
 
     __repr__ = __str__
 
@@ -54,7 +57,7 @@ class SwapReport(tuple[Decision, ...]):
 def swap_(
     model: Module, filter_fn: Callable[[str, Module], bool] | None = None, on_unsupported: str = "keep"
 ) -> SwapReport:
-    """Make every torch.nn.LSTM, GRU, RNN and their cells in `model`, itself included, ours, in place.
+    """Make every torch.nn.LSTM, GRU, RNN, cell and MultiheadAttention in `model`, or itself, ours, in place.
 
     filter_fn(name, module) says which to swap, all if None. on_unsupported: "keep" leaves what cannot be
     swapped as it is, with the reason in the report; "raise" raises ValueError before anything is swapped.
@@ -63,7 +66,7 @@ def swap_(
     if on_unsupported not in ("keep", "raise"):
         raise ValueError(f"on_unsupported must be 'keep' or 'raise', got {on_unsupported!r}")
     decisions = []
-    for name, module in _recurrent_modules(model):
+    for name, module in _modules(model):
         if _class(module) in TORCHS:
             continue
         reason = _why_keep(module)
@@ -75,12 +78,16 @@ def swap_(
     report = SwapReport(decisions)
     for decision in report.swapped:
         _change_class(decision.module, OURS)
+    for layer in _layers_of_ours(model):
+        _take_path_in_python(layer)
     return report
 
 
 def unswap_(model: Module) -> Module:
     """Make all our modules in `model` torch.nn's, in place. Returns the model."""
-    for _, module in _recurrent_modules(model):
+    for layer in _layers_of_ours(model):
+        _take_any_path(layer)
+    for _, module in _modules(model):
         if _class(module) in TORCHS:
             for name in ("recompute", "_prepacked"):
                 module.__dict__.pop(name, None)
@@ -90,18 +97,22 @@ def unswap_(model: Module) -> Module:
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """Inside, every torch.nn.LSTM, GRU, RNN or cell that is constructed becomes ours, in the whole process.
+    """Inside, in the whole process, torch.nn.LSTM, GRU, RNN, cells and MultiheadAttention become ours when
+    constructed, and torch.nn.functional.scaled_dot_product_attention is ours.
 
-    However the class was imported, because its constructor is what changes. Subclasses stay what they are.
+    However a class was imported, because its constructor is what changes. Subclasses stay what they are.
     Our LSTM, GRU and RNN are no instances of torch.nn's: code that asks isinstance for those does not see
     them; then build the model first and `swap_` it afterwards.
     """
-    constructors = {cls: cls.__init__ for cls in OURS}
+    constructors = {cls: cls.__init__ for cls in (*OURS, TransformerEncoderLayer, TransformerEncoder)}
+    sdpa = F.scaled_dot_product_attention
     for cls, init in constructors.items():
         cls.__init__ = _swapping(cls, init)
+    F.scaled_dot_product_attention = attention.scaled_dot_product_attention
     try:
         yield
     finally:
+        F.scaled_dot_product_attention = sdpa
         for cls, init in constructors.items():
             cls.__init__ = init
 
@@ -109,20 +120,28 @@ def patch() -> Iterator[None]:
 def _swapping(cls: type[Module], init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def init_and_swap(self, *args, **kwargs) -> None:
+        given = []
+        if cls is TransformerEncoder:  # it warns when its layers have one path only
+            given = _layers_of_ours(args[0] if args else kwargs["encoder_layer"])
+            for layer in given:
+                _take_any_path(layer)
         init(self, *args, **kwargs)
-        if type(self) is cls:
+        if type(self) is cls and cls in OURS:
             _change_class(self, OURS)
+        if isinstance(self, TransformerEncoderLayer | TransformerEncoder):
+            for layer in (*given, *_layers_of_ours(self)):
+                _take_path_in_python(layer)
 
     return init_and_swap
 
 
 def explain(module: Module, *inputs, **kwargs) -> str:
-    """Which kernels run for every recurrent module in `module`, or why torch does, one line each.
+    """Which kernels run for every such module in `module`, or why torch does, one line each.
 
     With inputs, `module` is called with them once, without gradients, and the answer holds for what each of
     them gets; without, it holds for inputs of the dtype and device of the parameters.
     """
-    modules = dict(_recurrent_modules(module))
+    modules = dict(_modules(module))
     seen: dict[str, Tensor] = {}
     if inputs or kwargs:
         hooks = [
@@ -138,12 +157,16 @@ def explain(module: Module, *inputs, **kwargs) -> str:
     else:
         seen = {name: next(m.parameters()) for name, m in modules.items()}
     lines = [f"{name or '(model)'}: {_explain(m, seen.get(name))}" for name, m in modules.items()]
-    return "\n".join(lines) if lines else f"there is no recurrent module in {type(module).__name__}"
+    return "\n".join(lines) if lines else f"there is nothing to swap in {type(module).__name__}"
 
 
 def _recorder(seen: dict[str, Tensor], name: str) -> Callable:
     def record(module: Module, args: tuple, kwargs: dict) -> None:
-        input = args[0] if args else kwargs["input"]
+        input = (
+            args[0]
+            if args
+            else kwargs["query" if isinstance(module, torch.nn.MultiheadAttention) else "input"]
+        )
         seen[name] = input.data if isinstance(input, PackedSequence) else input
 
     return record
@@ -155,17 +178,36 @@ def _explain(module: Module, x: Tensor | None) -> str:
         return f"torch's {cls.__name__}, " + (_why_keep(module) or "not swapped yet: seqkernels.swap_(model)")
     if x is None:
         return f"seqkernels.{cls.__name__}, not called"
-    if reason := support.why_torch(x):
+    if cls is nn.MultiheadAttention:
+        reason = support.why_torch_attends(x, module.dropout if module.training else 0.0)
+    else:
+        reason = support.why_torch(x)
+    if reason:
         return f"seqkernels.{cls.__name__}, but torch runs: {reason}"
     isa, dtype = torch.ops.seqkernels.get_isa(), str(x.dtype).removeprefix("torch.")
     return f"seqkernels.{cls.__name__} on {isa}, {dtype}, {torch.get_num_threads()} threads"
 
 
-def _recurrent_modules(model: Module) -> Iterator[tuple[str, Module]]:
+def _modules(model: Module) -> Iterator[tuple[str, Module]]:
     for name, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule) and module.original_name in nn.__all__
-        if scripted or isinstance(module, RNNBase | RNNCellBase):
+        if scripted or isinstance(module, RNNBase | RNNCellBase | torch.nn.MultiheadAttention):
             yield name, module
+
+
+def _layers_of_ours(model: Module) -> list[TransformerEncoderLayer]:
+    layers = (m for m in model.modules() if isinstance(m, TransformerEncoderLayer))
+    return [layer for layer in layers if isinstance(layer.self_attn, nn.MultiheadAttention)]
+
+
+def _take_path_in_python(layer: TransformerEncoderLayer) -> None:
+    layer.activation_relu_or_gelu = 0
+
+
+def _take_any_path(layer: TransformerEncoderLayer) -> None:
+    relu = layer.activation is F.relu or isinstance(layer.activation, torch.nn.ReLU)
+    gelu = layer.activation is F.gelu or isinstance(layer.activation, torch.nn.GELU)
+    layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
 def _class(module: Module) -> type[Module]:

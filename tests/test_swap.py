@@ -32,6 +32,7 @@ class Model(nn.Module):
             [nn.LSTM(6, 8, 2, bidirectional=True, dropout=0.2), nn.GRU(16, 8), nn.RNN(8, 8)]
         )
         self.cells = nn.ModuleDict({n: getattr(nn, n)(8, 8) for n in ("GRUCell", "RNNCell", "LSTMCell")})
+        self.attention = nn.MultiheadAttention(8, 2)
         self.head = nn.Linear(8, 11)
 
     def forward(self, tokens):
@@ -40,6 +41,7 @@ class Model(nn.Module):
             x, _ = layer(x)
         for cell in self.cells.values():
             x = torch.stack([h[0] if isinstance(h, tuple) else h for h in map(cell, x)])
+        x, _ = self.attention(x, x, x)
         return self.head(x)
 
 
@@ -64,13 +66,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
     return losses
 
 
-def test_swaps_every_recurrent_module_and_back():
+def test_swaps_every_module_and_back():
     model = Model()
     expected = model.eval()(tokens)
     report = seqkernels.swap_(model)
     assert classes(model) >= OURS
     assert not classes(model) & THEIRS
-    assert len(report.swapped) == 6
+    assert len(report.swapped) == 7
     assert not report.kept
     assert_close(model(tokens), expected)
     assert seqkernels.unswap_(model) is model
@@ -159,7 +161,7 @@ def test_what_is_kept_and_why():
     assert type(model["own"]) is OwnForward
     assert type(model["meta"]) is nn.LSTM
     lines = str(report).splitlines()
-    assert lines[0] == "swapped 1 of 6 recurrent modules"
+    assert lines[0] == "swapped 1 of 6 modules"
     assert any(line.split() == ["good", "GRU", "swapped"] for line in lines)
 
 
@@ -177,7 +179,7 @@ def test_filter():
     report = seqkernels.swap_(model, lambda name, module: name.startswith("layers"), on_unsupported="raise")
     assert [d.name for d in report.swapped] == ["layers.0", "layers.1", "layers.2"]
     assert {d.reason for d in report.kept} == {"left out by filter_fn"}
-    assert len(seqkernels.swap_(model).swapped) == 3
+    assert len(seqkernels.swap_(model).swapped) == 4
     assert not seqkernels.swap_(model)
 
 
@@ -238,7 +240,7 @@ def test_explain():
         "theirs: torch's GRU, not swapped yet: seqkernels.swap_(model)",
         "own: torch's OwnForward, OwnForward has its own forward",
     ]
-    assert seqkernels.explain(nn.Linear(1, 1)) == "there is no recurrent module in Linear"
+    assert seqkernels.explain(nn.Linear(1, 1)) == "there is nothing to swap in Linear"
 
 
 def test_explain_with_inputs_says_what_runs_for_them(monkeypatch):

@@ -103,7 +103,7 @@ class _Attention(ag.Function):
                 raise RuntimeError("attention with dropout can be differentiated once only")
             dq, dk, dv, dmask, dsinks = _differentiate(ctx, tensors, (dout, dlse), need_dmask)
         else:
-            dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+            dout = torch.zeros_like(out) if dout is None else ag.unit_last_stride(dout)
             dlse = None if dlse is None else dlse.contiguous()
             options = (*ctx.visibility, dropout, rng, max_q, max_k)
             dq, dk, dv, dmask, dsinks = _bwd(
