@@ -49,12 +49,14 @@ struct Plan {
 template <class D>
 constexpr double kRate = kDepth<D> == 32 ? 16 : kPair<D>;
 
-// Cycles of one thread's recurrent step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate
-// arithmetic, barrier. The numbers are rounded from measurements on Zen 5 and Golden Cove; only their order
-// matters for the choice.
+constexpr double kBarrierCycles = 1000;
+
+// Cycles of one thread's step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate arithmetic,
+// barrier; the projection was done for many steps at once. The numbers are rounded from measurements on Zen 5
+// and Golden Cove; only their order matters for the choice.
 template <class D>
-static double step_cycles(int64_t rows, int64_t units, int64_t K, int G, bool barrier) {
-  if (rows == 0) return barrier ? 1000 : 0;
+static double step_cycles(int64_t rows, int64_t units, int64_t I, int64_t K, int G, bool barrier) {
+  if (rows == 0) return barrier ? kBarrierCycles : 0;
   const double panels = double(G) * round_up(units, kLanes<Acc<D>>) / NR<D>,
                tiles = double((rows + MR - 1) / MR);
   const double bytes = panels * NR<D> * K * sizeof(D);
@@ -65,7 +67,8 @@ static double step_cycles(int64_t rows, int64_t units, int64_t K, int G, bool ba
   const double fma = double(rows) / kRate<D>, loads = (2 * tiles + rows) / (kRate<D> > 1 ? kRate<D> * 2 : 2),
                traffic = NR<D> * sizeof(D) / bandwidth;
   const double busy = fma > loads ? fma : loads, k = (busy > traffic ? busy : traffic) + 0.15 * traffic;
-  return panels * K * k + 15.0 * G * rows * units / kLanes<Acc<D>> + (barrier ? 1000 : 0);
+  return panels * (K * k + 1.1 * I * fma) + 15.0 * G * rows * units / kLanes<Acc<D>> +
+         (barrier ? kBarrierCycles : 0);
 }
 
 // Rows [split(i), split(i + 1)) belong to row group i: the same number of tokens each.
@@ -95,19 +98,22 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only =
   const int64_t samples = p.batch_sizes ? (p.T < 64 ? p.T : 64) : 1;
   Plan best{concurrent ? 2 : 1, 1, 1};
   double least = -1;
-  for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++) {
-    const int ug = int(size / rg < blocks ? size / rg : blocks);
+  auto consider = [&](int rg, int ug) {
     const int64_t units = (blocks + ug - 1) / ug * NR<D>;
     double worst = 0;
     for (int i = 0; i < rg; i++) {
       const int64_t r0 = row_split(seq, rg, i), r1 = row_split(seq, rg, i + 1);
       double sum = 0;
       for (int64_t s = 0; s < samples; s++)
-        sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), units < p.H ? units : p.H, p.P, G, ug > 1);
+        sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), units < p.H ? units : p.H, p.I, p.P, G,
+                              ug > 1);
       if (sum > worst) worst = sum;
     }
     if (least < 0 || worst < least) least = worst, best.row_groups = rg, best.unit_groups = ug;
-  }
+  };
+  if (!units_only) consider(1, 1);  // steps shorter than a barrier
+  for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++)
+    consider(rg, int(size / rg < blocks ? size / rg : blocks));
   return best;
 }
 
