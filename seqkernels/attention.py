@@ -74,6 +74,23 @@ def scaled_dot_product_attention(
     is_causal, scale=scale, enable_gqa=enable_gqa)`.
     """
     extras = return_lse or not (window is softcap is alibi_slopes is sinks is None)
+    plain = isinstance(is_causal, bool)
+    if (
+        plain
+        and attn_mask is None
+        and not (extras or dropout_p)
+        and _may_go_straight_on(query, key, value, enable_gqa)
+    ):
+        try:
+            return ops.attention(
+                query,
+                key,
+                value,
+                scale=query.size(3) ** -0.5 if scale is None else scale,
+                right=0 if is_causal else NO_LIMIT,
+            )[0]
+        except (RuntimeError, TypeError):
+            pass  # the rest finds out why, and what to do
     bottom_right = False
     if _is_causal_bias(bias := attn_mask):
         if is_causal:
@@ -83,17 +100,22 @@ def scaled_dot_product_attention(
         if bottom_right and (bias.seq_len_q, bias.seq_len_kv) != (query.size(-2), key.size(-2)):
             attn_mask, is_causal, bottom_right = bias._materialize(query.device), False, False
 
-    plain = isinstance(is_causal, bool) and all(isinstance(t, Tensor) for t in (query, key, value))
+    plain = plain and all(isinstance(t, Tensor) for t in (query, key, value))
     plain = plain and is_plain(query, key, value, attn_mask)
-    dense = _four_dims(*_autocast(query, key, value, attn_mask), enable_gqa) if plain else None
-    reason = MISFIT if dense is None else support.why_torch_attends(query, dropout_p)
+    reason = support.why_torch_attends(query, dropout_p) if plain else MISFIT
+    dense = None
+    if plain and (extras or reason is None):
+        dense = _four_dims(*_autocast(query, key, value, attn_mask), enable_gqa)
+        reason = reason or (MISFIT if dense is None else None)
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     if not extras and (reason or forbidden):
         if not (plain or forbidden or dropout_p or attn_mask is not None) and _are_jagged(query, key, value):
             return _jagged(query, key, value, is_causal, scale)
         if bottom_right:
             attn_mask, is_causal = bias._materialize(query.device), False
-        with sdpa_kernel(SDPBackend.MATH) if forward_ad._current_level >= 0 else nullcontext():
+        # torch's own kernels have no forward-mode derivatives, and under vmap run once for each sample
+        by_math = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        with sdpa_kernel(SDPBackend.MATH) if by_math else nullcontext():
             result = _torchs(
                 query,
                 key,
@@ -161,8 +183,8 @@ def varlen_attention(
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
     cu_q, cu_k = (c.to(torch.int64) for c in cu)
-    options |= {"cu_q": cu_q, "cu_k": cu_k, "bottom_right": True, "max_q": max_q, "max_k": max_k}
-    out, lse = _attend(q, k, v, options, support.why_torch_attends(q))
+    options |= {"cu_q": cu_q, "cu_k": cu_k, "bottom_right": True}
+    out, lse = _attend(q, k, v, options, support.why_torch_attends(q), max_q=max_q, max_k=max_k)
     return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
 
 
@@ -209,10 +231,10 @@ def decode_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], reason: str | None
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], reason: str | None, **longest: int
 ) -> tuple[Tensor, Tensor]:
     if reason is None:
-        return ops.attention(q, k, v, **options)
+        return ops.attention(q, k, v, **options, **longest)
     result = reference.attention(q, k, v, **options)
     support.fall_back(reason)
     return result
@@ -223,9 +245,25 @@ def _jagged(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
     q, k, v, _ = _autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
     options = _options(q, scale, None, is_causal, None, None, None)
     options |= {"cu_q": query.offsets(), "cu_k": key.offsets()}
-    options |= {"max_q": query._get_max_seqlen(), "max_k": key._get_max_seqlen()}
-    out, _ = _attend(q, k, v, options, support.why_torch_attends(q))
+    longest = {"max_q": query._get_max_seqlen(), "max_k": key._get_max_seqlen()}
+    out, _ = _attend(q, k, v, options, support.why_torch_attends(q), **longest)
     return torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)
+
+
+def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
+    """What a step of decoding cannot wait for is left out: it takes 10 us to ask everything."""
+    return (
+        type(q) is type(k) is type(v) is Tensor
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and not (q.is_nested or k.is_nested or v.is_nested)
+        and support.is_plain_call()
+        and q.dim() == 4 == k.dim()
+        and (gqa or q.size(1) == k.size(1))
+        and q.size(3) > 0
+        and torch._C._get_flash_sdp_enabled()
+    )
 
 
 def _are_jagged(*tensors: Tensor) -> bool:
@@ -309,11 +347,11 @@ def _mask(mask: Tensor, q: Tensor, scores: tuple[int, ...], batch: tuple[int, ..
         m not in (1, s) for m, s in zip(reversed(mask.shape), reversed(scores), strict=False)
     ):
         return None
-    if mask.dim() > 4:
-        shape = mask.shape[:-3]
-        mask = mask.expand(*batch, *mask.shape[-3:]) if any(n != 1 for n in shape) else mask
-        return mask.flatten(0, -4)
-    return mask[(None,) * (4 - mask.dim())]
+    mask = mask[(None,) * (4 - mask.dim())]
+    if len(batch) < 2:
+        return mask
+    shape = mask.shape[-3:]
+    return (mask if mask.shape[:-3].numel() == 1 else mask.expand(*batch, *shape)).reshape(-1, *shape)
 
 
 def _options(
@@ -344,7 +382,7 @@ def _options(
             raise ValueError(f"sinks must be [{Hq}], got {_described(sinks)}")
         sinks = sinks.to(accumulation_dtype(q.dtype)).contiguous()
     return {
-        "scale": (D or 1) ** -0.5 if scale is None else float(scale),
+        "scale": (D or 1) ** -0.5 if scale is None else scale,
         "left": left,
         "right": min(right, 0) if is_causal else right,
         "softcap": softcap or 0.0,

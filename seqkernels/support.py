@@ -45,9 +45,10 @@ def _inside_vmap() -> bool:
 
 
 def is_plain_call() -> bool:
-    """Nothing but the arguments decides: no compiler, tracer, autocast or forward-mode AD looks on."""
+    """Nothing but the arguments decides: no compiler, tracer, autocast, vmap or forward-mode AD looks on."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0

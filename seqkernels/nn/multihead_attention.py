@@ -1,6 +1,7 @@
 """MultiheadAttention: torch.nn's own constructor, parameters and errors, on the kernels of seqkernels."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -127,9 +128,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask, (L, S), (N * self.num_heads, L, S)
         )
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """Projects to [N,H,T,features per head], views of as few matrix products as the inputs allow."""
         weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if query is key is value and weight is not None:
+            qkv = F.linear(query, weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+            if query.dim() == 2:
+                qkv = qkv.unsqueeze(0)
+            return (
+                qkv.permute(2, 0, 3, 1, 4)
+                if self.batch_first or query.dim() == 2
+                else qkv.permute(2, 1, 3, 0, 4)
+            )
         if weight is None:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             biases = (None,) * 3 if bias is None else bias.chunk(3)
@@ -137,9 +147,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
             ]
         else:
-            groups = [(query, 1), (key, 1), (value, 1)]
-            if key is value:
-                groups = [(query, 3)] if query is key else [(query, 1), (key, 2)]
+            groups = [(query, 1), (key, 2)] if key is value else [(query, 1), (key, 1), (value, 1)]
             sizes = [n * E for _, n in groups]
             biases = [None] * len(groups) if bias is None else bias.split(sizes)
             projected = [

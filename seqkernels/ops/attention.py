@@ -42,12 +42,13 @@ def attention(
     """
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         q, k, v = map(ag.unit_last_stride, (q, k, v))
-    mask = _readable(mask, q)
+    if mask is not None:
+        mask = _readable(mask, q)
     rng = torch.randint(2**62, (2,), device=q.device) if dropout else None
     options = (scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k)
     if ag.needs_grad(q, k, v, mask, sinks):
         if mask is not None and mask.requires_grad:
-            mask = _as_it_lies(mask)
+            mask = mask.contiguous()  # each of its elements has a gradient, those that share memory too
         out, lse = _Attention.apply(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
     else:
         out, lse = _fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
@@ -59,24 +60,17 @@ def attention_weights(
 ) -> Tensor:
     """The weights [B,Hq,Tq,Tk] that belong to lse, or their mean over heads [B,Tq,Tk]; differentiable."""
     q, k = map(ag.unit_last_stride, (q, k))
-    mask = _readable(mask, q)
+    if mask is not None:
+        mask = _readable(mask, q)
     if ag.needs_grad(q, k, mask):
         return _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
     return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
 
 
-def _readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
+def _readable(mask: Tensor, q: Tensor) -> Tensor:
     """The kernels read masks of bool, of q's dtype, and of that in which they accumulate."""
     acc = ag.accumulation_dtype(q.dtype)
-    return mask if mask is None or mask.dtype in (torch.bool, q.dtype, acc) else mask.to(acc)
-
-
-def _as_it_lies(mask: Tensor) -> Tensor:
-    """Size 1 where stride 0 repeats it: the gradient has the mask's shape, and T x T numbers are many."""
-    for dim in range(4):
-        if mask.stride(dim) == 0 and mask.size(dim) > 1:
-            mask = mask.narrow(dim, 0, 1)
-    return mask
+    return mask if mask.dtype in (torch.bool, q.dtype, acc) else mask.to(acc)
 
 
 class _Attention(ag.Function):

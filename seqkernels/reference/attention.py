@@ -39,21 +39,21 @@ def attention(
     if len_k is not None:  # what lies beyond may be anything, and 0 * nan is nan
         beyond = (torch.arange(k.size(2), device=k.device) >= len_k[:, None])[:, None, :, None]
         k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
-    p, lse = _softmax(q, k, len_k=len_k, **options)
+    p, lse = _softmax(*logits(q, k, len_k=len_k, **options))
     if keep is not None:
         p = p * keep / (1 - dropout)
     elif dropout:
         p = drop(p, dropout)
-    return (p @ _for_each_query_head(v, q)).to(q.dtype), lse
+    return (p @ for_each_query_head(v, q)).to(q.dtype), lse
 
 
 def attention_weights(q: Tensor, k: Tensor, *, mean: bool = False, **options) -> Tensor:
     """P [B,Hq,Tq,Tk], or its mean over heads [B,Tq,Tk]."""
-    p = _softmax(q, k, **options)[0]
+    p = _softmax(*logits(q, k, **options))[0]
     return (p.mean(1) if mean else p).to(q.dtype)
 
 
-def _softmax(
+def logits(
     q: Tensor,
     k: Tensor,
     *,
@@ -67,8 +67,9 @@ def _softmax(
     right: int = NO_LIMIT,
     bottom_right: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    (B, Hq, Tq, _), Tk = q.shape, k.size(2)
-    keys = _for_each_query_head(k, q)
+    """S [B,Hq,Tq,Tk], -inf where a query does not see a key, and the sinks [Hq,1,1] or [], -inf without."""
+    Tq, Tk = q.size(2), k.size(2)
+    keys = for_each_query_head(k, q)
     s = scale * (q.to(keys.dtype) @ keys.mT)
     if softcap:
         s = softcap * (s / softcap).tanh()
@@ -83,8 +84,16 @@ def _softmax(
     elif mask is not None:
         s = s + mask
     s = s.masked_fill(~sees, -torch.inf)
-    sink = s.new_full((), -torch.inf) if sinks is None else sinks[:, None, None].to(s.dtype)
-    s = torch.cat([s, sink.expand(B, Hq, Tq, 1)], -1)
+    return s, s.new_full((), -torch.inf) if sinks is None else sinks[:, None, None].to(s.dtype)
+
+
+def for_each_query_head(t: Tensor, q: Tensor) -> Tensor:
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.size(1) == q.size(1) else t.repeat_interleave(q.size(1) // t.size(1), 1)
+
+
+def _softmax(s: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
     largest = s.detach().amax(-1, keepdim=True)
     largest = largest.masked_fill(largest == -torch.inf, 0)
     e = (s - largest).exp()
@@ -93,8 +102,3 @@ def _softmax(
     total = total.masked_fill(nothing, 1)
     lse = (largest + total.log()).masked_fill(nothing, -torch.inf)
     return e[..., :-1] / total, lse.squeeze(-1)
-
-
-def _for_each_query_head(t: Tensor, q: Tensor) -> Tensor:
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    return t if t.size(1) == q.size(1) else t.repeat_interleave(q.size(1) // t.size(1), 1)

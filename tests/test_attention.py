@@ -1,0 +1,607 @@
+"""scaled_dot_product_attention, varlen_attention, decode_attention: torch's contract, and what is ours."""
+
+import resource
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from tolerances import assert_as_exact
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.testing import assert_close
+
+import seqkernels
+from seqkernels import scaled_dot_product_attention as ours
+from seqkernels import support
+
+theirs = F.scaled_dot_product_attention
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+SAMPLES = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+
+
+def qkv(*shape, keys=None, heads=None, dtype=torch.float32, grad=False):
+    """q of this shape; k and v may have other numbers of keys and heads."""
+    *batch, H, T, D = shape
+    kv = (*batch, heads or H, T if keys is None else keys, D)
+    return [torch.randn(s).to(dtype).requires_grad_(grad) for s in (shape, kv, kv)]
+
+
+def with_gradients(function, leaves, *args, **kwargs) -> dict[str, Tensor]:
+    """The output, and the gradients of a random linear function of it for the leaves, the first arguments."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = function(*leaves, *args, **kwargs)
+    slopes = torch.randint(-4, 5, out.shape, generator=torch.Generator().manual_seed(1)) / 4
+    grads = torch.autograd.grad((out.double() * slopes).sum(), leaves)
+    return {"out": out} | {f"grad_{i}": g for i, g in enumerate(grads)}
+
+
+def outcome(function, *args, **kwargs):
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        return type(error), str(error)
+
+
+# ---------------------------------------------------------------------------------------------- as in torch
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torchs_own_samples(dtype):
+    count = 0
+    for sample in SAMPLES.sample_inputs("cpu", dtype):
+        if sample.kwargs.get("dropout_p", 0.0) == 0.0:
+            count += 1
+            leaves, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
+            mask = kwargs.pop("attn_mask", None)
+            leaves = leaves if mask is None else (*leaves, mask)
+            truth = with_gradients(theirs, [t.double() for t in leaves], **kwargs)
+            if dtype == torch.float64:
+                assert_close(with_gradients(ours, leaves, **kwargs), truth)
+            else:
+                out, torchs, exact = (
+                    {"out": r} for r in (ours(*leaves, **kwargs), theirs(*leaves, **kwargs), truth["out"])
+                )
+                assert_as_exact(out, torchs, exact, dtype)
+    assert count > 10
+
+
+def test_gradients_of_torchs_own_samples():
+    for sample in SAMPLES.sample_inputs("cpu", torch.float64, requires_grad=True):
+        if sample.kwargs.get("dropout_p", 0.0) == 0.0:
+            function = partial(ours, **sample.kwargs)
+            inputs = (sample.input, *sample.args)
+            assert gradcheck(function, inputs, fast_mode=True)
+            assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_dropout_is_torchs():
+    q, k, v = qkv(2, 3, 5, 8)
+    for p in (0.3, 1.0):
+        results = []
+        for function in (ours, theirs):
+            torch.manual_seed(3)
+            results.append(function(q, k, v, dropout_p=p))
+        assert torch.equal(*results)
+    out = ours(q, k, v, dropout_p=0.5, softcap=3.0)
+    assert out.ne(ours(q, k, v, softcap=3.0)).any()
+    assert_close(ours(q, k, v, dropout_p=1.0, softcap=3.0), torch.zeros_like(q))
+
+
+SHAPES = {
+    "2-D": ((5, 8), (7, 8), (7, 6)),
+    "3-D": ((4, 5, 8), (4, 7, 8), (4, 7, 6)),
+    "4-D": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+    "5-D": ((3, 2, 4, 5, 8), (3, 2, 4, 7, 8), (3, 2, 4, 7, 6)),
+    "6-D": ((2, 3, 2, 1, 5, 8), (2, 3, 2, 1, 7, 8), (2, 3, 2, 1, 7, 8)),
+    "one batch of keys": ((2, 4, 5, 8), (1, 4, 7, 8), (1, 4, 7, 8)),
+    "one batch of queries": ((1, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
+    "one head of keys": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+    "one head of queries": ((2, 1, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
+    "one head of values": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 1, 7, 8)),
+    "dims that are not there": ((5, 8), (2, 4, 7, 8), (4, 7, 8)),
+    "five dims from two": ((5, 1, 4, 3, 8), (2, 1, 6, 8), (6, 8)),
+    "no queries": ((2, 4, 0, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
+    "no keys": ((2, 4, 5, 8), (2, 4, 0, 8), (2, 4, 0, 8)),
+    "no rows": ((0, 4, 5, 8), (0, 4, 7, 8), (0, 4, 7, 8)),
+    "no heads": ((2, 0, 5, 8), (2, 0, 7, 8), (2, 0, 7, 8)),
+    "no features": ((2, 4, 5, 0), (2, 4, 7, 0), (2, 4, 7, 8)),
+    "no values": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 0)),
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_shapes_that_torch_takes(shapes):
+    leaves = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = [with_gradients(theirs, leaves, is_causal=causal) for causal in (False, True)]
+    for causal, wanted in zip((False, True), expected, strict=True):
+        result = with_gradients(ours, leaves, is_causal=causal)
+        if leaves[0].size(-1) == 0:  # torch's path with gradients divides 0 by 0 here, its other one does not
+            wanted["out"] = theirs(*leaves, is_causal=causal)
+            assert_close(result["out"], wanted["out"])
+        else:
+            assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 4), (4, 2, 2), (4, 1, 1), (6, 3, 2), (4, 1, 4)], ids=str)
+def test_grouped_heads(heads):
+    q, k, v = (torch.randn(2, h, 5, 8, dtype=torch.float64) for h in heads)
+    options = {"enable_gqa": True, "is_causal": True}
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = [with_gradients(theirs, x, **options) for x in ((q, k, v), (q[0], k[0], v[0]))]
+    for x, wanted in zip(((q, k, v), (q[0], k[0], v[0])), expected, strict=True):
+        assert_close(with_gradients(ours, x, **options), wanted)
+
+
+MASKS = [(5, 7), (1, 7), (5, 1), (4, 1, 7), (4, 5, 7), (2, 1, 1, 7), (2, 4, 5, 7), (1, 4, 5, 7), (2, 1, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float", "float32 for bfloat16", "expanded"])
+def test_masks(shape, kind):
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
+    q, k, v = qkv(2, 4, 5, 8, keys=7, dtype=dtype)
+    mask = torch.randn(shape) if kind != "bool" else torch.rand(shape) < 0.6
+    mask = mask.expand(2, 4, 5, 7) if kind == "expanded" else mask
+    exact = [t.double() for t in (q, k, v)]
+    if kind == "bool":
+        truth, result, torchs = (
+            with_gradients(f, x, mask) for f, x in ((theirs, exact), (ours, (q, k, v)), (theirs, (q, k, v)))
+        )
+    else:
+        truth = with_gradients(theirs, (*exact, mask.double()))
+        result, torchs = (with_gradients(f, (q, k, v, mask)) for f in (ours, theirs))
+    assert_as_exact(result, torchs, truth, dtype, pooled=True)
+
+
+def test_masks_of_more_dims():
+    q, k, v = (torch.randn(3, 2, 4, n, 8, dtype=torch.float64) for n in (5, 7, 7))
+    for shape in ((5, 7), (3, 1, 1, 5, 7), (1, 1, 4, 1, 7), (2, 1, 5, 7), (3, 2, 4, 5, 7)):
+        leaves = (q, k, v, torch.randn(shape, dtype=torch.float64))
+        assert_close(with_gradients(ours, leaves), with_gradients(theirs, leaves))
+    assert_close(ours(q, k, v, torch.ones(3, 1, 1, 1, 7).bool()), ours(q, k, v))
+
+
+def test_queries_that_see_no_key_give_zero():
+    q, k, v = qkv(2, 4, 5, 8, grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    for m in (mask, torch.zeros(5, 5).masked_fill(~mask, -torch.inf)):
+        out, lse = ours(q, k, v, m, return_lse=True)
+        assert (out[:, :, 2] == 0).all()
+        assert (lse[:, :, 2] == -torch.inf).all()
+        dq, dk, dv = torch.autograd.grad(out.sin().sum(), (q, k, v))
+        assert (dq[:, :, 2] == 0).all()
+        assert dk.isfinite().all()
+        assert dv.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3, None])
+def test_any_scale(scale):
+    leaves = qkv(2, 4, 5, 8)
+    expected = with_gradients(theirs, [t.double() for t in leaves], scale=scale)
+    result = {n: t.double() for n, t in with_gradients(ours, leaves, scale=scale).items()}
+    assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("L", "S"), [(5, 5), (5, 7), (7, 5), (1, 9)])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")
+def test_causal_biases(L, S):
+    q, k, v = qkv(2, 4, L, 8, keys=S)
+    for bias, diagonal in ((causal_upper_left(L, S), 0), (causal_lower_right(L, S), S - L)):
+        mask = torch.ones(L, S, dtype=torch.bool).tril(diagonal)
+        assert_close(ours(q, k, v, bias), theirs(q, k, v, mask))
+        assert_close(ours(q, k, v, bias, softcap=1e6), theirs(q, k, v, mask), rtol=1e-4, atol=1e-5)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert_close(ours(q, k, v, bias), theirs(q, k, v, mask))
+        with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
+            ours(q, k, v, bias, is_causal=True)
+    if L != S:
+        with pytest.raises(RuntimeError, match="match"):
+            ours(q, k, v, causal_lower_right(L + 1, S))
+
+
+BAD_CALLS = {
+    "one dim": lambda q, k, v: ((q[0, 0, 0], k, v), {}),
+    "dtypes": lambda q, k, v: ((q, k.double(), v), {}),
+    "devices": lambda q, k, v: ((q, k.to("meta"), v), {}),
+    "integers": lambda q, k, v: ((q.long(), k.long(), v.long()), {}),
+    "no tensor": lambda q, k, v: ((None, k, v), {}),
+    "a list": lambda q, k, v: ((q, k, [1.0]), {}),
+    "features": lambda q, k, v: ((q, k[..., :7], v), {}),
+    "batches": lambda q, k, v: ((q, torch.cat([k, k]), torch.cat([v, v])), {}),
+    "heads": lambda q, k, v: ((q, k[:, :2], v[:, :2]), {}),
+    "groups": lambda q, k, v: ((q, k[:, :3], v[:, :3]), {"enable_gqa": True}),
+    "groups of two dims": lambda q, k, v: ((q[0, 0], k[0, 0], v[0, 0]), {"enable_gqa": True}),
+    "mask of integers": lambda q, k, v: ((q, k, v, torch.ones(5, 7).long()), {}),
+    "mask of float64": lambda q, k, v: ((q, k, v, torch.ones(5, 7).double()), {}),
+    "mask of one dim": lambda q, k, v: ((q, k, v, torch.ones(7)), {}),
+    "mask of five dims": lambda q, k, v: ((q, k, v, torch.ones(1, 1, 1, 5, 7)), {}),
+    "mask with too many rows": lambda q, k, v: ((q, k, v, torch.ones(6, 7)), {}),
+    "mask with too many heads": lambda q, k, v: ((q[:, :1], k[:, :1], v[:, :1], torch.ones(1, 4, 5, 7)), {}),
+    "dropout": lambda q, k, v: ((q, k, v), {"dropout_p": 1.5}),
+    "is_causal": lambda q, k, v: ((q, k, v), {"is_causal": 1}),
+    "unknown": lambda q, k, v: ((q, k, v), {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_raises_what_torch_raises(bad):
+    args, kwargs = bad(*qkv(2, 4, 5, 8, keys=7))
+    expected = outcome(theirs, *args, **kwargs)
+    assert isinstance(expected, tuple)
+    result = outcome(ours, *args, **kwargs)
+    if expected[0] is TypeError and "unexpected keyword" in expected[1]:
+        assert result[0] is TypeError
+    else:
+        assert result == expected
+
+
+def test_keys_and_values_of_different_lengths():
+    """torch reads beyond the values here."""
+    q, k, v = qkv(2, 4, 5, 8, keys=7)
+    for kwargs in ({}, {"softcap": 2.0}):
+        with pytest.raises(
+            RuntimeError, match="Expected key and value to have the same length, but got 7 and 6"
+        ):
+            ours(q, k, v[:, :, :6], **kwargs)
+
+
+def test_obeys_sdpa_kernel(monkeypatch):
+    q, k, v = qkv(2, 4, 5, 8)
+    expected = ours(q, k, v)
+    monkeypatch.setattr(seqkernels.ops.attention, "_fwd", None)
+    monkeypatch.setenv("SEQKERNELS_STRICT", "1")  # what the user forbids is no fallback
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(ours(q, k, v), expected)
+        assert_close(ours(q, k, v, window=(None, None)), expected)
+    with pytest.raises(TypeError):
+        ours(q, k, v, window=(None, None))
+
+
+def test_autocast():
+    q, k, v = qkv(2, 4, 5, 8)
+    mask = torch.randn(5, 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert ours(q, k, v).dtype == dtype
+            assert_close(ours(q, k, v, mask), theirs(q, k, v, mask), rtol=0.02, atol=0.02)
+            assert ours(q.bfloat16(), k, v.half()).dtype == dtype
+            assert ours(q.double(), k.double(), v.double()).dtype == torch.float64
+
+
+def test_double_backward_matches_torchs_math():
+    leaves = [torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    results = []
+    for function in (ours, theirs):
+        with sdpa_kernel(SDPBackend.MATH) if function is theirs else warnings.catch_warnings():
+            out = function(*leaves, is_causal=True)
+            first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+            results.append((first, torch.autograd.grad(sum((g * g).sum() for g in first), leaves)))
+    assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:There is a performance drop")
+def test_transforms_of_functions(monkeypatch):
+    x, y = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 2, 4, 5, 8)
+    attend = lambda x, f: f(x, x.sin(), x.cos(), is_causal=True)  # noqa: E731
+    a, b = partial(attend, f=ours), partial(attend, f=theirs)
+    assert_close(torch.func.vmap(a)(x), torch.func.vmap(b)(x))
+    grads = [torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sin().sum()))(x) for f in (a, b)]
+    assert_close(*grads)
+    assert_close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x[0]) for f in (a, b)))
+    tangent = torch.func.jvp(a, (x[0],), (y[0],))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(tangent, torch.func.jvp(b, (x[0],), (y[0],)))
+    monkeypatch.setattr(support, "_told", set())
+    with pytest.warns(UserWarning, match="the attention kernels do not know torch.vmap"):
+        torch.func.vmap(a)(x)
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_tracing_records_torchs_operator():
+    q, k, v = qkv(2, 4, 5, 8)
+    traced = torch.jit.trace(lambda q, k, v: ours(q, k, v), (q, k, v))
+    assert "aten::scaled_dot_product_attention" in {n.kind() for n in traced.graph.nodes()}
+    assert_close(traced(q, k, v), ours(q, k, v))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_jagged_tensors(is_causal):
+    lengths = (3, 5, 1)
+    q, k, v = (
+        torch.nested.nested_tensor(
+            [torch.randn(n, 4, 8, dtype=torch.float64) for n in lengths],
+            layout=torch.jagged,
+            requires_grad=True,
+        )
+        for _ in range(3)
+    )
+    k, v = (torch.nested.nested_tensor_from_jagged(t.values(), q.offsets()) for t in (k, v))
+    out = ours(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=is_causal).transpose(1, 2)
+    assert (out + q).shape == q.shape
+    rows = zip(*(t.unbind() for t in (q, k, v)), strict=True)
+    expected = torch.cat(
+        [theirs(*(t.transpose(0, 1) for t in row), is_causal=is_causal).transpose(0, 1) for row in rows]
+    )
+    assert_close(out.values(), expected)
+    grads = [torch.autograd.grad(o.sin().sum(), q)[0].values() for o in (out.values(), expected)]
+    assert_close(*grads)
+
+
+def test_subclasses_go_their_own_way():
+    class Loud(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "my own" if func is theirs else super().__torch_function__(func, types, args, kwargs or {})
+
+    q, k, v = qkv(2, 4, 5, 8)
+    assert ours(q.as_subclass(Loud), k, v) == "my own"
+    parameters = [torch.nn.Parameter(t) for t in (q, k, v)]
+    assert_close(ours(*parameters), ours(q, k, v))
+
+
+def test_inputs_are_not_modified():
+    q, k, v = qkv(2, 4, 5, 8, grad=True)
+    mask = torch.randn(5, 5, requires_grad=True)
+    before = [(t.detach().clone(), t._version) for t in (q, k, v, mask)]
+    ours(q, k, v, mask).sum().backward()
+    for tensor, (value, version) in zip((q, k, v, mask), before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+
+
+def test_more_rows_than_a_grid_has():
+    q, k, v = qkv(65_536, 1, 2, 4)
+    result, expected = (with_gradients(f, (q, k, v), is_causal=True) for f in (ours, theirs))
+    assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_huge_logits_as_exact_as_torch(dtype, is_causal):
+    q, k, v = qkv(2, 4, 70, 32, dtype=dtype)
+    leaves = (q * 100, k, v)
+    truth = with_gradients(theirs, [t.double() for t in leaves], is_causal=is_causal)
+    result, torchs = (with_gradients(f, leaves, is_causal=is_causal) for f in (ours, theirs))
+    assert_as_exact(result, torchs, truth, dtype, pooled=True)
+
+
+def test_inf_and_nan_come_through_as_in_torch():
+    q, k, v = qkv(1, 1, 4, 8)
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        for t in range(3):
+            inputs = [x.clone() for x in (q, k, v)]
+            inputs[t][0, 0, i, 0] = value
+            with sdpa_kernel(SDPBackend.MATH):
+                expected = theirs(*inputs)
+            assert_close(ours(*inputs), expected, equal_nan=True)
+
+
+def test_memory_does_not_grow_with_the_scores(tmp_path):
+    """A mask of [B,1,1,S] stays one; forward and backward of 16384 x 16384 scores would take a GiB each."""
+    T = 16_384
+    q, k, v = qkv(1, 1, T, 8, grad=True)
+    mask = torch.zeros(1, 1, 1, T, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours(q, k, v, mask, is_causal=False).sum().backward()
+    assert mask.grad.shape == mask.shape
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+# ---------------------------------------------------------------------------------------------- beyond torch
+
+
+def visible(L: int, S: int, left: int | None, right: int | None, offset: int = 0) -> Tensor:
+    distance = torch.arange(S) - torch.arange(L)[:, None] - offset
+    ones = torch.ones(L, S, dtype=torch.bool)
+    return ones & (left is None or distance >= -left) & (right is None or distance <= right)
+
+
+@pytest.mark.parametrize("window", [(2, 1), (None, 2), (3, None), (0, 0), (None, None)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")
+def test_window(window, is_causal):
+    left, right = window
+    for L, S in ((9, 9), (5, 9), (9, 5)):
+        q, k, v = qkv(2, 4, L, 8, keys=S)
+        mask = visible(L, S, left, 0 if is_causal else right)
+        assert_close(ours(q, k, v, is_causal=is_causal, window=window), theirs(q, k, v, mask))
+        if is_causal:
+            lower_right = visible(L, S, left, 0, S - L)
+            assert_close(ours(q, k, v, causal_lower_right(L, S), window=window), theirs(q, k, v, lower_right))
+
+
+def test_alibi_is_a_mask_of_distances():
+    q, k, v = qkv(2, 4, 5, 8, keys=7)
+    distance = (torch.arange(7) - torch.arange(5)[:, None]).abs()
+    for slopes in (torch.rand(4), torch.rand(2, 4), torch.rand(4, dtype=torch.float64)):
+        mask = -slopes.float()[..., None, None] * distance
+        assert_close(ours(q, k, v, alibi_slopes=slopes), theirs(q, k, v, mask.expand(2, 4, 5, 7)))
+
+
+def test_softcap():
+    q, k, v = (t.double() for t in qkv(2, 4, 5, 8, keys=7))
+    p = (3 * (q @ k.mT * 8**-0.5 / 3).tanh()).softmax(-1)
+    assert_close(ours(q, k, v, softcap=3.0), p @ v)
+
+
+def test_sinks_are_keys_without_a_value():
+    leaves = [t.double() for t in qkv(2, 4, 5, 8, keys=7)]
+    sinks = torch.randn(4, dtype=torch.float64)
+
+    def with_a_key_more(q, k, v, sinks):
+        scores = torch.cat([q @ k.mT * 8**-0.5, sinks[:, None, None].expand(2, 4, 5, 1)], -1)
+        return scores.softmax(-1)[..., :-1] @ v
+
+    ours_with_sinks = lambda q, k, v, sinks: ours(q, k, v, sinks=sinks)  # noqa: E731
+    leaves = (*leaves, sinks)
+    assert_close(with_gradients(ours_with_sinks, leaves), with_gradients(with_a_key_more, leaves))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (4, 5, 8), (2, 4, 5, 8), (3, 2, 4, 5, 8)], ids=str)
+def test_lse(shape):
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+
+    def our_lse(q, k):
+        out, lse = ours(q, k, v, return_lse=True)
+        assert out.shape == q.shape
+        return lse
+
+    plain = lambda q, k: (q @ k.mT * 8**-0.5).logsumexp(-1)  # noqa: E731
+    assert_close(with_gradients(our_lse, (q, k)), with_gradients(plain, (q, k)))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert ours(q.to(dtype), k.to(dtype), v.to(dtype), return_lse=True)[1].dtype == torch.float32
+
+
+def test_everything_at_once_on_any_leading_dims():
+    options = {
+        "window": (3, 2),
+        "softcap": 4.0,
+        "alibi_slopes": torch.rand(4),
+        "sinks": torch.randn(4, dtype=torch.float64, requires_grad=True),
+    }
+    q, k, v = (torch.randn(2, 3, h, 6, 8, dtype=torch.float64) for h in (4, 2, 2))
+    mask = torch.randn(3, 1, 6, 6, dtype=torch.float64)
+    out = ours(q, k, v, mask, enable_gqa=True, **options)
+    for i in range(2):
+        for j in range(3):
+            row = ours(q[i, j], k[i, j], v[i, j], mask[j], enable_gqa=True, **options)
+            assert_close(out[i, j], row)
+
+
+def test_what_runs_without_kernels_is_the_reference(monkeypatch):
+    q, k, v = qkv(2, 4, 5, 8)
+    cu, lengths = torch.tensor([0, 2, 5]), torch.tensor([3, 5])
+    calls = [
+        lambda: ours(q, k, v, softcap=2.0, window=(2, 1)),
+        lambda: ours(q, k, v, causal_lower_right(5, 5), return_lse=True),
+        lambda: seqkernels.varlen_attention(*(t[0].mT.mT.transpose(0, 1) for t in (q, k, v)), cu, cu, 3, 3),
+        lambda: seqkernels.decode_attention(q, k, v, lengths),
+    ]
+    expected = [call() for call in calls]
+    monkeypatch.setattr(support, "why_torch", lambda x: "a test wants it")
+    monkeypatch.setattr(support, "_told", set())
+    with pytest.warns(UserWarning, match="falls back to torch: a test wants it"):
+        assert_close([call() for call in calls], expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_packed_sequences(is_causal, dtype):
+    lengths_q, lengths_k = [3, 0, 5, 1, 2], [4, 2, 5, 0, 1]
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(dtype) for n in (lengths_q, lengths_k))
+    q, k, v = (torch.randn(n, h, f, dtype=torch.float64) for n, h, f in ((11, 4, 8), (12, 2, 8), (12, 2, 6)))
+
+    def packed(q, k, v):
+        out, lse = seqkernels.varlen_attention(
+            q, k, v, cu_q, cu_k, 5, 5, is_causal=is_causal, return_lse=True
+        )
+        assert lse.shape == (4, 11)
+        return out
+
+    def each_alone(q, k, v):
+        rows = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+        outs = []
+        for row in rows:
+            a, b, c = (t.transpose(0, 1) for t in row)
+            mask = visible(a.size(1), b.size(1), None, 0 if is_causal else None, b.size(1) - a.size(1))
+            outs.append(theirs(a, b, c, mask, enable_gqa=True).transpose(0, 1))
+        return torch.cat(outs)
+
+    assert_close(with_gradients(packed, (q, k, v)), with_gradients(each_alone, (q, k, v)))
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_decoding_from_a_cache(Tq, dtype):
+    q, k, v = qkv(3, 4, Tq, 8, keys=40, heads=2)
+    lengths = torch.tensor([3, 40, 17], dtype=dtype)
+    rows = [(q[i], k[i, :, :n], v[i, :, :n]) for i, n in enumerate(lengths.tolist())]
+    expected = torch.stack(
+        [
+            theirs(*row, visible(Tq, row[1].size(1), None, 0, row[1].size(1) - Tq), enable_gqa=True)
+            for row in rows
+        ]
+    )
+    for cache in (k, v):  # what lies beyond is never read
+        cache[0, :, 3:] = torch.nan
+        cache[2, :, 17:] = torch.nan
+    result, lse = seqkernels.decode_attention(q, k, v, lengths, return_lse=True)
+    assert_close(result, expected)
+    assert lse.shape == (3, 4, Tq)
+    by_token = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
+    assert_close(seqkernels.decode_attention(q, *by_token, lengths), expected)
+    table = torch.randperm(12).view(3, 4)
+    pages = [torch.full((12, 2, 10, 8), torch.nan) for _ in range(2)]
+    for page, cache in zip(pages, (k, v), strict=True):
+        page[table] = cache.unflatten(2, (4, 10)).transpose(1, 2)
+    assert_close(seqkernels.decode_attention(q, *pages, lengths, block_table=table), expected)
+    windowed = seqkernels.decode_attention(q, k, v, lengths, window=(4, None), softcap=5.0)
+    row = [t[2:, :, :17] for t in (k, v)]
+    mask = causal_lower_right(Tq, 17)
+    assert_close(windowed[2:], ours(q[2:], *row, mask, enable_gqa=True, window=(4, None), softcap=5.0))
+
+
+q, k, v = qkv(2, 4, 5, 8)
+tokens = [t[0].transpose(0, 1) for t in (q, k, v)]
+cu, lengths = torch.tensor([0, 2, 5]), torch.tensor([3, 5])
+packed = partial(seqkernels.varlen_attention, *tokens, max_q=5, max_k=5)
+decode = partial(seqkernels.decode_attention, q, k, v)
+BAD_EXTRAS = {
+    "a window of one": (lambda: ours(q, k, v, window=(1,)), r"window must be \(left, right\)"),
+    "a negative window": (lambda: ours(q, k, v, window=(-1, 0)), r"window must be .*got \(-1, 0\)"),
+    "no softcap": (lambda: ours(q, k, v, softcap=0.0), "softcap must be > 0 or None, got 0.0"),
+    "slopes": (lambda: ours(q, k, v, alibi_slopes=torch.rand(3)), r"alibi_slopes must be \[4\] or \[2, 4\]"),
+    "slopes with gradients": (
+        lambda: ours(q, k, v, alibi_slopes=torch.rand(4, requires_grad=True)),
+        "no gradient",
+    ),
+    "sinks": (
+        lambda: ours(q, k, v, sinks=torch.rand(2, 4)),
+        r"sinks must be \[4\], got torch.float32 \[2, 4\]",
+    ),
+    "sizes": (
+        lambda: ours(q, k[..., :7], v, softcap=1.0),
+        "differ in dtype, device or size: got torch.float32",
+    ),
+    "packed in four dims": (lambda: seqkernels.varlen_attention(q, k, v, cu, cu, 5, 5), "q, k and v must be"),
+    "packed heads": (
+        lambda: seqkernels.varlen_attention(tokens[0], tokens[1][:, :3], tokens[2][:, :3], cu, cu, 5, 5),
+        "one number of heads that divides q's",
+    ),
+    "float offsets": (lambda: packed(cu.float(), cu), r"must be integers \[S\+1\]"),
+    "offsets of two shapes": (lambda: packed(cu, cu[:2]), r"must be integers \[S\+1\]"),
+    "offsets that fall": (lambda: packed(torch.tensor([0, 6, 5]), cu), "to rise from 0 to the 5"),
+    "offsets that end too early": (lambda: packed(torch.tensor([0, 2, 4]), cu), "to rise from 0 to the 5"),
+    "offsets that end too late": (lambda: packed(cu, torch.tensor([0, 2, 6])), "to rise from 0 to the 5"),
+    "offsets below zero": (lambda: packed(torch.tensor([-1, 2, 5]), cu), "to rise from 0 to the 5"),
+    "no offsets": (lambda: packed(cu[:0], cu[:0]), "offsets|sequences"),
+    "lengths of one row": (lambda: decode(lengths[:1]), r"cache_seqlens must be integers \[2\]"),
+    "float lengths": (lambda: decode(lengths.float()), r"cache_seqlens must be integers \[2\]"),
+    "lengths beyond the cache": (lambda: decode(torch.tensor([3, 6])), "from 0 to the 5 keys, got 6"),
+    "lengths below zero": (lambda: decode(torch.tensor([-3, 5])), "from 0 to the 5 keys, got -3"),
+    "a cache of three dims": (lambda: seqkernels.decode_attention(q, k[0], v[0], lengths), "differ in dtype"),
+    "a cache of other rows": (
+        lambda: seqkernels.decode_attention(q, k[:1], v[:1], lengths),
+        "differ in dtype",
+    ),
+    "a table of one dim": (lambda: decode(lengths, block_table=lengths), r"block_table must be \[B,blocks\]"),
+    "pages that are not there": (
+        lambda: decode(lengths, block_table=torch.full((2, 1), 7)),
+        "out of (bounds|range)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_EXTRAS.values(), ids=BAD_EXTRAS)
+def test_bad_arguments_get_an_error(call, message):
+    with pytest.raises((ValueError, RuntimeError, IndexError), match=message):
+        call()
