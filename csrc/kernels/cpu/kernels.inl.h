@@ -6,6 +6,7 @@
 #include "gru.inl.h"
 #include "lstm.inl.h"
 #include "rnn.inl.h"
+#include "step_fwd.inl.h"
 
 // What the products of storage type S are made of, on registers only. 24 independent chains in AVX-512
 // registers (12 elsewhere), as many as a tile has accumulators: more than enough for two units of 4 cycles
@@ -84,7 +85,12 @@ static auto with_storage(DType dtype, const Fn& fn) {
 
 template <class Cell>
 static void fwd_entry(const typename Cell::FwdParams& p) {
-  with_storage(p.dtype, [&]<class S>() { layer_fwd<Cell, S>(p); });
+  with_storage(p.dtype, [&]<class S>() {
+    if (StepFwd<Cell, S>::fits(p))
+      StepFwd<Cell, S>(p).run();
+    else
+      layer_fwd<Cell, S>(p);
+  });
 }
 template <class Cell>
 static void bwd_entry(const typename Cell::BwdParams& p) {

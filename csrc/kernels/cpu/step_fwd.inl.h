@@ -1,0 +1,107 @@
+// One step of a few rows: a cell, or a layer that streams. Memory is the limit, each weight is used once per
+// row: they are read as torch keeps them, and threads take blocks of NR units in turn, so that nobody waits
+// for a thread that wakes up late (50 us and more, as long as 2 MB of weights take).
+#pragma once
+
+#include "layer_fwd.inl.h"
+
+template <class Cell, class S>
+struct StepFwd {
+  using T = Acc<S>;
+  using O = Operand<S>;
+  using Params = typename Cell::FwdParams;
+  static constexpr int G = Cell::kGates, W = kLanes<T>;
+  static constexpr int64_t kRows = 8;
+
+  static constexpr int kShares = 64;  // threads at most
+
+  const Params& p;
+  const int64_t blocks;  // of one direction
+  int shares = 1;
+  struct {
+    alignas(64) int64_t next;
+  } share[kShares];
+
+  explicit StepFwd(const Params& params) : p(params), blocks((p.H + NR<T> - 1) / NR<T>) {}
+
+  static bool fits(const Params& p) {
+    return p.T == 1 && p.B <= kRows && !p.packed && !p.batch_sizes && p.w[0].w_hr == nullptr;
+  }
+
+  // Each thread begins with a share that is the same in every call, because some of it may still be in its
+  // L2.
+  void run() {
+    shares = team_size(Sequence(p), G);
+    if (shares > kShares) shares = kShares;
+    for (int i = 0; i < shares; i++) share[i].next = first_block(i);
+    if (shares == 1 || p.parallel.run == nullptr) return take_blocks(0);
+    p.parallel.run(
+        p.parallel.ctx, shares,
+        [](void* arg, int64_t begin, int64_t) { static_cast<StepFwd*>(arg)->take_blocks(int(begin)); }, this);
+  }
+  int64_t first_block(int i) const { return p.D * blocks * i / shares; }
+  void take_blocks(int own) {
+    for (int n = 0, i = own; n < shares; n++, i = (i + 1) % shares)
+      for (int64_t at; (at = __atomic_fetch_add(&share[i].next, 1, __ATOMIC_RELAXED)) < first_block(i + 1);)
+        block(int(at / blocks), at % blocks);
+  }
+
+  void block(int d, int64_t j) const {
+    alignas(64) T C[kRows * G * NR<T>], Q[kRows * NR<T>], c[kRows * NR<T>];
+    alignas(64) O h_prev[kRows * NR<T>], h[kRows * NR<T>];
+    const int64_t u = j * NR<T>, units = p.H - u < NR<T> ? p.H - u : NR<T>;
+    const S* h0 = static_cast<const S*>(p.h0) + d * p.B * p.H;
+    for (int64_t b = 0; b < p.B; b++) {
+      products(d, u, units, static_cast<const S*>(p.x) + b * p.x_b, h0 + b * p.H, C + b * G * NR<T>,
+               Q + b * NR<T>);
+      copy_row(h0 + b * p.H + u, units, h_prev + b * NR<T>, NR<T>);
+      if constexpr (Cell::kCellState)
+        copy_row(static_cast<const S*>(p.c0) + (d * p.B + b) * p.H + u, units, c + b * NR<T>, NR<T>);
+    }
+    FwdTile<S> tile{};
+    tile.rows = p.B, tile.units = units, tile.H = p.H;
+    tile.C = C, tile.ldc = G * NR<T>, tile.gate = NR<T>;
+    tile.q = Q, tile.ldq = NR<T>;
+    tile.h_prev = h_prev, tile.h = h, tile.ldh_prev = tile.ldh = NR<T>;
+    tile.y = static_cast<S*>(p.y) + d * p.H + u, tile.ldy = p.D * p.H;
+    if (p.gates)
+      tile.gates = static_cast<S*>(p.gates) + d * Cell::kSaved * p.H + u,
+      tile.ldgates = p.D * Cell::kSaved * p.H;
+    if constexpr (Cell::kCellState) {
+      tile.c = c, tile.ldcell = NR<T>;
+      if (p.cells) tile.cells = static_cast<T*>(p.cells) + d * p.H + u, tile.ldcells = p.D * p.H;
+    }
+    if constexpr (Cell::kActivation) tile.relu = p.relu;
+    Cell::template fwd<S>(tile);
+    for (int64_t b = 0; b < p.B; b++) {
+      const int64_t to = (d * p.B + b) * p.H + u;
+      for (int64_t i = 0; i < units; i += W) {
+        const O* new_h = h + b * NR<T> + i;
+        if (p.hn) store(static_cast<S*>(p.hn) + to + i, load(new_h), units - i);
+        if constexpr (Cell::kCellState)
+          store(static_cast<S*>(p.cn) + to + i, load(c + b * NR<T> + i), units - i);
+      }
+    }
+  }
+
+  // C = x W_ih^T + h W_hh^T + biases of one row for units [u, u + units); Q keeps the split gate's W_hh h +
+  // b_hh.
+  void products(int d, int64_t u, int64_t units, const S* x, const S* h, T* C, T* Q) const {
+    const Weights<const void*>& w = p.w[d];
+    for (int g = 0; g < G; g++) {
+      for (int64_t i = 0; i < units; i += W) {
+        const int64_t row = g * p.H + u + i, left = units - i;
+        auto bias = [&](const void* b) { return b ? load(static_cast<const S*>(b) + row, left) : Vec<T>{}; };
+        Vec<T> sums[W] = {}, constant = bias(w.b_ih);
+        dot_rows(static_cast<const S*>(w.w_ih) + row * p.I, p.I, left, x, p.I, sums);
+        if (g == Cell::kSplitGate) {
+          store(C + g * NR<T> + i, constant + sum_lanes<T>(sums));
+          for (int r = 0; r < W; r++) sums[r] = Vec<T>{};
+          constant = Vec<T>{};
+        }
+        dot_rows(static_cast<const S*>(w.w_hh) + row * p.H, p.H, left, h, p.H, sums);
+        store((g == Cell::kSplitGate ? Q : C + g * NR<T>)+i, constant + bias(w.b_hh) + sum_lanes<T>(sums));
+      }
+    }
+  }
+};
