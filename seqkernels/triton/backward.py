@@ -1,10 +1,11 @@
 """Backward in two kernels, one for dK and dV by keys and one for dQ by queries, and a third for the mask.
 
-Each recomputes P = exp(S - LSE). Every gradient has one owner that adds in a fixed order: no atomics, the same bits
-every time, for two products more than a kernel that scatters dQ. With delta = rowsum(dO * O) - dLSE
+Each recomputes P = exp(S - LSE). Every gradient has one owner that adds in a fixed order: no atomics, the same
+bits every time, for two products more than a kernel that scatters dQ. With delta = rowsum(dO * O) - dLSE
 
     dS = P * (dP - delta),   dP = dO Vᵀ,   dQ = scale dS K,   dK = scale dSᵀ Q,   dV = Pᵀ dO
 """
+# ruff: noqa: RUF005 (Triton knows no starred expressions)
 
 import triton
 import triton.language as tl
@@ -12,54 +13,91 @@ import triton.language as tl
 from .common import (
     INF,
     LOG2E,
+    Keys,
     add_product,
     dot_rows,
-    dropout_rule,
+    head_of,
     kept,
     key_range,
+    load_keys,
     load_rows,
-    logit_rule,
     logits,
     scale_rows,
     sequence,
     store_rows,
+    wide,
     zero_rows,
 )
 from .forward import RUNTIME
 
+GRADIENT = [*RUNTIME, "dout_b", "dout_h", "dout_t", "dscale", "Tp"]
+PAD = tl.constexpr(128)  # no tile has more queries
+WIDTH = tl.constexpr(8)  # of the rows of statistics: LSE, delta, and zeros
 
-@triton.jit(do_not_specialize=["rows", "heads", "Tq", "dout_b", "dout_h", "dout_t"])
-def attention_delta(
-    Out, DOut, DLse, Delta, dout_b: tl.int64, dout_h: tl.int64, dout_t: tl.int64, rows: tl.int64, heads, Tq,
-    DV: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, DLSE: tl.constexpr,
+
+@triton.jit
+def statistics_row(b, row, h, heads, first_q, Tp, F: tl.constexpr):
+    """Where the statistics of a head's queries begin: at a multiple of PAD, so that tiles of keys load whole
+    blocks of them without a comparison, which would cost them more registers than they have."""
+    at = (row * heads + h) * Tp
+    if F.VARLEN:
+        at += (first_q + b * PAD) // PAD * PAD
+    return at
+
+
+@triton.jit
+def load_statistics(statistics, i):
+    """LSE and delta of queries i. Loads of fewer numbers than threads are made by every thread for itself, in the
+    layout of the scores, with an address for each number; these rows of WIDTH go through shared memory."""
+    c = tl.arange(0, WIDTH)[None, :]
+    x = tl.load(statistics + i[:, None] * WIDTH + c)
+    return tl.sum(tl.where(c == 0, x, 0.0), 1), tl.sum(tl.where(c == 1, x, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["heads", "Tq", "Tp", "tiles", "dout_b", "dout_h", "dout_t"])
+def attention_statistics(
+    Out, DOut, OutLse, DLse, CuQ, Statistics,
+    dout_b: tl.int64, dout_h: tl.int64, dout_t, heads, Tq, Tp: tl.int64, tiles,
+    F: tl.constexpr, BM: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, heads, Tq] from out [B, Tq, heads, DV] and the gradients of out and LSE."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [B, Tq, heads]
-    d = tl.arange(0, WIDTH)
-    h, t, b = row % heads, row // heads % Tq, row // heads // Tq
-    mask = (row < rows)[:, None] & (d < DV)[None, :]
-    at = (b * dout_b + h * dout_h + t * dout_t) * ALIGN
-    out = tl.load(Out + row[:, None] * DV + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(DOut + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    lse_row = (b * heads + h) * Tq + t
+    """Lse in units of log 2 and delta = rowsum(dO * O) - dLSE, padded; of queries that see no key or are not there
+    Lse is +inf, so that their P is 0."""
+    pid = tl.program_id(0)
+    i = pid % tiles * BM + tl.arange(0, BM)
+    pid = pid // tiles
+    b, h = pid // heads, pid % heads
+    row, first_q, _, see = sequence(b, Tq, 0, CuQ, CuQ, CuQ, 0, 0, F)
+    if pid % tiles * BM >= tl.cdiv(see.len_q, PAD) * PAD:
+        return
+    ok = i < see.len_q
+    t = first_q + i
+    dout_at = row * dout_b * F.ALIGN + h * (dout_h * F.ALIGN) + t * (dout_t * F.ALIGN)
+    dout = load_rows(DOut, dout_at, ok, F, True)
+    out = load_rows(Out, ((row * Tq + t) * heads + h) * F.DV, ok, F, True)
+    delta = tl.zeros([BM], tl.float32)
+    for c in tl.static_range(len(out)):
+        delta += tl.sum(out[c].to(tl.float32) * dout[c].to(tl.float32), 1)
+    at = (row * heads + h) * Tq + t
     if DLSE:
-        delta -= tl.load(DLse + lse_row, mask=row < rows, other=0.0)
-    tl.store(Delta + lse_row, delta, mask=row < rows)
+        delta -= tl.load(DLse + at, mask=ok, other=0.0)
+    lse = tl.load(OutLse + at, mask=ok, other=-INF)
+    to = statistics_row(b, row, h, heads, first_q, Tp, F) + i
+    tl.store(Statistics + to * WIDTH, tl.where(lse == -INF, INF, lse * LOG2E))
+    tl.store(Statistics + to * WIDTH + 1, delta)
 
 
 @triton.jit
 def weight_and_gradient(
-    s, dp, i, j, lse, delta, keep, see, rule, drop, F: tl.constexpr, BOUND: tl.constexpr
+    s, dp, i, j, cut, lse, delta, keep, head, F: tl.constexpr
 ):  # fmt: skip
-    """Pᵈ = P after dropout, dS, and the gradient of scale * q·k, in front of the softcap."""
-    s, cap = logits(s, i, j, see, rule, F, BOUND, True)
+    """P after dropout, dS, and the gradient of scale * q·k, which is dS in front of the softcap."""
+    s, cap = logits(s, i, j, cut, head, F, True)
     p = tl.exp2(s - lse)
     if F.DROPOUT:
-        dp = tl.where(keep, dp * drop.factor, 0.0)
+        dp = tl.where(keep, dp * head.dropout.factor, 0.0)
     ds = p * (dp - delta)
     if F.DROPOUT:
-        p = tl.where(keep, p * drop.factor, 0.0)
+        p = tl.where(keep, p * head.dropout.factor, 0.0)
     dqk = ds
     if F.SOFTCAP:
         dqk = ds * (1.0 - cap * cap)
@@ -67,57 +105,32 @@ def weight_and_gradient(
 
 
 @triton.jit
-def load_statistics(Lse, Delta, at, ok):
-    """LSE in units of log 2, +inf (so that P = 0) for queries that see no key or are not there; delta."""
-    lse = tl.load(Lse + at, mask=ok, other=-INF)
-    return tl.where(lse == -INF, INF, lse * LOG2E), tl.load(Delta + at, mask=ok, other=0.0)
+def zero_unless(ok, rows):
+    clean = ()
+    for c in tl.static_range(len(rows)):
+        clean = clean + (tl.where(ok[:, None], rows[c], 0.0),)
+    return clean
 
 
-@triton.jit
-def walk_queries(
-    dk, dv, k, v, Q, DOut, Lse, Delta, q_t, dout_t, lo, hi, j0, j, see, rule, drop, bh,
-    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUND: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one tile of keys from queries [lo, hi) of one head. Tiles are [keys, queries]."""
-    rows = tl.arange(0, BM)
-    for i0 in tl.range(lo, hi, BM):
-        i = i0 + rows
-        ok = i < see.len_q
-        q = load_rows(Q + i0 * q_t, rows * q_t, ok, F.D, F.QK, True, F.UPCAST)
-        dout = load_rows(DOut + i0 * dout_t, rows * dout_t, ok, F.DV, F.PV, True, F.UPCAST)
-        lse, delta = load_statistics(Lse, Delta, i, ok)
-        keep = True
-        if F.DROPOUT:
-            keep = tl.trans(kept(i, j0, bh, drop, BN))
-        s = dot_rows(k, q, F.PRECISION)
-        dp = dot_rows(v, dout, F.PRECISION)
-        p, _, dqk = weight_and_gradient(
-            s, dp, i[None, :], j[:, None], lse[None, :], delta[None, :], keep, see, rule, drop, F, BOUND
-        )
-        dv = add_product(dv, p, dout, F.PRECISION)
-        dk = add_product(dk, dqk, q, F.PRECISION)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=[*RUNTIME, "dscale", "dout_b", "dout_h", "dout_t", "tiles", "splits", "part"])
+@triton.jit(do_not_specialize=[*GRADIENT, "tiles", "splits", "part"])
 def attention_dkdv(
     Q, K, V, Mask, CuQ, CuK, LenK, Alibi, Sinks, Rng,
-    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
-    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64,
+    q_b: tl.int64, q_h: tl.int64, q_t, k_b: tl.int64, k_h: tl.int64, k_t,
+    v_b: tl.int64, v_h: tl.int64, v_t,
     mask_b: tl.int64, mask_h: tl.int64, mask_q: tl.int64, mask_k: tl.int64, alibi_b: tl.int64,
     heads, group, Tq, Tk, left, right, scale, softcap, threshold: tl.int64, factor,
-    DOut, Lse, Delta, dout_b: tl.int64, dout_h: tl.int64, dout_t: tl.int64, dscale,
+    DOut, Statistics, dout_b: tl.int64, dout_h: tl.int64, dout_t, dscale, Tp: tl.int64,
     DK, DV, tiles, splits, part: tl.int64,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of keys of one key head and walks the queries of heads / splits of its group.
+    """A program owns a tile of keys of one key head and walks the queries of group / splits heads.
 
-    The parts of several splits lie `part` rows [B, Tk, key heads] apart and are added afterwards.
+    The parts of two splits lie `part` rows [B, Tk, key heads] apart and are added afterwards.
     """
     pid = tl.program_id(0)
     split = pid % splits
     pid = pid // splits
-    tile = pid % tiles
+    j0 = pid % tiles * BN
     pid = pid // tiles
     key_heads = heads // group
     b, key_head = pid // key_heads, pid % key_heads
@@ -127,110 +140,81 @@ def attention_dkdv(
     dout_b, dout_h, dout_t = dout_b * F.ALIGN, dout_h * F.ALIGN, dout_t * F.ALIGN
 
     row, first_q, first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
-    there = Tk  # rows of dK and dV to write, those behind len_k with zeros
+    there = Tk  # rows of dK and dV to write; those behind len_k get zeros
     if F.VARLEN:
         there = see.len_k
-    j0 = tile * BN
     if j0 >= there:
         return
     j = j0 + tl.arange(0, BN)
     ok = j < see.len_k
     t = first_k + j
-    k = load_rows(K, row * k_b + key_head * k_h + t * k_t, ok, F.D, F.QK, True, F.UPCAST)
-    v = load_rows(V, row * v_b + key_head * v_h + t * v_t, ok, F.DV, F.PV, True, F.UPCAST)
+    k = load_rows(K, row * k_b + key_head * k_h + t * k_t, ok, F, False)
+    v = load_rows(V, row * v_b + key_head * v_h + t * v_t, ok, F, True)
 
-    # Queries [lo, hi) see some key of the tile, blocks within [full_lo, full_hi) all of them.
+    # Queries [lo, hi) see some key of the tile, blocks of [full_lo, full_hi) see all of them.
     lo, hi = 0, see.len_q
     full_lo, full_hi = 0, see.len_q
     if F.RIGHT:
         lo = tl.maximum(j0 - see.offset - see.right, 0)
-        full_lo = tl.maximum(j0 + BN - 1 - see.offset - see.right, 0)
+        full_lo = j0 + BN - 1 - see.offset - see.right
     if F.LEFT:
         hi = tl.minimum(hi, j0 + BN + see.left - see.offset)
-        full_hi = tl.maximum(tl.minimum(hi, j0 + see.left - see.offset + 1), 0) // BM * BM
+        full_hi = j0 + see.left - see.offset + 1
     hi = tl.where(j0 < see.len_k, tl.maximum(hi, 0), 0)
     lo = tl.minimum(lo, hi) // BM * BM
-    full_lo = tl.minimum(tl.cdiv(full_lo, BM) * BM, hi)
-    if F.MASK:  # a mask must be read within its bounds
-        full_lo = tl.where(j0 + BN > see.len_k, hi, full_lo)
-        full_hi = full_hi // BM * BM
-    full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
 
-    dk = zero_rows(BN, F.QK)
-    dv = zero_rows(BN, F.PV)
-    drop = dropout_rule(Rng, threshold, factor, F)
+    dk = zero_rows(BN, F, False)
+    dv = zero_rows(BN, F, True)
     share = group // splits
     for g in tl.range(split * share, split * share + share):
         h = key_head * group + g
-        bh = b * heads + h
-        rule = logit_rule(b, h, Mask, Alibi, mask_b, mask_h, mask_q, mask_k, alibi_b, scale, softcap, F)
+        head = head_of(
+            b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
+            scale, softcap, threshold, factor, F,
+        )  # fmt: skip
         Qh = Q + row * q_b + h * q_h + first_q * q_t
         DOh = DOut + row * dout_b + h * dout_h + first_q * dout_t
-        at = (row * heads + h) * Tq + first_q
-        if F.RIGHT or F.MASK:
-            dk, dv = walk_queries(
-                dk, dv, k, v, Qh, DOh, Lse + at, Delta + at, q_t, dout_t, lo, full_lo, j0, j, see, rule, drop, bh,
-                F, BM, BN, True,
-            )  # fmt: skip
-        dk, dv = walk_queries(
-            dk, dv, k, v, Qh, DOh, Lse + at, Delta + at, q_t, dout_t, full_lo, full_hi, j0, j, see, rule, drop, bh,
-            F, BM, BN, False,
-        )  # fmt: skip
-        if F.LEFT or F.MASK:
-            dk, dv = walk_queries(
-                dk, dv, k, v, Qh, DOh, Lse + at, Delta + at, q_t, dout_t, full_hi, hi, j0, j, see, rule, drop, bh,
-                F, BM, BN, True,
-            )  # fmt: skip
+        statistics = Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH
+        r = tl.arange(0, BM)
+        for i0 in tl.range(lo, hi, BM):  # blocks of scores are [keys, queries]
+            i = i0 + r
+            present = i < see.len_q
+            q = load_rows(Qh + wide(i0) * q_t, r * q_t, present, F, False)
+            dout = load_rows(DOh + wide(i0) * dout_t, r * dout_t, present, F, True)
+            lse, delta = load_statistics(statistics, i)
+            keep = True
+            if F.DROPOUT:
+                keep = tl.trans(kept(i, j0, head, BN))
+            s = dot_rows(k, q, F)
+            dp = dot_rows(v, dout, F)
+            cut = False
+            if F.RIGHT or F.LEFT:
+                cut = (i0 < full_lo) | (i0 + BM > full_hi)
+            p, ds, dqk = weight_and_gradient(
+                s, dp, i[None, :], j[:, None], cut, lse[None, :], delta[None, :], keep, head, F
+            )
+            dv = add_product(dv, p, dout, F)
+            dk = add_product(dk, dqk, q, F)
+    # Behind the last key exp(0 - LSE) may have been infinite.
     to = (row * Tk + t) * key_heads + key_head + split * part
-    store_rows(DK, to * F.D, j < there, zero_where_not(ok, scale_rows(dk, dscale)), F.D, F.QK)
-    store_rows(DV, to * F.DV, j < there, zero_where_not(ok, dv), F.DV, F.PV)
+    store_rows(DK, to * F.D, j < there, zero_unless(ok, scale_rows(dk, dscale)), F, False)
+    store_rows(DV, to * F.DV, j < there, zero_unless(ok, dv), F, True)
 
 
-@triton.jit
-def zero_where_not(ok, rows):
-    """Products with the zeros behind the last key may be infinite."""
-    clean = ()
-    for c in tl.static_range(len(rows)):
-        clean = clean + (tl.where(ok[:, None], rows[c], 0.0),)
-    return clean
-
-
-@triton.jit
-def walk_keys(
-    dq, q, dout, K, V, k_t, v_t, lse, delta, lo, hi, i, see, rule, drop, bh,
-    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUND: tl.constexpr,
-):  # fmt: skip
-    rows = tl.arange(0, BN)
-    for j0 in tl.range(lo, hi, BN):
-        j = j0 + rows
-        k = load_rows(K + j0 * k_t, rows * k_t, j < see.len_k, F.D, F.QK, BOUND, F.UPCAST)
-        v = load_rows(V + j0 * v_t, rows * v_t, j < see.len_k, F.DV, F.PV, BOUND, F.UPCAST)
-        keep = True
-        if F.DROPOUT:
-            keep = kept(i, j0, bh, drop, BN)
-        s = dot_rows(q, k, F.PRECISION)
-        dp = dot_rows(dout, v, F.PRECISION)
-        _, _, dqk = weight_and_gradient(
-            s, dp, i[:, None], j[None, :], lse[:, None], delta[:, None], keep, see, rule, drop, F, BOUND
-        )
-        dq = add_product(dq, dqk, k, F.PRECISION)
-    return dq
-
-
-@triton.jit(do_not_specialize=[*RUNTIME, "dscale", "dout_b", "dout_h", "dout_t", "tiles"])
+@triton.jit(do_not_specialize=[*GRADIENT, "tiles"])
 def attention_dq(
     Q, K, V, Mask, CuQ, CuK, LenK, Alibi, Sinks, Rng,
-    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
-    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64,
+    q_b: tl.int64, q_h: tl.int64, q_t, k_b: tl.int64, k_h: tl.int64, k_t,
+    v_b: tl.int64, v_h: tl.int64, v_t,
     mask_b: tl.int64, mask_h: tl.int64, mask_q: tl.int64, mask_k: tl.int64, alibi_b: tl.int64,
     heads, group, Tq, Tk, left, right, scale, softcap, threshold: tl.int64, factor,
-    DOut, Lse, Delta, dout_b: tl.int64, dout_h: tl.int64, dout_t: tl.int64, dscale,
+    DOut, Statistics, dout_b: tl.int64, dout_h: tl.int64, dout_t, dscale, Tp: tl.int64,
     DQ, tiles,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of queries and walks the keys they see, as forward does."""
     pid = tl.program_id(0)
-    tile = tiles - 1 - pid % tiles
+    i_first = (tiles - 1 - pid % tiles) * BM
     pid = pid // tiles
     b, h = pid // heads, pid % heads
     key_head = h // group
@@ -240,56 +224,55 @@ def attention_dq(
     dout_b, dout_h, dout_t = dout_b * F.ALIGN, dout_h * F.ALIGN, dout_t * F.ALIGN
 
     row, first_q, first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
-    i_first = tile * BM
     if i_first >= see.len_q:
         return
     i = i_first + tl.arange(0, BM)
     ok = i < see.len_q
     t = first_q + i
-    q = load_rows(Q, row * q_b + h * q_h + t * q_t, ok, F.D, F.QK, True, F.UPCAST)
-    dout = load_rows(DOut, row * dout_b + h * dout_h + t * dout_t, ok, F.DV, F.PV, True, F.UPCAST)
-    at = (row * heads + h) * Tq + t
-    lse, delta = load_statistics(Lse, Delta, at, ok)
-    K += row * k_b + key_head * k_h + first_k * k_t
-    V += row * v_b + key_head * v_h + first_k * v_t
-    rule = logit_rule(b, h, Mask, Alibi, mask_b, mask_h, mask_q, mask_k, alibi_b, scale, softcap, F)
-    drop = dropout_rule(Rng, threshold, factor, F)
-    bh = b * heads + h
+    q = load_rows(Q, row * q_b + h * q_h + t * q_t, ok, F, False)
+    dout = load_rows(DOut, row * dout_b + h * dout_h + t * dout_t, ok, F, True)
+    lse, delta = load_statistics(Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH, i)
+    head = head_of(
+        b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
+        scale, softcap, threshold, factor, F,
+    )  # fmt: skip
+    keys = Keys(
+        K + row * k_b + key_head * k_h + first_k * k_t, V + row * v_b + key_head * v_h + first_k * v_t,
+        k_t, v_t, k_b, v_b, K,
+    )  # fmt: skip
 
-    dq = zero_rows(BM, F.QK)
+    dq = zero_rows(BM, F, False)
     i_last = tl.minimum(i_first + BM, see.len_q) - 1
-    lo, hi, full_lo, full_hi = key_range(i_first, i_last, see, BN, F)
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
-    full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
-    if F.LEFT:
-        dq = walk_keys(
-            dq, q, dout, K, V, k_t, v_t, lse, delta, lo, full_lo, i, see, rule, drop, bh, F, BM, BN, True
+    lo, hi, full_lo, full_hi = key_range(i_first, i_last, 0, 1, see, F, BN)
+    for j0 in tl.range(lo, hi, BN):
+        k, v = load_keys(keys, j0, see, F, BN)
+        j = j0 + tl.arange(0, BN)
+        keep = True
+        if F.DROPOUT:
+            keep = kept(i, j0, head, BN)
+        s = dot_rows(q, k, F)
+        dp = dot_rows(dout, v, F)
+        cut = (j0 < full_lo) | (j0 + BN > full_hi)
+        p, ds, dqk = weight_and_gradient(
+            s, dp, i[:, None], j[None, :], cut, lse[:, None], delta[:, None], keep, head, F
         )
-    dq = walk_keys(
-        dq, q, dout, K, V, k_t, v_t, lse, delta, full_lo, full_hi, i, see, rule, drop, bh, F, BM, BN, False
-    )
-    dq = walk_keys(
-        dq, q, dout, K, V, k_t, v_t, lse, delta, full_hi, hi, i, see, rule, drop, bh, F, BM, BN, True
-    )
-    store_rows(DQ, ((row * Tq + t) * heads + h) * F.D, ok, scale_rows(dq, dscale), F.D, F.QK)
+        dq = add_product(dq, dqk, k, F)
+    store_rows(DQ, ((row * Tq + t) * heads + h) * F.D, ok, scale_rows(dq, dscale), F, False)
 
 
-@triton.jit(
-    do_not_specialize=[*RUNTIME, "dout_b", "dout_h", "dout_t", "mask_batches", "mask_heads", "rows", "cols"]
-    + ["batches", "sum_b", "sum_h"]
-)
+@triton.jit(do_not_specialize=[*GRADIENT, "mask_heads", "sum_b", "sum_h", "rows", "cols"])
 def attention_dmask(
     Q, K, V, Mask, CuQ, CuK, LenK, Alibi, Sinks, Rng,
-    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
-    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64,
+    q_b: tl.int64, q_h: tl.int64, q_t, k_b: tl.int64, k_h: tl.int64, k_t,
+    v_b: tl.int64, v_h: tl.int64, v_t,
     mask_b: tl.int64, mask_h: tl.int64, mask_q: tl.int64, mask_k: tl.int64, alibi_b: tl.int64,
     heads, group, Tq, Tk, left, right, scale, softcap, threshold: tl.int64, factor,
-    DOut, Lse, Delta, dout_b: tl.int64, dout_h: tl.int64, dout_t: tl.int64,
+    DOut, Statistics, dout_b: tl.int64, dout_h: tl.int64, dout_t, dscale, Tp: tl.int64,
     DMask, mask_heads, sum_b, sum_h, rows, cols,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of the mask [mask_b, mask_heads, rows, cols] and walks all that is broadcast over it:
-    sum_b sequences and sum_h heads, and with SUM_Q or SUM_K all tiles of queries or keys."""
+    """A program owns a tile of the mask [*, mask_heads, rows, cols] and walks all that it is broadcast over:
+    sum_b sequences and sum_h heads, and with SUM_Q or SUM_K all tiles of queries or keys. Dense only."""
     pid = tl.program_id(0)
     tiles_k, tiles_q = tl.cdiv(Tk, BN), tl.cdiv(Tq, BM)
     own_k = 1 if SUM_K else tiles_k
@@ -304,7 +287,6 @@ def attention_dmask(
     k_b, k_h, k_t = k_b * F.ALIGN, k_h * F.ALIGN, k_t * F.ALIGN
     v_b, v_h, v_t = v_b * F.ALIGN, v_h * F.ALIGN, v_t * F.ALIGN
     dout_b, dout_h, dout_t = dout_b * F.ALIGN, dout_h * F.ALIGN, dout_t * F.ALIGN
-    drop = dropout_rule(Rng, threshold, factor, F)
 
     total = tl.zeros([BM, BN], tl.float32)
     for n in tl.range(0, sum_b * sum_h * walk_q * walk_k):
@@ -313,21 +295,24 @@ def attention_dmask(
         i = (tile_q + n // walk_k % walk_q) * BM + tl.arange(0, BM)
         j0 = (tile_k + n % walk_k) * BN
         j = j0 + tl.arange(0, BN)
-        row, _, _, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
+        row, first_q, first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
         ok, there = i < see.len_q, j < see.len_k
-        q = load_rows(Q, row * q_b + h * q_h + i * q_t, ok, F.D, F.QK, True, F.UPCAST)
-        dout = load_rows(DOut, row * dout_b + h * dout_h + i * dout_t, ok, F.DV, F.PV, True, F.UPCAST)
-        k = load_rows(K, row * k_b + h // group * k_h + j * k_t, there, F.D, F.QK, True, F.UPCAST)
-        v = load_rows(V, row * v_b + h // group * v_h + j * v_t, there, F.DV, F.PV, True, F.UPCAST)
-        lse, delta = load_statistics(Lse, Delta, (row * heads + h) * Tq + i, ok)
-        rule = logit_rule(b, h, Mask, Alibi, mask_b, mask_h, mask_q, mask_k, alibi_b, scale, softcap, F)
+        q = load_rows(Q, row * q_b + h * q_h + i * q_t, ok, F, False)
+        dout = load_rows(DOut, row * dout_b + h * dout_h + i * dout_t, ok, F, True)
+        k = load_rows(K, row * k_b + h // group * k_h + j * k_t, there, F, False)
+        v = load_rows(V, row * v_b + h // group * v_h + j * v_t, there, F, True)
+        lse, delta = load_statistics(Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH, i)
+        head = head_of(
+            b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
+            scale, softcap, threshold, factor, F,
+        )  # fmt: skip
         keep = True
         if F.DROPOUT:
-            keep = kept(i, j0, b * heads + h, drop, BN)
-        s = dot_rows(q, k, F.PRECISION)
-        dp = dot_rows(dout, v, F.PRECISION)
-        _, ds, _ = weight_and_gradient(
-            s, dp, i[:, None], j[None, :], lse[:, None], delta[:, None], keep, see, rule, drop, F, True
+            keep = kept(i, j0, head, BN)
+        s = dot_rows(q, k, F)
+        dp = dot_rows(dout, v, F)
+        p, ds, dqk = weight_and_gradient(
+            s, dp, i[:, None], j[None, :], True, lse[:, None], delta[:, None], keep, head, F
         )
         total += ds
 

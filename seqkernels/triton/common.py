@@ -1,8 +1,9 @@
 """What the kernels share: which keys a query sees, how q·k becomes a logit, rows of any head dim, dropout.
 
-A head dim is a sum of powers of two (80 = 64 + 16) and a row is a tuple of blocks, one for each of them, so that
-nothing is padded to the next power of two. Logits are in units of log 2, because the hardware has exp2 and not exp.
+A head dim is a sum of powers of two (80 = 64 + 16) and rows are a tuple of blocks, one for each of them, so
+that nothing is padded to the next power of two. Logits are in units of log 2: the hardware has exp2, not exp.
 """
+# ruff: noqa: RUF005 (Triton knows no starred expressions)
 
 from typing import NamedTuple
 
@@ -12,22 +13,20 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BOOL, FLOAT = tl.constexpr(1), tl.constexpr(2)  # kinds of masks
 
 
 class Features(NamedTuple):
     """What is compiled into a kernel. Everything else, lengths above all, is read at run time."""
 
-    D: int  # features of queries and keys, and of values
-    DV: int
-    QK: tuple[int, ...]  # the same as sums of powers of two
-    PV: tuple[int, ...]
+    D: int  # features of queries and keys
+    DV: int  # features of values
     LEFT: bool = False
     RIGHT: bool = False
     BOTTOM_RIGHT: bool = False
     VARLEN: bool = False
     LEN_K: bool = False
-    MASK: int = 0  # NO_MASK, BOOL_MASK, FLOAT_MASK
+    MASK: int = 0  # BOOL, FLOAT, or 0: none
     MASK_UNIT: bool = False  # the mask's keys lie side by side
     ALIBI: bool = False
     SOFTCAP: bool = False
@@ -36,6 +35,7 @@ class Features(NamedTuple):
     PACK: bool = (
         False  # a tile holds rows (query, head of the group): few queries, many heads on one key head
     )
+    FOLD: bool = False  # a logit is q·k times a positive scale, which goes into the multiply-add of exp2
     SPLIT: bool = False  # several programs share the keys of a tile
     PAGE: int = 0  # keys lie in pages of so many rows, found through a table
     ALIGN: int = 1  # divides the strides of q, k, v, dout; they are passed divided by it
@@ -74,54 +74,88 @@ class Dropout(NamedTuple):
     factor: tl.tensor
 
 
-@triton.constexpr_function
-def width(chunks, c):
-    return chunks[c]
+class Keys(NamedTuple):
+    """Keys and values of one head: pointers to the first row, strides of rows and pages, numbers of the pages."""
+
+    k: tl.tensor
+    v: tl.tensor
+    k_t: tl.tensor
+    v_t: tl.tensor
+    k_page: tl.tensor
+    v_page: tl.tensor
+    pages: tl.tensor
+
+
+class Head(NamedTuple):
+    """All that decides about the weight of query i and key j but the product itself."""
+
+    see: Sight
+    logit: Logit
+    dropout: Dropout
+    bh: tl.tensor  # batch * heads + head, by which dropout tells heads apart
 
 
 @triton.constexpr_function
-def start(chunks, c):
-    return sum(chunks[:c])
+def powers_of_two(dim: int) -> tuple[int, ...]:
+    """112 -> (64, 32, 16). At most three, each at least 16, as tl.dot wants: 72 -> (64, 16), 240 -> (256,)."""
+    sixteens = -(-dim // 16)
+    while sixteens.bit_count() > 3:
+        sixteens += sixteens & -sixteens
+    return tuple(16 << bit for bit in reversed(range(sixteens.bit_length())) if sixteens >> bit & 1)
+
+
+@triton.constexpr_function
+def blocks(dim):
+    return len(powers_of_two(dim))
+
+
+@triton.constexpr_function
+def width(dim, c):
+    return powers_of_two(dim)[c]
+
+
+@triton.constexpr_function
+def start(dim, c):
+    return sum(powers_of_two(dim)[:c])
 
 
 @triton.jit
-def load_rows(
-    base, offsets, ok, D: tl.constexpr, CHUNKS: tl.constexpr, CHECK: tl.constexpr, UPCAST: tl.constexpr
-):
-    """Rows that begin at base + offsets; zeros for rows that are not ok, which only CHECK looks at."""
+def wide(n):
+    return tl.zeros([], tl.int64) + n  # a loop counter is a plain int under the interpreter
+
+
+@triton.jit
+def load_rows(base, offsets, ok, F: tl.constexpr, VALUES: tl.constexpr):
+    """Rows that begin at base + offsets; zeros for rows that are not ok."""
+    DIM: tl.constexpr = F.DV if VALUES else F.D
     rows = ()
-    for c in tl.static_range(len(CHUNKS)):
-        cols = start(CHUNKS, c) + tl.arange(0, width(CHUNKS, c))
-        pointers = base + offsets[:, None] + cols[None, :]
-        if start(CHUNKS, c) + width(CHUNKS, c) > D:
-            ragged = (cols < D)[None, :]
-            if CHECK:
-                ragged = ragged & ok[:, None]
-            x = tl.load(pointers, mask=ragged, other=0.0)
-        elif CHECK:
-            x = tl.load(pointers, mask=ok[:, None], other=0.0)
-        else:
-            x = tl.load(pointers)
-        if UPCAST:
+    for c in tl.static_range(blocks(DIM)):
+        cols = start(DIM, c) + tl.arange(0, width(DIM, c))
+        mask = ok[:, None]
+        if start(DIM, c) + width(DIM, c) > DIM:
+            mask = mask & (cols < DIM)[None, :]
+        x = tl.load(base + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
+        if F.UPCAST:
             x = x.to(tl.float32)
         rows = rows + (x,)
     return rows
 
 
 @triton.jit
-def store_rows(base, offsets, ok, rows, D: tl.constexpr, CHUNKS: tl.constexpr):
-    for c in tl.static_range(len(CHUNKS)):
-        cols = start(CHUNKS, c) + tl.arange(0, width(CHUNKS, c))
-        mask = ok[:, None] & (cols < D)[None, :]
-        x = rows[c].to(base.dtype.element_ty)
-        tl.store(base + offsets[:, None] + cols[None, :], x, mask=mask)
+def store_rows(base, offsets, ok, rows, F: tl.constexpr, VALUES: tl.constexpr):
+    DIM: tl.constexpr = F.DV if VALUES else F.D
+    for c in tl.static_range(blocks(DIM)):
+        cols = start(DIM, c) + tl.arange(0, width(DIM, c))
+        mask = ok[:, None] & (cols < DIM)[None, :]
+        tl.store(base + offsets[:, None] + cols[None, :], rows[c].to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def zero_rows(N: tl.constexpr, CHUNKS: tl.constexpr):
+def zero_rows(N: tl.constexpr, F: tl.constexpr, VALUES: tl.constexpr):
+    DIM: tl.constexpr = F.DV if VALUES else F.D
     rows = ()
-    for c in tl.static_range(len(CHUNKS)):
-        rows = rows + (tl.zeros([N, width(CHUNKS, c)], tl.float32),)
+    for c in tl.static_range(blocks(DIM)):
+        rows = rows + (tl.zeros([N, width(DIM, c)], tl.float32),)
     return rows
 
 
@@ -135,20 +169,36 @@ def scale_rows(rows, factor):
 
 
 @triton.jit
-def dot_rows(a, b, PRECISION: tl.constexpr):
+def load_keys(keys, j0, see, F: tl.constexpr, BN: tl.constexpr):
+    """k [BN, D] and v [BN, DV] from row j0 on."""
+    r = tl.arange(0, BN)
+    ok = j0 + r < see.len_k
+    if F.PAGE:
+        page = tl.load(keys.pages + (j0 + r) // F.PAGE, mask=ok, other=0).to(tl.int64)
+        slot = (j0 + r) % F.PAGE
+        k = load_rows(keys.k, page * keys.k_page + slot * keys.k_t, ok, F, False)
+        v = load_rows(keys.v, page * keys.v_page + slot * keys.v_t, ok, F, True)
+    else:
+        k = load_rows(keys.k + wide(j0) * keys.k_t, r * keys.k_t, ok, F, False)
+        v = load_rows(keys.v + wide(j0) * keys.v_t, r * keys.v_t, ok, F, True)
+    return k, v
+
+
+@triton.jit
+def dot_rows(a, b, F: tl.constexpr):
     """a [M, D], b [N, D] -> a bᵀ [M, N]"""
-    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=F.PRECISION)
     for c in tl.static_range(1, len(a)):
-        s = tl.dot(a[c], tl.trans(b[c]), s, input_precision=PRECISION)
+        s = tl.dot(a[c], tl.trans(b[c]), s, input_precision=F.PRECISION)
     return s
 
 
 @triton.jit
-def add_product(acc, p, rows, PRECISION: tl.constexpr):
+def add_product(acc, p, rows, F: tl.constexpr):
     """acc + p rows: acc [M, D], p [M, N], rows [N, D]"""
     total = ()
     for c in tl.static_range(len(acc)):
-        total = total + (tl.dot(p.to(rows[c].dtype), rows[c], acc[c], input_precision=PRECISION),)
+        total = total + (tl.dot(p.to(rows[c].dtype), rows[c], acc[c], input_precision=F.PRECISION),)
     return total
 
 
@@ -174,23 +224,31 @@ def sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F: tl.constexpr):
 
 
 @triton.jit
-def logit_rule(b, h, Mask, Alibi, mask_b, mask_h, mask_q, mask_k, alibi_b, scale, softcap, F: tl.constexpr):
-    """h: a number, or a column [M, 1] of heads."""
-    slope = 0.0
+def head_of(
+    b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b, scale, softcap, threshold, factor,
+    F: tl.constexpr,
+):  # fmt: skip
+    """h: a number, or [M] heads, one for each row of a tile."""
+    bh = b * heads + h
+    slope, mask, seed, offset = 0.0, 0, 0, 0
     if F.ALIBI:
         slope = tl.load(Alibi + b * alibi_b + h) * LOG2E
-    mask = Mask
-    if F.MASK != NO_MASK:
+    if F.MASK:
         mask = Mask + b * mask_b * F.MASK_ALIGN + h * (mask_h * F.MASK_ALIGN)
-    return Logit(scale, softcap, slope, mask, mask_q * F.MASK_ALIGN, mask_k)
-
-
-@triton.jit
-def dropout_rule(Rng, threshold, factor, F: tl.constexpr):
-    seed, offset = 0, 0
     if F.DROPOUT:
         seed, offset = tl.load(Rng), tl.load(Rng + 1)
-    return Dropout(seed, offset, threshold, factor)
+    if F.PACK:
+        bh = bh[:, None]
+        if F.ALIBI:
+            slope = slope[:, None]
+        if F.MASK:
+            mask = mask[:, None]
+    return Head(
+        see,
+        Logit(scale, softcap, slope, mask, mask_q * F.MASK_ALIGN, mask_k),
+        Dropout(seed, offset, threshold, factor),
+        bh,
+    )
 
 
 @triton.jit
@@ -204,11 +262,12 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, i, j, see, rule, F: tl.constexpr, BOUND: tl.constexpr, SCALE: tl.constexpr):
+def logits(s, i, j, cut, head, F: tl.constexpr, SCALE: tl.constexpr):
     """q·k of queries i and keys j (a row and a column, either way round) -> logits, and tanh of the softcap.
 
-    Hidden keys get -inf; without BOUND the caller knows that all keys are in sight.
+    Hidden keys get -inf if cut, a number for the whole block: most blocks are seen by all and skip the comparison.
     """
+    see, rule = head.see, head.logit
     cap = s
     if F.SOFTCAP:
         cap = tanh(s * rule.scale)
@@ -217,20 +276,17 @@ def logits(s, i, j, see, rule, F: tl.constexpr, BOUND: tl.constexpr, SCALE: tl.c
         s = s * rule.scale
     if F.ALIBI:
         s -= rule.slope * tl.abs(j - i - see.offset).to(tl.float32)
-    if F.MASK != NO_MASK:
+    if F.MASK:
         stride_k = rule.mask_k
         if F.MASK_UNIT:
             stride_k = 1
-        pointers = rule.mask + tl.minimum(i, see.len_q - 1) * rule.mask_q + j * stride_k
-        if BOUND:
-            bias = tl.load(pointers, mask=(j < see.len_k) & (i < see.len_q), other=0)
-        else:
-            bias = tl.load(pointers)
-        if F.MASK == BOOL_MASK:
+        there = (i < see.len_q) & (j < see.len_k)
+        bias = tl.load(rule.mask + i * rule.mask_q + j * stride_k, mask=there, other=0)
+        if F.MASK == BOOL:
             s = tl.where(bias != 0, s, -INF)
         else:
             s += bias.to(tl.float32) * LOG2E
-    if BOUND:
+    if cut:
         ok = j < see.len_k
         if F.RIGHT:
             ok = ok & (j - i <= see.offset + see.right)
@@ -241,12 +297,13 @@ def logits(s, i, j, see, rule, F: tl.constexpr, BOUND: tl.constexpr, SCALE: tl.c
 
 
 @triton.jit
-def kept(i, j0, bh, drop, N: tl.constexpr):
+def kept(i, j0, head, N: tl.constexpr):
     """Which weights of queries i [M] and keys j0.. [N] dropout keeps.
 
     Philox counter: (key / 4, query, batch and head, offset), so that forward, backward and the weights agree
     whatever their tiles are. One call gives the bits of four neighbouring keys.
     """
+    drop = head.dropout
     like = tl.zeros([i.shape[0], N // 4], tl.int32)
     quad = (j0 // 4 + tl.arange(0, N // 4))[None, :] + like
     high = (drop.offset >> 32).to(tl.int32)
@@ -254,7 +311,7 @@ def kept(i, j0, bh, drop, N: tl.constexpr):
         drop.seed,
         quad,
         (i[:, None] + like) ^ high,
-        bh.to(tl.int32) + like,
+        head.bh.to(tl.int32) + like,
         drop.offset.to(tl.int32) + like,
         7,
     )
@@ -265,8 +322,8 @@ def kept(i, j0, bh, drop, N: tl.constexpr):
 
 
 @triton.jit
-def key_range(i_first, i_last, see, BLOCK: tl.constexpr, F: tl.constexpr):
-    """Keys [lo, hi) are seen by some query of i_first..i_last, blocks within [full_lo, full_hi) by all."""
+def key_range(i_first, i_last, split, splits, see, F: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys [lo, hi) are seen by some query of i_first..i_last, blocks of [full_lo, full_hi) by all."""
     lo, hi = 0, see.len_k
     full_lo, full_hi = 0, see.len_k
     if F.LEFT:
@@ -276,9 +333,9 @@ def key_range(i_first, i_last, see, BLOCK: tl.constexpr, F: tl.constexpr):
         hi = tl.minimum(hi, i_last + see.offset + see.right + 1)
         full_hi = tl.minimum(full_hi, i_first + see.offset + see.right + 1)
     hi = tl.maximum(hi, 0)
-    return (
-        tl.minimum(lo, hi) // BLOCK * BLOCK,
-        hi,
-        tl.cdiv(full_lo, BLOCK) * BLOCK,
-        tl.maximum(full_hi, 0) // BLOCK * BLOCK,
-    )
+    lo = tl.minimum(lo, hi) // BLOCK * BLOCK
+    if F.SPLIT:
+        share = tl.cdiv(tl.cdiv(hi - lo, splits), BLOCK) * BLOCK
+        lo = tl.minimum(lo + split * share, hi)
+        hi = tl.minimum(lo + share, hi)
+    return lo, hi, full_lo, full_hi

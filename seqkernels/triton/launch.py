@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import backward, forward, weights
-from .common import BOOL_MASK, FLOAT_MASK, LOG2E, NO_MASK, Features
+from . import backward, decode, forward, weights
+from .common import BOOL, FLOAT, LOG2E, Features, powers_of_two
 from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
 
 MAX_DIM = 512
@@ -30,19 +30,20 @@ class Problem(NamedTuple):
     group: int
     max_q: int
     max_k: int
+    sinks: Tensor | None
+    window: int  # left + right
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def programs_a_tile(self) -> int:
-        return self.batches * self.heads
-
     def tile(self, kernel: str) -> Tile:
         f = self.features
+        dim = max(sum(powers_of_two(f.D)), sum(powers_of_two(f.DV)))
         rich = f.MASK != 0 or f.DROPOUT or f.SOFTCAP
-        return tile_for(
-            kernel, architecture(self.device), self.dtype.itemsize * 8, max(sum(f.QK), sum(f.PV)), rich
-        )
+        return tile_for(kernel, architecture(self.device), self.dtype.itemsize * 8, dim, rich)
+
+    def longest_walk(self, tile: Tile) -> int:
+        """The most keys a tile of queries may see."""
+        return min(self.max_k, self.window + 1 + min(tile.BM, self.max_q))
 
 
 def attention_fwd(
@@ -138,17 +139,21 @@ def attention_bwd(
     new = q.new_zeros if f.VARLEN else q.new_empty  # rows behind the last sequence belong to nobody
     dq, dk, dv = new(B, Tq, heads, D), new(B, Tk, key_heads, D), new(B, Tk, key_heads, DV)
     dmask = q.new_empty(mask.shape if need_dmask and mask is not None else 0, dtype=torch.float32)
-    delta = torch.empty_like(lse)
     strides = [dout.stride(n) // f.ALIGN for n in (0, 2, 1)]
+    PAD = backward.PAD.value
+    Tp = triton.cdiv(Tq + (problem.batches * PAD if f.VARLEN else 0), PAD) * PAD
+    statistics = q.new_zeros(B, heads, Tp, backward.WIDTH.value, dtype=torch.float32)
+    statistics[..., 0] = math.inf
 
     with torch.cuda.device_of(q):
-        rows, block = B * Tq * heads, 32
-        if rows:
-            backward.attention_delta[(triton.cdiv(rows, block),)](
-                out, dout, dlse if dlse is None else dlse.contiguous(), delta, *strides, rows, heads, Tq,
-                DV=DV, WIDTH=triton.next_power_of_2(DV), BLOCK=block, ALIGN=f.ALIGN, DLSE=dlse is not None,
-            )  # fmt: skip
-        gradient = (*problem.arguments, dout, lse, delta, *strides)
+        tile = Tile(32, 0, 4, 1)
+        tiles = triton.cdiv(problem.max_q, PAD) * (PAD // tile.BM)
+        launch(
+            backward.attention_statistics, problem.batches * heads * tiles, tile,
+            out, dout, lse, dlse if dlse is None else dlse.contiguous(), cu_q, statistics,
+            *strides, heads, Tq, Tp, tiles, F=f._replace(LEN_K=False), DLSE=dlse is not None,
+        )  # fmt: skip
+        gradient = (*problem.arguments, dout, statistics, *strides, scale, Tp)
 
         tile = problem.tile(DKDV)
         tiles = triton.cdiv(problem.max_k, tile.BN)
@@ -158,7 +163,7 @@ def attention_bwd(
             parts = [q.new_zeros(splits, *x.shape, dtype=torch.float32) for x in parts]
         launch(
             backward.attention_dkdv, problem.batches * key_heads * tiles * splits, tile,
-            *gradient, scale, *parts, tiles, splits, B * Tk * key_heads, F=f,
+            *gradient, *parts, tiles, splits, B * Tk * key_heads, F=f,
         )  # fmt: skip
         if splits > 1:
             for total, part in zip((dk, dv), parts, strict=True):
@@ -166,7 +171,7 @@ def attention_bwd(
 
         tile = problem.tile(DQ)
         tiles = triton.cdiv(problem.max_q, tile.BM)
-        launch(backward.attention_dq, problem.batches * heads * tiles, tile, *gradient, scale, dq, tiles, F=f)
+        launch(backward.attention_dq, problem.batches * heads * tiles, tile, *gradient, dq, tiles, F=f)
 
         if dmask.numel():
             tile = problem.tile(TILES)
@@ -180,8 +185,8 @@ def attention_bwd(
 
     dsinks = q.new_empty(0, dtype=torch.float32)
     if sinks is not None:  # a key without value: dP = 0, so dS = -P delta
-        p = torch.exp(sinks[:, None] - lse)
-        dsinks = -torch.where(lse == -math.inf, 0.0, p * delta).sum((0, 2))
+        p = torch.exp2(sinks[:, None] * LOG2E.value - statistics[..., 0])
+        dsinks = -(p * statistics[..., 1]).sum((0, 2))
     return dq, dk, dv, dmask, dsinks
 
 
@@ -249,9 +254,9 @@ def prepare(
     batches = q.size(0) if cu_q is None else cu_q.numel() - 1
     align = common_divisor(16 // q.itemsize, q, k, v, *others)
 
-    kind, mask_strides, mask_align, mask_unit = NO_MASK, (0, 0, 0, 0), 1, False
+    kind, mask_strides, mask_align, mask_unit = 0, (0, 0, 0, 0), 1, False
     if mask is not None:
-        kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
+        kind = (BOOL if mask.dtype == torch.bool else FLOAT).value
         mask = mask.detach().expand(q.size(0), heads, q.size(2), k.size(2))
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         mask_align = common_divisor(16 // mask.itemsize, mask)
@@ -265,20 +270,19 @@ def prepare(
     f = Features(
         D=D,
         DV=DV,
-        QK=powers_of_two(D),
-        PV=powers_of_two(DV),
         LEFT=left < FAR,
         RIGHT=right < FAR,
         BOTTOM_RIGHT=bottom_right,
         VARLEN=cu_q is not None,
         LEN_K=len_k is not None,
-        MASK=kind.value,
+        MASK=kind,
         MASK_UNIT=mask_unit,
         MASK_ALIGN=mask_align,
         ALIBI=alibi is not None,
         SOFTCAP=softcap > 0,
         SINKS=sinks is not None,
         DROPOUT=dropout > 0,
+        FOLD=scale >= 0 and mask is None and alibi is None and softcap == 0,
         ALIGN=align,
         PRECISION=float32_precision() if q.dtype == torch.float32 else "ieee",
         UPCAST=triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
@@ -294,22 +298,21 @@ def prepare(
         min(round(dropout * 2**32), 2**32 - 1), 0.0 if dropout >= 1 else 1 / (1 - dropout),
     )  # fmt: skip
     longest = (q.size(2), max_k or k.size(2)) if cu_q is None else (max_q, max_k)
-    return Problem(f, arguments, batches, heads, group, *longest, q.dtype, q.device)
+    return Problem(f, arguments, batches, heads, group, *longest, sinks, left + right, q.dtype, q.device)
 
 
 def run_forward(
     problem: Problem, q: Tensor, DV: int, block_table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     B, heads, Tq = q.shape[:3]
-    tile = problem.tile(FORWARD)
-    rows = problem.max_q * problem.group
-    pack = rows <= PACKED_ROWS and problem.group > 1 or problem.max_q <= 16
+    tile, rows, tiled_heads = problem.tile(FORWARD), problem.max_q, heads
+    pack = decode.is_packed(problem.max_q, problem.group)
     if pack:
-        tile = packed_tile(tile, rows)
-    tiles = triton.cdiv(rows if pack else problem.max_q, tile.BM)
-    programs = problem.batches * (heads // problem.group if pack else heads) * tiles
-    visible = problem.max_k
-    splits = key_splits(programs, visible, multiprocessors(q.device))
+        rows, tiled_heads = rows * problem.group, heads // problem.group
+        tile = decode.packed_tile(tile, rows)
+    tiles = triton.cdiv(rows, tile.BM)
+    programs = problem.batches * tiled_heads * tiles
+    splits = decode.key_splits(programs, problem.longest_walk(tile), multiprocessors(q.device))
     f = problem.features._replace(PACK=pack, SPLIT=splits > 1)
 
     new = q.new_zeros if f.VARLEN else q.new_empty
@@ -318,16 +321,17 @@ def run_forward(
     parts = out, lse
     if splits > 1:
         parts = [new(splits, *x.shape, dtype=torch.float32) for x in parts]
+    part = B * Tq * heads
     with torch.cuda.device_of(q):
         launch(
             forward.attention_forward, programs * splits, tile,
             *problem.arguments, *parts, block_table, 0 if block_table is None else block_table.stride(0),
-            tiles, splits, B * Tq * heads, F=f,
+            tiles, splits, part, F=f,
         )  # fmt: skip
-        if splits > 1 and out.numel():
+        if splits > 1 and part:
             width = triton.next_power_of_2(DV)
-            forward.combine[(B * Tq * heads,)](
-                *parts, problem.arguments[8], out, lse, heads, Tq, splits, B * Tq * heads,
+            decode.combine[(part,)](
+                *parts, problem.sinks, out, lse, heads, Tq, splits, part,
                 SINKS=f.SINKS, DV=DV, WIDTH=width, CHUNK=16, num_warps=1 if width <= 128 else 4,
             )  # fmt: skip
     return out, lse
@@ -335,40 +339,14 @@ def run_forward(
 
 def launch(kernel, programs: int, tile: Tile, *arguments, **constants) -> None:
     if programs:
-        kernel[(programs,)](
-            *arguments, **constants, BM=tile.BM, BN=tile.BN, num_warps=tile.warps, num_stages=tile.stages
-        )
-
-
-PACKED_ROWS = 128
-
-
-def packed_tile(tile: Tile, rows: int) -> Tile:
-    """The smallest tile that holds the rows: decoding is bound by the bytes of k and v, not by products."""
-    BM = max(16, min(triton.next_power_of_2(rows), tile.BM))
-    return Tile(BM, tile.BN, 4 if BM <= 64 else tile.warps, tile.stages)
-
-
-def key_splits(programs: int, keys: int, multiprocessors: int) -> int:
-    """Two programs for each multiprocessor, each with at least 256 keys; 1 where there are enough tiles anyway."""
-    if programs == 0 or programs >= multiprocessors:
-        return 1
-    return max(1, min(2 * multiprocessors // programs, keys // 256, 128))
+        blocks = {"BM": tile.BM, "BN": tile.BN} if tile.BN else {"BM": tile.BM}
+        kernel[(programs,)](*arguments, **constants, **blocks, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def group_splits(programs: int, group: int, multiprocessors: int) -> int:
     """The smallest divisor of the group that gives every multiprocessor a program."""
     enough = (n for n in range(1, group + 1) if group % n == 0 and programs * n >= multiprocessors)
     return next(enough, group)
-
-
-@functools.lru_cache
-def powers_of_two(dim: int) -> tuple[int, ...]:
-    """112 -> (64, 32, 16). At most three, each at least 16, as tl.dot wants: 72 -> (64, 16), 240 -> (256,)."""
-    sixteens = -(-dim // 16)
-    while sixteens.bit_count() > 3:
-        sixteens += sixteens & -sixteens
-    return tuple(16 << bit for bit in reversed(range(sixteens.bit_length())) if sixteens >> bit & 1)
 
 
 def common_divisor(largest: int, *tensors: Tensor) -> int:

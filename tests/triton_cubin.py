@@ -1,0 +1,88 @@
+"""Compiles a kernel for a GPU that is not there, and reads registers, spills and shared memory off the cubin."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seqkernels.triton import backward, forward, weights
+from seqkernels.triton.common import Features
+from seqkernels.triton.tables import DKDV, DQ, FORWARD, TILES, Tile
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+KERNELS = {
+    FORWARD: (forward.attention_forward, {}),
+    DKDV: (backward.attention_dkdv, {}),
+    DQ: (backward.attention_dq, {}),
+    TILES: (backward.attention_dmask, {"SUM_Q": False, "SUM_K": False}),
+    "weights": (weights.attention_weights, {}),
+}
+FLOAT32 = {"Out", "OutLse", "DLse", "Lse", "Statistics", "DMask", "Alibi", "Sinks"}  # Out where there are parts
+INT64 = {"CuQ", "CuK", "LenK", "Rng"}
+FLOATS = {"scale", "softcap", "factor", "dscale"}
+
+
+@dataclass
+class Resources:
+    registers: int
+    spilled: int  # bytes of stack
+    shared: int
+    wgmma: bool
+
+
+def features(D: int, dtype: str, DV: int | None = None, **flags) -> Features:
+    align = {"fp32": 4}.get(dtype, 8)
+    return Features(D=D, DV=DV or D, **({"ALIGN": align, "FOLD": not flags.keys() & {"MASK", "ALIBI", "SOFTCAP"}} | flags))
+
+
+RICH = {"MASK": 2, "MASK_UNIT": True, "MASK_ALIGN": 8, "DROPOUT": True, "SOFTCAP": True, "ALIBI": True} | {
+    name: True for name in ("LEFT", "RIGHT", "BOTTOM_RIGHT", "LEN_K")
+}
+
+
+def compile_for(name: str, f: Features, dtype: str, tile: Tile, arch: int) -> Resources:
+    kernel, constants = KERNELS[name]
+    constants = {"F": f, "BM": tile.BM, "BN": tile.BN} | constants
+    signature, fixed, aligned = {}, {}, {}
+    for at, p in enumerate(kernel.params):
+        absent = absent_pointers(f)
+        if p.is_constexpr or p.name in absent:
+            signature[p.name] = "constexpr"
+            fixed[(at,)] = constants.get(p.name)
+        elif p.name[0].isupper() and p.name not in ("Tq", "Tk", "Tp"):
+            signature[p.name] = "*" + pointer_type(p.name, f, dtype)
+            aligned[(at,)] = [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = "fp32" if p.name in FLOATS else p.annotation_type or "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+    registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
+    return Resources(registers, stack, built.metadata.shared, "wgmma" in built.asm["ptx"])
+
+
+def absent_pointers(f: Features) -> set[str]:
+    present = {
+        "Mask": f.MASK, "CuQ": f.VARLEN, "CuK": f.VARLEN, "LenK": f.LEN_K, "Alibi": f.ALIBI, "Sinks": f.SINKS,
+        "Rng": f.DROPOUT, "Table": f.PAGE,
+    }  # fmt: skip
+    return {name for name, flag in present.items() if not flag}
+
+
+def pointer_type(name: str, f: Features, dtype: str) -> str:
+    if name == "Mask" and f.MASK == 1:
+        return "u8"
+    if name == "Out" and not f.SPLIT:
+        return dtype
+    if name == "Table":
+        return "i32"
+    return "i64" if name in INT64 else "fp32" if name in FLOAT32 else dtype
