@@ -66,15 +66,6 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
                     Acc<D>* c, int64_t ldc, Start start, const Acc<D>* scale = nullptr) {
   using T = Acc<D>;
   constexpr int W = kLanes<T>, pair = kPair<D>;
-#if defined(__AMX_BF16__)
-  if constexpr (sizeof(D) == 2) {
-    static_assert(!across, "AMX reads A along its rows");
-    for (int64_t n = 0; n < N; n += 32)
-      amx_panel(M, least(32, N - n), K, a, lda, b + 2 * n, ldb / 2, start == Start::zero ? nullptr : c + n,
-                ldc, c + n, ldc);
-    return;
-  }
-#endif
   constexpr int64_t kDepthOfBlock = 128 * pair;  // of B: 32 KiB at a time, or it leaves L1 between two tiles
   int64_t k0 = 0;
   do {
@@ -98,6 +89,78 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
     }
     k0 += k;
   } while (k0 < K);
+}
+
+#if defined(__AVX512BF16__)
+// C [M, N] = start + A B of bf16 in steps, so that softmax of one block can run between the products of
+// others: the matrix unit works by itself, but no reorder buffer is long enough to find it work. M and K are
+// multiples of 32 (padded with zeros), N is 16 or 32.
+struct TileProduct {
+  int64_t M = 0, N = 0, K = 0;
+  const bf16* a = nullptr;
+  int64_t lda = 0;
+  const bf16* b = nullptr;
+  int64_t ldb = 0;
+  float* c = nullptr;
+  int64_t ldc = 0;
+  Start start = Start::zero;
+  int64_t m = 0, k = 0;
+
+#if defined(__AMX_BF16__)
+  int64_t steps() const { return M / 32 * (K / 32); }
+  // 2 x 2 tiles of 16 x 16, 32 deep: 4 products of 16 cycles.
+  void step() {
+    if (m >= M) return;
+    const bool wide = N > 16;
+    float* to = c + m * ldc;
+    memory_barrier();
+    if (k == 0 && start == Start::zero) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else if (k == 0) {
+      _tile_loadd(0, to, ldc * 4);
+      _tile_loadd(2, to + 16 * ldc, ldc * 4);
+      if (wide) _tile_loadd(1, to + 16, ldc * 4);
+      if (wide) _tile_loadd(3, to + 16 * ldc + 16, ldc * 4);
+    }
+    const bf16 *rows = a + m * lda + k, *columns = b + k / 2 * ldb;
+    _tile_loadd(6, columns, ldb * 2);
+    _tile_loadd(4, rows, lda * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, rows + 16 * lda, lda * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    if (wide) {
+      _tile_loadd(7, columns + 32, ldb * 2);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    if ((k += 32) >= K) {
+      _tile_stored(0, to, ldc * 4);
+      _tile_stored(2, to + 16 * ldc, ldc * 4);
+      if (wide) _tile_stored(1, to + 16, ldc * 4);
+      if (wide) _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
+      k = 0, m += 32;
+    }
+    memory_barrier();
+  }
+#else
+  int64_t steps() const { return M > 0; }
+  void step() {
+    if (m < M) product<bf16, false>(M, N, K, a, lda, b, ldb, c, ldc, start);
+    m = M;
+  }
+#endif
+  void finish() {
+    while (m < M) step();
+  }
+};
+#endif
+SEQ_INLINE void prepare_tiles() {
+#if defined(__AMX_BF16__)
+  shape_tiles(16, 16);
+#endif
 }
 
 // exp2
@@ -129,17 +192,25 @@ struct Exp2<double> {
                                   0.6931471805599453,     1.0};
 };
 
-// 2^(u c) for u c < 128 (1024): 0 below the normal numbers and for -inf, NaN for NaN. The fraction r comes
-// out of one FMA with u c, not rounded before.
+// 2^(s c - ref) for an exponent < 128 (1024) and an integer |ref| < kFar: 0 below the normal numbers and for
+// -inf, NaN for NaN. The fraction r comes out of one FMA with s c, not rounded before.
 template <class T>
-SEQ_INLINE Vec<T> exp2_of(Vec<T> u, T c) {
+constexpr T kFar = T(1 << 21);
+template <class T>
+SEQ_INLINE Vec<T> exp2_of(Vec<T> s, Vec<T> c, Vec<T> ref) {
   using E = Exp2<T>;
-  const Vec<T> z = u * c + E::kMagic, r = u * c - (z - E::kMagic);
+  const Vec<T> magic = E::kMagic - ref, z = s * c + magic, r = s * c - (z - magic);
   Vec<T> y = splat(E::kC[0]);
   SEQ_UNROLL
   for (int i = 1; i < int(sizeof(E::kC) / sizeof(T)); i++) y = y * r + E::kC[i];
   y *= (Vec<T>)((typename E::Int)z << E::kShift);
   return z < E::kLowest ? Vec<T>{} : y;
+}
+// The nearest integer of |x| < kFar.
+template <class T>
+SEQ_INLINE Vec<T> nearest(Vec<T> x) {
+  constexpr T magic = Exp2<T>::kMagic;
+  return (x + magic) - magic;
 }
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 

@@ -47,7 +47,7 @@ struct KeyBlock {
       else
         s = m < T(0) ? m * (c < 0 ? T(-1) : T(1)) : s;  // c s = -inf
     }
-    Vec<T> e = exp2_of<T>(s * c - lse, T(1));
+    Vec<T> e = exp2_of<T>(s * c - lse, splat(T(1)), Vec<T>{});
     if (limits) {
       const Vec<T> at = iota<T>() + T(l);
       e = at < T(most(0, least(nk, span.first_key(i) - j))) ? Vec<T>{} : e;

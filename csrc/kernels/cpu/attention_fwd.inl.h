@@ -1,13 +1,17 @@
 // Forward of attention.
 //
-// A task is a block of queries of one key head: up to 64 queries in the lanes, of one query head, or of
-// several that share the key head where they have few queries each. Q^T is packed once; then for each block
-// of keys
-//   S^T [keys, queries] = K Q^T,   P^T = exp2(S^T - running maximum),   O^T [Dv, queries] = O^T alpha + V^T
-//   P^T,
-// K and V read where they lie. Q^T, P^T and O^T stay in L1 and L2. Maximum and sum are vectors; O^T is scaled
-// again only when a maximum has grown by more than a factor 2^8. O^T is transposed once, at the end.
-// Tasks come from one queue: heads one after the other, of each the longest rows first.
+// A task is a block of up to 64 queries in the lanes: of one query head, or of several that share a key head
+// where each has few queries. Q^T is packed once; then for each block of keys
+//   S^T [keys, queries] = K Q^T,   P^T = exp2(S^T - reference),   O^T [Dv, queries] = O^T alpha + V^T P^T.
+// Sums and maxima are vectors. The reference is an integer near the running maximum, so that scaling O^T
+// again is exact, and it moves only when the maximum has grown by more than 2^8. O^T is transposed once, at
+// the end. Tasks come from one queue: head after head, of each the longest rows first.
+//
+// float, double, f16: K and V are read where they lie (f16 converts a block at a time); Q^T, P^T, O^T stay in
+// L1 and L2. bf16 with dot products: K and V^T are packed first, by all threads, because products read pairs
+// along the features and along the keys. Softmax takes as long as the matrix unit does, so both run at once:
+// softmax of one block makes the steps of the next block's scores and of the last block's values (see
+// TileProduct).
 #pragma once
 
 #include "attention.inl.h"
@@ -18,8 +22,9 @@ struct AttentionFwd {
   using O = Operand<S>;
   static constexpr bool kPacked = sizeof(O) == 2;
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kQ = kBlock<T>, kK = kPacked ? 128 : 64;  // queries and keys of a block
-  static constexpr T kGrowth = 8;                                    // log2 of how far P may pass 1
+  static constexpr int64_t kQ = kBlock<T>, kK = 64;  // queries and keys of a block
+  static constexpr int64_t kUnit = kPacked ? 32 : kQ, kUnits = kQ / kUnit, kBuffers = kPacked ? 3 : 1;
+  static constexpr T kGrowth = 8;  // log2 of how far P may pass 1
 
   const AttentionFwdParams& p;
   const int64_t group;
@@ -40,7 +45,7 @@ struct AttentionFwd {
         group(p.Hk ? p.Hq / p.Hk : 0),
         rule(p),
         masked(p.mask_kind != MaskKind::none),
-        depth(round_up(p.D, kDepth<O>)),
+        depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
         ldv(kPacked ? round_up(p.Dv, 32) : p.Dv) {
     for (int64_t b = 0; kPacked && b < p.B; b++) key_blocks += blocks_of(Span(p, b).Tk);
   }
@@ -64,13 +69,14 @@ struct AttentionFwd {
     barrier = a.take<Barrier>(1);
     QT = a.take<O>(team * depth * kQ);
     OT = a.take<T>(team * ldv * kQ);
-    ST = a.take<T>(team * kK * kQ);
-    M = a.take<T>(masked ? team * kK * kQ : 0);
+    ST = a.take<T>(team * kBuffers * kK * kUnit);
+    M = a.take<T>(masked ? team * kK * kUnit : 0);
     packed = a.take<O>(kPacked ? key_blocks * p.Hk * block_size() : 0);
     rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
                      std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
     rows = a.take<T>(team * rows_size);
   }
+  int64_t tasks() const { return first_task[p.B]; }
   void prepare() {
     *next = 0;
     __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
@@ -82,7 +88,6 @@ struct AttentionFwd {
       first_block[b + 1] = first_block[b] + blocks_of(span.Tk);
     }
   }
-  int64_t tasks() const { return first_task[p.B]; }
 
   // Packed block of keys: K [kK, depth] as it lies, V^T [ldv, kK], zeros around.
   O* block(int64_t b, int64_t hk, int64_t i) const {
@@ -113,6 +118,7 @@ struct AttentionFwd {
         pack(b, i / blocks, i % blocks);
       }
       barrier->wait(size);
+      prepare_tiles();
     }
     Worker worker(*this, id);
     int64_t b = 0;
@@ -136,190 +142,284 @@ struct AttentionFwd {
     const AttentionFwdParams& p;
     O* const QT;
     T *const OT, *const ST, *const M, *const rows;
-    // Of each lane: maximum, sum, rescaling, alibi, position, keys seen of this block, mask row.
-    T max[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ], first[kQ], end[kQ];
+    // Of each lane: maximum, its integer, sum, rescaling, alibi, position, keys seen of this block, mask row.
+    T max[kQ], reference[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ], first[kQ], end[kQ];
     int64_t query[kQ], mask_row[kQ];
+    // Of this task: keys [j0, j1) are seen by some query, [full0, full1) by all.
+    int64_t lanes, j0, j1, full0, full1;
+    T c;  // what exp2 multiplies scores with
 
     Worker(const AttentionFwd& forward, int id)
         : f(forward),
           p(forward.p),
           QT(f.QT + id * f.depth * kQ),
           OT(f.OT + id * f.ldv * kQ),
-          ST(f.ST + id * kK * kQ),
-          M(f.M + (f.masked ? id * kK * kQ : 0)),
-          rows(f.rows + id * f.rows_size) {}
+          ST(f.ST + id * kBuffers * kK * kUnit),
+          M(f.M + (f.masked ? id * kK * kUnit : 0)),
+          rows(f.rows + id * f.rows_size),
+          c(f.rule.natural ? T(kLog2e) : T(__builtin_fabs(p.scale) * kLog2e)) {}
 
     // Queries [i0, i0 + n) of the heads [h0, h0 + heads), which share key head hk.
     void run(const Span& span, int64_t b, int64_t hk, int64_t h0, int64_t heads, int64_t i0, int64_t n) {
-      const int64_t lanes = heads * n, N = round_up(lanes, W);
-      for (int64_t l = 0; l < N; l++) {
+      lanes = heads * n;
+      for (int64_t l = 0; l < round_up(lanes, W); l++) {
         const int64_t h = h0 + least(l, lanes - 1) / n, i = i0 + least(l, lanes - 1) % n;
         query[l] = i;
-        max[l] = -kInf<T>;
+        max[l] = reference[l] = -kInf<T>;
         sum[l] = 0;
         position[l] = T(i + span.offset);
         slope[l] = p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0);
         mask_row[l] = mask_offset(p, b, h, i);
       }
-      pack_queries(span, h0, heads, i0, n, N);
-
-      const int64_t full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0),  // all queries see these
-          j0 = span.first_key(i0) / 32 * 32, j1 = most(j0, span.end_key(i0 + n - 1));
-      const S *k = row_of<S>(p.k, span.batch, hk, span.k0), *v = row_of<S>(p.v, span.batch, hk, span.k0);
-      const T c = f.rule.natural ? T(kLog2e) : T(__builtin_fabs(p.scale) * kLog2e);
-      for (int64_t j = j0, nk; j < j1; j += nk) {
-        nk = least(j1, (j / kK + 1) * kK) - j;
-        const O* block = kPacked ? f.block(b, hk, j / kK) : nullptr;
-        const bool limits = j < full0 || j + nk > full1;
-        if constexpr (kPacked) {
-          product<O, false>(round_up(nk, kDepth<O>), N, f.depth, block + j % kK * f.depth, f.depth, QT,
-                            2 * kQ, ST, kQ, Start::zero);
-        } else {
-          int64_t ld;
-          const T* a = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D, false, ld);
-          product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
-        }
-        if (f.masked) load_mask(lanes, N, j, nk);
-        if (f.masked || f.rule.natural || limits) adjust(span, N, j, nk, limits);
-        const bool rescale = softmax(N, nk, c);
-        const Start start = j == j0 ? Start::zero : rescale ? Start::scaled : Start::c;
-        if constexpr (kPacked) {
-          if (start == Start::scaled)
-            for (int64_t d = 0; d < p.Dv; d++)
-              for (int64_t l = 0; l < N; l += W)
-                store(OT + d * kQ + l, load(OT + d * kQ + l) * load(alpha + l));
-          product<O, false>(f.ldv, N, round_up(nk, kDepth<O>), block + kK * f.depth + j % kK, kK,
-                            reinterpret_cast<const O*>(ST), 2 * kQ, OT, kQ, j == j0 ? Start::zero : Start::c);
-        } else {
-          int64_t ld;
-          const T* a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
-          product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ, start, alpha);
-        }
-      }
-      finish(span, h0, i0, n, lanes, j1 > j0);
+      full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0);
+      j0 = span.first_key(i0) / 32 * 32, j1 = most(j0, span.end_key(i0 + n - 1));
+      pack_queries(span, h0, heads, i0, n);
+      if constexpr (kPacked)
+        this->packed_blocks(span, b, hk);
+      else
+        blocks(span, hk);
+      finish(span, h0, i0, n);
     }
 
+    int64_t block_end(int64_t j) const { return least(j1, (j / kK + 1) * kK); }
+
+    void blocks(const Span& span, int64_t hk) {
+      const S *k = row_of<S>(p.k, span.batch, hk, span.k0), *v = row_of<S>(p.v, span.batch, hk, span.k0);
+      const int64_t N = round_up(lanes, W);
+      for (int64_t j = j0, nk, ld; j < j1; j += nk) {
+        nk = block_end(j) - j;
+        const T* a = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D, false, ld);
+        product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
+        adjust(span, ST, 0, N, j, nk);
+        const bool grew = softmax(ST, 0, N, nk, [] {});
+        a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
+        product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ,
+                         j == j0 ? Start::zero
+                         : grew  ? Start::scaled
+                                 : Start::c,
+                         alpha);
+      }
+    }
+
+#if defined(__AVX512BF16__)
+    // Stage t: softmax of unit t % units of the lanes in block t / units of the keys.
+    void packed_blocks(const Span& span, int64_t b, int64_t hk) {
+      const int64_t units = (lanes + kUnit - 1) / kUnit, first_block = j0 / kK,
+                    stages = j1 > j0 ? (blocks_of(j1) - first_block) * units : 0;
+      struct Stage {
+        int64_t l, N, j, nk;  // lanes, keys
+        O *K, *VT, *QT;
+        T *ST, *OT;
+      };
+      const auto stage = [&](int64_t t) {
+        Stage s;
+        const int64_t u = t % units, block = first_block + t / units;
+        s.l = u * kUnit, s.N = least(kUnit, round_up(lanes - s.l, W));
+        s.j = most(j0, block * kK), s.nk = block_end(s.j) - s.j;
+        s.K = f.block(b, hk, block) + s.j % kK * f.depth;
+        s.VT = f.block(b, hk, block) + kK * f.depth + s.j % kK;
+        s.QT = QT + u * f.depth * kUnit, s.OT = OT + u * f.ldv * kUnit;
+        s.ST = ST + t % kBuffers * kK * kUnit;
+        return s;
+      };
+      const auto scores = [&](const Stage& s) {
+        return TileProduct{round_up(s.nk, 32), s.N, f.depth, s.K, f.depth, s.QT, 2 * kUnit, s.ST, kUnit};
+      };
+      const auto values = [&](const Stage& s) {
+        return TileProduct{f.ldv,
+                           s.N,
+                           round_up(s.nk, 32),
+                           s.VT,
+                           kK,
+                           reinterpret_cast<const O*>(s.ST),
+                           2 * kUnit,
+                           s.OT,
+                           kUnit,
+                           s.j == j0 ? Start::zero : Start::c};
+      };
+      if (stages == 0) return;
+      Stage now = stage(0), then{};
+      TileProduct before, after = scores(now);
+      after.finish();
+      for (int64_t t = 0; t < stages; t++, now = then) {
+        after = TileProduct{};
+        if (t + 1 < stages) after = scores(then = stage(t + 1));
+        adjust(span, now.ST, now.l, now.N, now.j, now.nk);
+        const int64_t calls = most(1, now.nk / 8),
+                      steps = (before.steps() + after.steps() + calls - 1) / calls;
+        const bool grew = softmax(now.ST, now.l, now.N, now.nk, [&]() __attribute__((always_inline)) {
+          for (int64_t i = 0; i < steps; i++) (before.m < before.M ? before : after).step();
+        });
+        before.finish();
+        after.finish();
+        if (grew && now.j != j0)
+          for (int64_t d = 0; d < f.ldv; d++)
+            for (int64_t l = 0; l < now.N; l += W)
+              store(now.OT + d * kUnit + l, load(now.OT + d * kUnit + l) * load(alpha + now.l + l));
+        before = values(now);
+      }
+      before.finish();
+    }
+#endif
+
     // Q^T with the sign of the scale, so that the greatest product is the greatest score.
-    void pack_queries(const Span& span, int64_t h0, int64_t heads, int64_t i0, int64_t n, int64_t N) {
+    void pack_queries(const Span& span, int64_t h0, int64_t heads, int64_t i0, int64_t n) {
       const S* q = row_of<S>(p.q, span.batch, h0, span.q0 + i0);
       int64_t stride = p.q.t;
       if (heads > 1) {
         S* copy = reinterpret_cast<S*>(rows);
-        for (int64_t l = 0; l < heads * n; l++)
+        for (int64_t l = 0; l < lanes; l++)
           __builtin_memcpy(static_cast<void*>(copy + l * p.D), q + l / n * p.q.h + l % n * p.q.t,
                            sizeof(S) * p.D);
         q = copy, stride = p.D;
       }
-      if constexpr (kPacked)
-        pack_panel(q, stride, heads * n, p.D, QT, kQ);
-      else
-        pack_transposed(q, stride, heads * n, p.D, QT, kQ, N);
-      if (p.scale < 0 && !f.rule.natural)
-        for (int64_t i = 0; i < f.depth * kQ; i += W) store(QT + i, -load(static_cast<const O*>(QT + i)));
-    }
-
-    // M [key, query] = what the mask adds.
-    void load_mask(int64_t lanes, int64_t N, int64_t j, int64_t nk) {
-      bool same = true;
-      for (int64_t l = 1; l < lanes; l++) same &= mask_row[l] == mask_row[0];
-      for (int64_t k = 0; k < nk; k += W) {
-        const Vec<T> row = mask_values<S>(p, mask_row[0], j + k, nk - k);
-        for (int64_t l = 0; l < N; l += W) {
-          Vec<T> v[W];
-          for (int r = 0; r < W; r++)
-            v[r] = same ? splat(row[r]) : mask_values<S>(p, mask_row[l + r], j + k, nk - k);
-          if (!same) transpose<T>(v);
-          for (int64_t r = 0; r < W && k + r < nk; r++) store(M + (k + r) * kQ + l, v[r]);
-        }
+      if constexpr (kPacked) {
+        if (p.D == 0) __builtin_memset(static_cast<void*>(QT), 0, sizeof(O) * f.depth * kQ);
+        for (int64_t l = 0; l < lanes; l += kUnit)
+          pack_panel(q + l * stride, stride, least(kUnit, lanes - l), p.D, QT + l * f.depth, kUnit);
+      } else {
+        pack_transposed(q, stride, lanes, p.D, QT, kQ, round_up(lanes, W));
       }
+      if (p.scale < 0 && !f.rule.natural)
+        for (int64_t i = 0; i < f.depth * round_up(lanes, kUnit); i += W)
+          store(QT + i, -load(static_cast<const O*>(QT + i)));
     }
 
-    // Logits of the keys [j, j + nk), -inf where a query does not see a key.
-    void adjust(const Span& span, int64_t N, int64_t j, int64_t nk, bool limits) {
+    // Scores of the lanes [l0, l0 + N) and keys [j, j + nk) to logits, -inf where a query does not see a key.
+    void adjust(const Span& span, T* ST_, int64_t l0, int64_t N, int64_t j, int64_t nk) {
+      const bool limits = j < full0 || j + nk > full1;
+      if (!limits && !f.masked && !f.rule.natural) return;
+      if (f.masked) load_mask(l0, N, j, nk);
       if (limits)
-        for (int64_t l = 0; l < N; l++) {
+        for (int64_t l = l0; l < l0 + N; l++) {
           first[l] = T(most(0, least(nk, span.first_key(query[l]) - j)));
           end[l] = T(most(0, least(nk, span.end_key(query[l]) - j)));
         }
       for (int64_t k = 0; k < nk; k++)
         for (int64_t l = 0; l < N; l += W) {
-          Vec<T> s = load(ST + k * kQ + l), unused;
-          if (f.rule.natural) s = f.rule(s, T(j + k) - load(position + l), load(slope + l), unused);
-          if (f.masked) s += load(M + k * kQ + l);
+          Vec<T> s = load(ST_ + k * kUnit + l), unused;
+          if (f.rule.natural) s = f.rule(s, T(j + k) - load(position + l0 + l), load(slope + l0 + l), unused);
+          if (f.masked) s += load(M + k * kUnit + l);
           if (limits) {
-            s = T(k) < load(first + l) ? splat(-kInf<T>) : s;
-            s = T(k) >= load(end + l) ? splat(-kInf<T>) : s;
+            s = T(k) < load(first + l0 + l) ? splat(-kInf<T>) : s;
+            s = T(k) >= load(end + l0 + l) ? splat(-kInf<T>) : s;
           }
-          store(ST + k * kQ + l, s);
+          store(ST_ + k * kUnit + l, s);
         }
     }
 
-    // Rows k and k + 1 of P^T as pairs; they replace row k / 2 of S^T, which has been read.
-    uint32_t* pairs(int64_t k, int64_t l) const { return reinterpret_cast<uint32_t*>(ST) + k / 2 * kQ + l; }
+    // M [key, query] = what the mask adds.
+    void load_mask(int64_t l0, int64_t N, int64_t j, int64_t nk) {
+      bool same = true;
+      for (int64_t l = l0; l < l0 + N; l++) same &= mask_row[l] == mask_row[l0];
+      for (int64_t k = 0; k < nk; k += W) {
+        const Vec<T> row = mask_values<S>(p, mask_row[l0], j + k, nk - k);
+        for (int64_t l = 0; l < N; l += W) {
+          Vec<T> v[W];
+          for (int r = 0; r < W; r++)
+            v[r] = same ? splat(row[r]) : mask_values<S>(p, mask_row[l0 + l + r], j + k, nk - k);
+          if (!same) transpose<T>(v);
+          for (int64_t r = 0; r < W && k + r < nk; r++) store(M + (k + r) * kUnit + l, v[r]);
+        }
+      }
+    }
 
-    // S^T becomes P^T. True when O^T has to be scaled by alpha.
-    bool softmax(int64_t N, int64_t nk, T c) {
-      bool rescale = false;
-      for (int64_t l = 0; l < N; l += W) {
-        T* s = ST + l;
-        Vec<T> top[4];
-        SEQ_UNROLL for (int i = 0; i < 4; i++) top[i] = splat(-kInf<T>);
-        int64_t k = 0;
-        for (; k + 4 <= nk; k += 4) {
-          SEQ_UNROLL for (int i = 0; i < 4; i++) {
-            const Vec<T> v = load(s + (k + i) * kQ);
-            top[i] = v > top[i] ? v : top[i];
-          }
-        }
-        for (; k < nk; k++) {
-          const Vec<T> v = load(s + k * kQ);
-          top[0] = v > top[0] ? v : top[0];
-        }
-        top[0] = top[0] > top[1] ? top[0] : top[1];
-        top[2] = top[2] > top[3] ? top[2] : top[3];
-        top[0] = top[0] > top[2] ? top[0] : top[2];
-
-        const Vec<T> was = load(max + l);
-        const auto grew = (top[0] - was) * c > kGrowth;
-        const Vec<T> now = grew ? top[0] : was, zero = now == -kInf<T> ? Vec<T>{} : now;
-        Vec<T> total = load(sum + l);
-        store(alpha + l, splat(T(1)));
-        if (any(grew)) {
-          const Vec<T> a = grew ? exp2_of<T>(was - now, c) : splat(T(1));
-          store(max + l, now);
-          store(alpha + l, a);
-          total *= a;
-          rescale = true;
-        }
-        const auto p_of = [&](int64_t k) __attribute__((always_inline)) {
-          const Vec<T> e = exp2_of<T>(load(s + k * kQ) - zero, c);
-          total += e;
+    // S^T of lanes from l0 on becomes P^T, in place; packed: rows k and k + 1, interleaved, replace row k
+    // / 2. `step` is called now and then. True when O^T has to be scaled by alpha.
+    template <class Step>
+    bool softmax(T* ST_, int64_t l0, int64_t N, int64_t nk, [[maybe_unused]] const Step& step) {
+      constexpr int V = kUnit / W;
+      Vec<T> by[V], ref[V], total[V];
+      bool grew = false;
+      for (int v = 0; v < N / W; v++) {
+        grew |= move_reference(ST_ + v * W, l0 + v * W, nk, by[v], ref[v]);
+        total[v] = load(sum + l0 + v * W);
+      }
+#if defined(__AVX512BF16__)
+      if constexpr (kPacked) {
+        const auto weight = [&](int64_t k, int v) __attribute__((always_inline)) {
+          const Vec<T> e = exp2_of<T>(load(ST_ + k * kUnit + v * W), by[v], ref[v]);
+          total[v] += e;
           return e;
         };
-#if defined(__AVX512BF16__)
-        if constexpr (kPacked) {
-          for (k = 0; k + 2 <= nk; k += 2) {
-            const Vec<T> e = p_of(k);
-            store<uint32_t>(pairs(k, l), (U32)as_pairs(narrow(e, p_of(k + 1))));
+        const auto keep = [&](int64_t k, int v, Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
+          store(ST_ + k / 2 * kUnit + v * W, (Vec<T>)as_pairs(narrow(a, b)));
+        };
+        const bool wide = N > W;
+        int64_t k = 0;
+        for (; k + 2 <= nk; k += 2) {
+          if (k % 8 == 0) step();
+          SEQ_UNROLL for (int v = 0; v < V; v++) {
+            if (v && !wide) break;
+            const Vec<T> a = weight(k, v), b = weight(k + 1, v);
+            keep(k, v, a, b);
           }
-          if (k < nk) store<uint32_t>(pairs(k, l), (U32)as_pairs(narrow(p_of(k), Vec<T>{})));
-          for (k += k < nk ? 2 : 0; k < round_up(nk, kDepth<O>); k += 2) store<uint32_t>(pairs(k, l), U32{});
-          store(sum + l, total);
-          continue;
         }
-#endif
-        for (k = 0; k < nk; k++) store(s + k * kQ, p_of(k));
-        store(sum + l, total);
+        for (; k < round_up(nk, 32); k += 2)
+          for (int v = 0; v < N / W; v++) keep(k, v, k < nk ? weight(k, v) : Vec<T>{}, Vec<T>{});
       }
-      return rescale;
+#endif
+      if constexpr (!kPacked)
+        for (int v = 0; v < N / W; v++)
+          for (int64_t k = 0; k < nk; k++) {
+            const Vec<T> e = exp2_of<T>(load(ST_ + k * kUnit + v * W), by[v], ref[v]);
+            total[v] += e;
+            store(ST_ + k * kUnit + v * W, e);
+          }
+      for (int v = 0; v < N / W; v++) store(sum + l0 + v * W, total[v]);
+      return grew;
     }
 
-    void finish(const Span& span, int64_t h0, int64_t i0, int64_t n, int64_t lanes, bool any_key) {
-      const double unit = f.rule.natural ? 1 : __builtin_fabs(p.scale);
+    // Maximum of one vector of lanes; P = 2^(s by - ref) from here on. True when the reference has moved.
+    bool move_reference(T* s, int64_t l, int64_t nk, Vec<T>& by, Vec<T>& ref) {
+      Vec<T> top[4];
+      SEQ_UNROLL for (int i = 0; i < 4; i++) top[i] = splat(-kInf<T>);
+      int64_t k = 0;
+      const auto see = [&](int i, int64_t row) __attribute__((always_inline)) {
+        const Vec<T> v = load(s + row * kUnit);
+        top[i] = v > top[i] ? v : top[i];
+      };
+      for (; k + 4 <= nk; k += 4) SEQ_UNROLL for (int i = 0; i < 4; i++) see(i, k + i);
+      for (; k < nk; k++) see(0, k);
+      SEQ_UNROLL for (int i = 1; i < 4; i++) top[0] = top[i] > top[0] ? top[i] : top[0];
+
+      const Vec<T> was = load(max + l);
+      const auto more = (top[0] - was) * c > kGrowth;
+      const Vec<T> now = more ? top[0] : was, exact = now * c;
+      const auto far = (exact >= kFar<T>) | ((exact <= -kFar<T>)&(now > -kInf<T>));
+      by = splat(c);
+      ref = load(reference + l);
+      const bool moved = any(more);
+      if (moved) {
+        const Vec<T> next = more ? nearest<T>(exact) : ref, by_how_much = far ? (was - now) * c : ref - next;
+        store(alpha + l, more ? exp2_of<T>(by_how_much, splat(T(1)), Vec<T>{}) : splat(T(1)));
+        store(sum + l, load(sum + l) * load(alpha + l));
+        store(max + l, now);
+        store(reference + l, next);
+        ref = next;
+      } else {
+        store(alpha + l, splat(T(1)));
+      }
+      ref = ref == -kInf<T> ? Vec<T>{} : ref;
+      if (any(far)) {  // beyond integers: subtract the maximum itself
+        for (k = 0; k < nk; k++) {
+          const Vec<T> v = load(s + k * kUnit);
+          store(s + k * kUnit, far ? (v - now) * c : v * c - ref);
+        }
+        by = splat(T(1)), ref = Vec<T>{};
+      }
+      return moved;
+    }
+
+    void finish(const Span& span, int64_t h0, int64_t i0, int64_t n) {
       T* lse = static_cast<T*>(p.lse) + span.lse;
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t h = h0 + l / n;
-        double m = max[l] == -kInf<T> ? 0 : double(max[l]) * unit, total = sum[l], by = 1;
+        const bool near = reference[l] > -kFar<T> && reference[l] < kFar<T>;
+        double m = reference[l] == -kInf<T> ? 0
+                   : near                   ? double(reference[l]) * kLn2
+                                            : double(max[l]) * (f.rule.natural ? 1 : __builtin_fabs(p.scale));
+        double total = sum[l], by = 1;
         const double sink = p.sinks ? static_cast<const T*>(p.sinks)[h] : -kInf<double>;
         if (sink != -kInf<double>) {
           const double m0 = sum[l] == 0 ? sink : m;
@@ -331,11 +431,17 @@ struct AttentionFwd {
         alpha[l] = total == 0 ? T(0) : T(by / total);
       }
       for (int64_t l = lanes; l < round_up(lanes, W); l++) alpha[l] = 0;
-      const auto row = [&](int64_t l) __attribute__((always_inline)) {
-        return row_of<S>(p.out, span.batch, h0 + l / n, span.q0 + i0 + l % n);
-      };
-      if (any_key) return write_columns<S>(OT, kQ, lanes, p.Dv, alpha, row);
-      for (int64_t l = 0; l < lanes; l++) __builtin_memset(static_cast<void*>(row(l)), 0, sizeof(S) * p.Dv);
+      for (int64_t l0 = 0; l0 < lanes; l0 += kUnit) {
+        const auto row = [&](int64_t l) __attribute__((always_inline)) {
+          return row_of<S>(p.out, span.batch, h0 + (l0 + l) / n, span.q0 + i0 + (l0 + l) % n);
+        };
+        const int64_t count = least(kUnit, lanes - l0);
+        if (j1 > j0)
+          write_columns<S>(OT + l0 * f.ldv, kUnit, count, p.Dv, alpha + l0, row);
+        else
+          for (int64_t l = 0; l < count; l++)
+            __builtin_memset(static_cast<void*>(row(l)), 0, sizeof(S) * p.Dv);
+      }
     }
   };
 };
