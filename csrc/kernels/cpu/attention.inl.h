@@ -156,6 +156,12 @@ struct TileProduct {
     while (m < M) step();
   }
 };
+// The whole of it, for any N that is a multiple of 16.
+SEQ_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b, int64_t ldb,
+                             float* c, int64_t ldc, Start start) {
+  for (int64_t n = 0; n < N; n += 32)
+    TileProduct{M, least(32, N - n), K, a, lda, b + 2 * n, ldb, c + n, ldc, start}.finish();
+}
 #endif
 SEQ_INLINE void prepare_tiles() {
 #if defined(__AMX_BF16__)
@@ -359,6 +365,22 @@ static void write_columns(const T* x, int64_t ld, int64_t n, int64_t features, c
 }
 
 #if defined(__AVX512BF16__)
+// Rows [0, n) of `features`, then zeros: [to_rows, width].
+SEQ_INLINE void pad_rows(const bf16* rows, int64_t stride, int64_t n, int64_t features, bf16* to, int64_t to_rows,
+                         int64_t width) {
+  for (int64_t r = 0; r < to_rows; r++, to += width) {
+    const int64_t some = r < n ? features : 0;
+    if (some) __builtin_memcpy(static_cast<void*>(to), rows + r * stride, sizeof(bf16) * some);
+    if (width > some) __builtin_memset(static_cast<void*>(to + some), 0, sizeof(bf16) * (width - some));
+  }
+}
+// The same transposed: [to_features, width], n <= columns <= width of them defined.
+SEQ_INLINE void pad_transposed(const bf16* rows, int64_t stride, int64_t n, int64_t features, bf16* to,
+                               int64_t to_features, int64_t width, int64_t columns) {
+  pack_transposed(rows, stride, n, features, to, width, columns);
+  __builtin_memset(static_cast<void*>(to + features * width), 0, sizeof(bf16) * (to_features - features) * width);
+}
+
 // Two rows as bf16, `a` in the lower half; and the same with the rows interleaved, as products read pairs.
 SEQ_INLINE __m512i narrow(Vec<float> a, Vec<float> b) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
@@ -367,7 +389,7 @@ SEQ_INLINE __m512i as_pairs(__m512i rows) {
   typedef uint16_t Lanes __attribute__((vector_size(64)));
   const Lanes order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16((__m512i)order, rows);
+  return _mm512_maskz_permutexvar_epi16(0xffffffff, (__m512i)order, rows);
 }
 #endif
 

@@ -66,11 +66,13 @@ SEQ_INLINE T log2_of(T lse) {
 template <class S>
 struct AttentionBwd {
   using T = Acc<S>;
+  using O = Operand<S>;
+  static constexpr bool kPacked = sizeof(O) == 2;
   static constexpr int W = kLanes<T>;
   static constexpr int64_t kK = kBlock<T>, kQ = 64;
 
   const AttentionBwdParams& p;
-  const int64_t group, ldk, ldv;  // of rows with features in the lanes
+  const int64_t group, ldk, ldv, max_q;  // rows of D and Dv features, queries: padded
   const ScoreRule<T> rule;
   const bool in_turn;  // one dmask for several key heads: a task is a split of all of them
   int64_t splits = 1;
@@ -83,8 +85,9 @@ struct AttentionBwd {
   explicit AttentionBwd(const AttentionBwdParams& params)
       : p(params),
         group(p.Hk ? p.Hq / p.Hk : 0),
-        ldk(round_up(p.D, W)),
-        ldv(round_up(p.Dv, W)),
+        ldk(kPacked ? round_up(most(p.D, 1), 32) : round_up(p.D, W)),
+        ldv(kPacked ? round_up(most(p.Dv, 1), 32) : round_up(p.Dv, W)),
+        max_q(kPacked ? round_up(p.Tq, kQ) : p.Tq),
         rule(p),
         in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)) {
     // As few splits as keep all threads busy; they depend on nothing but the call.
@@ -99,19 +102,23 @@ struct AttentionBwd {
   }
 
   int64_t dq_buffers() const { return splits == 1 ? team : p.B * p.Hk * splits; }
-  int64_t dq_size() const { return group * p.Tq * ldk; }
+  int64_t dq_size() const { return group * max_q * ldk; }
   int64_t tasks() const { return in_turn ? splits : p.B * p.Hk * splits; }
 
   struct Buffers {
-    T *KT, *VT, *dKT, *dVT, *K, *Q, *dO, *P, *dS, *lse, *delta;
+    T *dKT, *dVT, *P, *dS, *lse, *delta;
+    O *KT, *VT, *K, *Q, *dO;    // K and of the queries: rows, where they are not read in place
+    O *QT, *dOT, *narrow_dS;    // packed: per head and block of queries [ldk or ldv, kQ]; rows of dS
     Buffers(const AttentionBwd& f, Arena& a) {
-      const bool converted = !std::is_same_v<S, T>;
-      KT = a.take<T>(f.p.D * kK), dKT = a.take<T>(f.p.D * kK);
-      VT = a.take<T>(f.p.Dv * kK), dVT = a.take<T>(f.p.Dv * kK);
-      K = a.take<T>(kK * f.ldk);
-      Q = a.take<T>(converted ? kQ * f.p.D : 0), dO = a.take<T>(converted ? kQ * f.p.Dv : 0);
+      const bool in_place = std::is_same_v<S, T>;
+      const int64_t rows = kPacked ? f.group * f.max_q : in_place ? 0 : kQ, columns = kPacked ? rows : 0;
+      dKT = a.take<T>(f.ldk * kK), dVT = a.take<T>(f.ldv * kK);
       P = a.take<T>(kQ * kK), dS = a.take<T>(kQ * kK);
-      lse = a.take<T>(f.group * f.p.Tq), delta = a.take<T>(f.group * f.p.Tq);
+      lse = a.take<T>(f.group * f.max_q), delta = a.take<T>(f.group * f.max_q);
+      KT = a.take<O>(f.ldk * kK), VT = a.take<O>(f.ldv * kK), K = a.take<O>(kK * f.ldk);
+      Q = a.take<O>(rows * f.ldk), dO = a.take<O>(rows * f.ldv);
+      QT = a.take<O>(columns * f.ldk), dOT = a.take<O>(columns * f.ldv);
+      narrow_dS = a.take<O>(kPacked ? kQ * kK : 0);
     }
   };
   void layout(Arena& a) {
@@ -144,6 +151,7 @@ struct AttentionBwd {
     Arena arena{reinterpret_cast<char*>(buffers)};
     for (int i = 0; i < id; i++) Buffers(*this, arena);
     Worker worker{*this, p, Buffers(*this, arena)};
+    if (kPacked) prepare_tiles();
     for (;;) {
       const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
       if (task >= tasks()) break;
@@ -151,6 +159,7 @@ struct AttentionBwd {
       for (int64_t n = in_turn ? 0 : task / splits; n < (in_turn ? p.B * p.Hk : task / splits + 1); n++)
         worker.run(n / p.Hk, n % p.Hk, split, dQ + (splits == 1 ? id : n * splits + split) * dq_size());
     }
+    release_tiles();
     if (splits == 1 && !p.dsinks) return;
     barrier->wait(size);
     if (splits > 1)
@@ -171,7 +180,7 @@ struct AttentionBwd {
   }
   void add_dq(int64_t b, int64_t h) const {
     const Span span(p, b);
-    T* first = dQ + (b * p.Hk + h / group) * splits * dq_size() + h % group * p.Tq * ldk;
+    T* first = dQ + (b * p.Hk + h / group) * splits * dq_size() + h % group * max_q * ldk;
     for (int64_t s = 1; s < splits; s++)
       for (int64_t n = 0; n < span.Tq * ldk; n += W)
         store(first + n, load(first + n) + load(first + s * dq_size() + n));
@@ -186,10 +195,22 @@ struct AttentionBwd {
     void run(int64_t b, int64_t hk, int64_t split, T* dq) {
       const Span span(p, b);
       for (int64_t g = 0; g < f.group; g++) prepare_rows(span, b, hk * f.group + g, g, split);
-      __builtin_memset(static_cast<void*>(dq), 0, sizeof(T) * f.dq_size());
-      for (int64_t j = split * kK; j < span.Tk; j += f.splits * kK) block(span, b, hk, j, dq);
+      for (int64_t g = 0; g < f.group; g++)
+        __builtin_memset(static_cast<void*>(dq + g * f.max_q * f.ldk), 0, sizeof(T) * span.Tq * f.ldk);
+      for (int64_t j = split * kK; j < span.Tk; j += f.splits * kK) {
+        const KeyBlock<S> keys(p, f.rule, span, b, j);
+        bool seen;
+        if constexpr (kPacked)
+          seen = this->packed_block(keys, hk, dq);
+        else
+          seen = block(keys, hk, dq);
+        write(m.dKT, keys.nk, p.D, seen, T(p.scale),
+              [&](int64_t l) { return row_of<S>(p.dk, span.batch, hk, span.k0 + j + l); });
+        write(m.dVT, keys.nk, p.Dv, seen, T(1),
+              [&](int64_t l) { return row_of<S>(p.dv, span.batch, hk, span.k0 + j + l); });
+      }
       if (f.splits == 1)
-        for (int64_t g = 0; g < f.group; g++) f.write_dq(span, hk * f.group + g, dq + g * p.Tq * f.ldk);
+        for (int64_t g = 0; g < f.group; g++) f.write_dq(span, hk * f.group + g, dq + g * f.max_q * f.ldk);
       if (split == 0)  // keys beyond the length
         for (int64_t j = span.Tk; j < p.Tk && !p.cu_k; j++) {
           __builtin_memset(static_cast<void*>(row_of<S>(p.dk, b, hk, j)), 0, sizeof(S) * p.D);
@@ -208,62 +229,110 @@ struct AttentionBwd {
         for (int64_t v = 0; v < p.Dv; v += W) sum += load(o + v, p.Dv - v) * load(d + v, p.Dv - v);
         T delta = dlse ? -dlse[i] : T(0);
         for (int r = 0; r < W; r++) delta += sum[r];
-        m.delta[g * p.Tq + i] = delta;
-        m.lse[g * p.Tq + i] = log2_of(lse[i]);
+        m.delta[g * f.max_q + i] = delta;
+        m.lse[g * f.max_q + i] = log2_of(lse[i]);
         if (p.dsinks && lse[i] != -kInf<T>)
           dsink -= __builtin_exp(double(static_cast<const T*>(p.sinks)[h]) - double(lse[i])) * double(delta);
       }
       if (p.dsinks && split == 0) f.dsink[b * p.Hq + h] = T(dsink);
+#if defined(__AVX512BF16__)
+      if constexpr (kPacked) {
+        const S *q = row_of<S>(p.q, span.batch, h, span.q0), *d = row_of<S>(p.dout, span.batch, h, span.q0);
+        for (int64_t i = 0; i < span.Tq; i += kQ) {
+          const int64_t row = g * f.max_q + i, n = least(kQ, span.Tq - i);
+          pad_rows(q + i * p.q.t, p.q.t, n, p.D, m.Q + row * f.ldk, kQ, f.ldk);
+          pad_rows(d + i * p.dout.t, p.dout.t, n, p.Dv, m.dO + row * f.ldv, kQ, f.ldv);
+          pad_transposed(q + i * p.q.t, p.q.t, n, p.D, m.QT + row * f.ldk, f.ldk, kQ, kQ);
+          pad_transposed(d + i * p.dout.t, p.dout.t, n, p.Dv, m.dOT + row * f.ldv, f.ldv, kQ, kQ);
+        }
+      }
+#endif
     }
 
-    void block(const Span& span, int64_t b, int64_t hk, int64_t j, T* dq) {
-      const KeyBlock<S> keys(p, f.rule, span, b, j);
+    // Adds to dQ; leaves dK^T and dV^T. False when no query sees these keys.
+    bool block(const KeyBlock<S>& keys, int64_t hk, T* dq) {
+      const Span& span = keys.span;
       const int64_t N = keys.N, nk = keys.nk;
-      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + j),
-              *v = row_of<S>(p.v, span.batch, hk, span.k0 + j);
+      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j), *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
       pack_transposed(k, p.k.t, nk, p.D, m.KT, kK, N);
       pack_transposed(v, p.v.t, nk, p.Dv, m.VT, kK, N);
-      int64_t ldk;
+      int64_t ldk, ldq, ldo;
       const T* rows = as_operand<T>(k, p.k.t, nk, p.D, m.K, f.ldk, true, ldk);
       Start start = Start::zero;
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = keys.first_query(); i < keys.end_query(); i += kQ) {
-          const int64_t h = hk * f.group + g, n = least(kQ, keys.end_query() - i), row = g * p.Tq + i;
-          int64_t ldq, ldo;
-          const T *q = as_operand<T>(row_of<S>(p.q, span.batch, h, span.q0 + i), p.q.t, n, p.D, m.Q, p.D,
-                                     false, ldq),
-                  *d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO,
-                                     p.Dv, false, ldo);
+          const int64_t h = hk * f.group + g, n = least(kQ, keys.end_query() - i), row = g * f.max_q + i;
+          const T* q = as_operand<T>(row_of<S>(p.q, span.batch, h, span.q0 + i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
+          const T* d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO, p.Dv, false,
+                                     ldo);
           product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
           product<T, false>(n, N, p.Dv, d, ldo, m.VT, kK, m.dS, kK, Start::zero);
-          gradients(keys, h, i, n, row);
+          const bool limits = !keys.seen_by_all(i, n);
+          for (int64_t r = 0; r < n; r++)
+            for (int64_t l = 0; l < N; l += W) {
+              const Pair x = gradients(keys, h, i, r, l, row, limits);
+              store(m.P + r * kK + l, x.P);
+              store(m.dS + r * kK + l, x.dS);
+            }
           product<T, true>(p.Dv, N, n, d, ldo, m.P, kK, m.dVT, kK, start);
           product<T, true>(p.D, N, n, q, ldq, m.dS, kK, m.dKT, kK, start);
           product<T, false>(n, f.ldk, nk, m.dS, kK, rows, ldk, dq + row * f.ldk, f.ldk, Start::c);
           start = Start::c;
         }
-      T factor[kK];
-      write(m.dKT, nk, p.D, start == Start::zero, T(p.scale), factor,
-            [&](int64_t l) { return row_of<S>(p.dk, span.batch, hk, span.k0 + j + l); });
-      write(m.dVT, nk, p.Dv, start == Start::zero, T(1), factor,
-            [&](int64_t l) { return row_of<S>(p.dv, span.batch, hk, span.k0 + j + l); });
+      return start == Start::c;
     }
 
-    // P and dP, products until now, become P and dS.
-    void gradients(const KeyBlock<S>& keys, int64_t h, int64_t i, int64_t n, int64_t row) {
-      const bool limits = !keys.seen_by_all(i, n);
-      for (int64_t r = 0; r < n; r++) {
-        const T lse = m.lse[row + r], delta = m.delta[row + r];
-        for (int64_t l = 0; l < keys.N; l += W) {
-          T *P = m.P + r * kK + l, *dS = m.dS + r * kK + l;
-          Vec<T> slope;
-          const Vec<T> e = keys.weights(load(P), h, i + r, l, lse, limits, slope);
-          Vec<T> ds = e * (load(dS) - delta);
-          if (p.dmask && l < keys.nk) add_dmask(f.dmask_row(keys.b, h, i + r), keys.j + l, ds, keys.nk - l);
-          store(P, e);
-          store(dS, ds * slope);
+#if defined(__AVX512BF16__)
+    // The same with operands in pairs. P and dS become pairs of queries in place; dQ needs dS in rows as well.
+    bool packed_block(const KeyBlock<S>& keys, int64_t hk, T* dq) {
+      const Span& span = keys.span;
+      const int64_t nk = keys.nk, N = round_up(nk, 32);
+      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j), *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
+      __builtin_memset(static_cast<void*>(m.KT), 0, sizeof(O) * f.ldk * kK);
+      __builtin_memset(static_cast<void*>(m.VT), 0, sizeof(O) * f.ldv * kK);
+      pack_panel(k, p.k.t, nk, p.D, m.KT, kK);
+      pack_panel(v, p.v.t, nk, p.Dv, m.VT, kK);
+      for (int64_t l = 0; l < N; l++) pack_row(k + (l < nk ? l : 0) * p.k.t, l < nk ? p.D : 0, m.K, l, f.ldk);
+      Start start = Start::zero;
+      for (int64_t g = 0; g < f.group; g++)
+        for (int64_t i = keys.first_query() / 32 * 32, end; i < keys.end_query(); i = end) {
+          end = least(keys.end_query(), (i / kQ + 1) * kQ);
+          const int64_t h = hk * f.group + g, n = end - i, nq = round_up(n, 32), row = g * f.max_q + i;
+          tile_product(nq, N, f.ldk, m.Q + row * f.ldk, f.ldk, m.KT, 2 * kK, m.P, kK, Start::zero);
+          tile_product(nq, N, f.ldv, m.dO + row * f.ldv, f.ldv, m.VT, 2 * kK, m.dS, kK, Start::zero);
+          const bool limits = nk < N || !keys.seen_by_all(i, n);
+          for (int64_t r = 0; r < nq; r += 2)
+            for (int64_t l = 0; l < N; l += W) {
+              Pair a{}, b{};
+              if (r < n) a = gradients(keys, h, i, r, l, row, limits);
+              if (r + 1 < n) b = gradients(keys, h, i, r + 1, l, row, limits);
+              const __m512i ds = narrow(a.dS, b.dS);
+              store(m.P + r / 2 * kK + l, (Vec<T>)as_pairs(narrow(a.P, b.P)));
+              store(m.dS + r / 2 * kK + l, (Vec<T>)as_pairs(ds));
+              _mm256_storeu_si256((__m256i*)(m.narrow_dS + r * kK + l), _mm512_castsi512_si256(ds));
+              _mm256_storeu_si256((__m256i*)(m.narrow_dS + (r + 1) * kK + l), _mm512_maskz_extracti64x4_epi64(0xff, ds, 1));
+            }
+          const O *P = reinterpret_cast<const O*>(m.P), *dS = reinterpret_cast<const O*>(m.dS);
+          const int64_t block = row / kQ * kQ;  // of QT and dOT
+          tile_product(f.ldv, N, nq, m.dOT + block * f.ldv + i % kQ, kQ, P, 2 * kK, m.dVT, kK, start);
+          tile_product(f.ldk, N, nq, m.QT + block * f.ldk + i % kQ, kQ, dS, 2 * kK, m.dKT, kK, start);
+          tile_product(nq, f.ldk, N, m.narrow_dS, kK, m.K, 2 * f.ldk, dq + row * f.ldk, f.ldk, Start::c);
+          start = Start::c;
         }
-      }
+      return start == Start::c;
+    }
+#endif
+
+    // P and dS of W keys from lane l on for query i + r, from the products in their places.
+    struct Pair {
+      Vec<T> P, dS;
+    };
+    Pair gradients(const KeyBlock<S>& keys, int64_t h, int64_t i, int64_t r, int64_t l, int64_t row, bool limits) const {
+      Vec<T> slope;
+      const Vec<T> e = keys.weights(load(m.P + r * kK + l), h, i + r, l, m.lse[row + r], limits, slope),
+                   ds = e * (load(m.dS + r * kK + l) - m.delta[row + r]);
+      if (p.dmask && l < keys.nk) add_dmask(f.dmask_row(keys.b, h, i + r), keys.j + l, ds, keys.nk - l);
+      return {e, ds * slope};
     }
     void add_dmask(T* to, int64_t j, Vec<T> ds, int64_t n) const {
       if (p.mask_k) return store(to + j, load(static_cast<const T*>(to + j), n) + ds, n);
@@ -271,8 +340,9 @@ struct AttentionBwd {
     }
 
     template <class Row>
-    void write(T* x, int64_t n, int64_t features, bool zero, T by, T* factor, const Row& row) {
-      if (zero) __builtin_memset(static_cast<void*>(x), 0, sizeof(T) * features * kK);
+    void write(T* x, int64_t n, int64_t features, bool seen, T by, const Row& row) {
+      if (!seen) __builtin_memset(static_cast<void*>(x), 0, sizeof(T) * features * kK);
+      T factor[kK];
       for (int64_t l = 0; l < kK; l++) factor[l] = by;
       write_columns<S>(x, kK, n, features, factor, row);
     }

@@ -93,20 +93,15 @@ struct AttentionFwd {
   O* block(int64_t b, int64_t hk, int64_t i) const {
     return packed + (first_block[b] * p.Hk + hk * (first_block[b + 1] - first_block[b]) + i) * block_size();
   }
+#if defined(__AVX512BF16__)
   void pack(int64_t b, int64_t hk, int64_t i) const {
     const Span span(p, b);
-    const int64_t j = span.k0 + i * kK, n = least(kK, span.Tk - i * kK), rows_to = round_up(n, 32);
-    O *K = block(b, hk, i), *VT = K + kK * depth;
-    for (int64_t r = 0; r < rows_to; r++) {
-      const int64_t width = r < n ? p.D : 0;
-      if (width)
-        __builtin_memcpy(static_cast<void*>(K + r * depth), row_of<S>(p.k, span.batch, hk, j + r),
-                         sizeof(O) * width);
-      __builtin_memset(static_cast<void*>(K + r * depth + width), 0, sizeof(O) * (depth - width));
-    }
-    pack_transposed(row_of<S>(p.v, span.batch, hk, j), p.v.t, n, p.Dv, VT, kK, rows_to);
-    __builtin_memset(static_cast<void*>(VT + p.Dv * kK), 0, sizeof(O) * (ldv - p.Dv) * kK);
+    const int64_t j = span.k0 + i * kK, n = least(kK, span.Tk - i * kK), to = round_up(n, 32);
+    O* K = block(b, hk, i);
+    pad_rows(row_of<S>(p.k, span.batch, hk, j), p.k.t, n, p.D, K, to, depth);
+    pad_transposed(row_of<S>(p.v, span.batch, hk, j), p.v.t, n, p.Dv, K + kK * depth, ldv, kK, to);
   }
+#endif
 
   void thread(int id, int size) {
     if constexpr (kPacked) {
@@ -115,7 +110,7 @@ struct AttentionFwd {
       for (int64_t n = all * id / size; n < all * (id + 1) / size; n++) {
         while (first_block[b + 1] * p.Hk <= n) b++;
         const int64_t i = n - first_block[b] * p.Hk, blocks = first_block[b + 1] - first_block[b];
-        pack(b, i / blocks, i % blocks);
+        this->pack(b, i / blocks, i % blocks);
       }
       barrier->wait(size);
       prepare_tiles();
