@@ -213,21 +213,46 @@ def decode_attention(
     Equal to `scaled_dot_product_attention(q, k, v, causal_lower_right(Tq, n), enable_gqa=True)` on every row,
     with its first n keys and values.
     """
-    q, k, v, _ = _autocast(q, k_cache, v_cache, None)
+    k, v = k_cache, v_cache
     if block_table is not None:
         if block_table.dim() != 2:
             raise ValueError(f"block_table must be [B,blocks], got {_described(block_table)}")
         k, v = (t[block_table].transpose(1, 2).flatten(2, 3) for t in (k, v))
-    dense = _four_dims(q, k, v, None, gqa=True) if q.dim() == k.dim() == v.dim() == 4 else None
-    if dense is None or q.size(0) != k.size(0):
-        raise ValueError(f"{MISFIT}: got {_described(q, k_cache, v_cache)}")
     if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in _INTEGERS:
         raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {_described(cache_seqlens)}")
-    q, k, v, _, _ = dense
-    options = _options(q, scale, window, True, softcap, alibi_slopes, sinks)
-    options |= {"len_k": cache_seqlens.to(torch.int64), "bottom_right": True}
-    out, lse = _attend(q, k, v, options, support.why_torch_attends(q))
-    return (out, lse) if return_lse else out
+    options = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    result = attend_with_lengths(
+        q, k, v, lengths=cache_seqlens, is_causal=True, bottom_right=True, scale=scale, **options
+    )
+    return result if return_lse else result[0]
+
+
+def attend_with_lengths(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q [B,Hq,Tq,D], k [B,H,Tk,D], v [B,H,Tk,Dv], of which the first lengths [B] count -> out and lse."""
+    q, k, v, mask = _autocast(q, k, v, mask)
+    dense = _four_dims(q, k, v, mask, gqa=True) if q.dim() == k.dim() == v.dim() == 4 else None
+    if dense is None or q.size(0) != k.size(0):
+        raise ValueError(f"{MISFIT}: got {_described(q, k, v, mask)}")
+    q, k, v, mask, _ = dense
+    options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
+    options |= {"mask": mask, "bottom_right": bottom_right, "dropout": dropout_p}
+    options |= {"len_k": None if lengths is None else lengths.to(torch.int64)}
+    return _attend(q, k, v, options, support.why_torch_attends(q, dropout_p))
 
 
 def _attend(

@@ -1,0 +1,110 @@
+"""Hugging Face models on our kernels: after `register()` they take attn_implementation="seqkernels".
+
+Models make one mask and hand it to the attention of every layer. Ours is no larger than the padding it says,
+[B,keys], where what else a query may not see is causal; attention knows it by its two dims.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from seqkernels.attention import attend_with_lengths
+
+
+def register(name: str = "seqkernels") -> None:
+    """Make `attn_implementation=name` known to transformers, to `model.set_attn_implementation(name)`, too.
+
+    Padding on the right becomes lengths. Softcap, sinks and position biases are supported. Attention weights
+    are not, as with "sdpa".
+    Equal to `attn_implementation="sdpa"`.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """query [B,Hq,Tq,D], key and value [B,H,Tk,D] -> [B,Tq,Hq,D]"""
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    lengths = getattr(attention_mask, "_lengths_of_keys", None)
+    padding = attention_mask is not None and attention_mask.dim() == 2
+    is_causal = bool(is_causal and query.size(2) > 1 and (attention_mask is None or padding))
+    mask = attention_mask[:, None, None] if padding else attention_mask
+    if lengths is not None:
+        mask = None
+    if position_bias is not None:
+        if mask is None:
+            mask = position_bias
+        elif mask.dtype == torch.bool:
+            mask = position_bias.masked_fill(~mask, -torch.inf)
+        else:
+            mask = position_bias + mask
+    out, _ = attend_with_lengths(
+        query,
+        key,
+        value,
+        mask,
+        lengths=lengths,
+        is_causal=is_causal,
+        bottom_right=padding and lengths is None,
+        dropout_p=dropout,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out.transpose(1, 2), None
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """The padding [B,keys], or [B,1,1,keys] where nothing is causal; for anything else what "sdpa" takes."""
+    causal = mask_function is causal_mask_function and allow_is_causal_skip and q_length > 1
+    free = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
+    if (
+        attention_mask is None
+        or torch.compiler.is_compiling()
+        or attention_mask.shape != (batch_size, kv_length)
+        or not (free or (causal and isinstance(q_offset, int) and q_offset + q_length == kv_length))
+        or attention_mask.all()
+    ):
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            **kwargs,
+        )
+    mask = attention_mask[:, None, None] if free else attention_mask
+    if attention_mask.is_cpu and (free or q_length == kv_length):
+        lengths = attention_mask.sum(1)
+        if torch.equal(attention_mask, torch.arange(kv_length) < lengths[:, None]):
+            mask._lengths_of_keys = lengths
+    return mask
