@@ -1,4 +1,4 @@
-"""What is measured. A case is one call of one module; a suite is a tuple of cases.
+"""What is measured. A case is one call of one module or function; a suite is a tuple of cases.
 
 The letters are those of the whole package: T time steps, B batch rows, I input features, H hidden units.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from itertools import product
+
+from . import attention
+from .attention import AttentionCase
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 CELLS = tuple(GATES)
@@ -31,6 +34,10 @@ class Case:
     def __post_init__(self) -> None:
         if self.step and (self.T, self.layers, self.bidirectional, self.fill) != (1, 1, False, None):
             raise ValueError(f"a cell makes one step of one layer in one direction, got {self}")
+
+    def tiny(self) -> Case:
+        """The same path through everything, in no time and memory."""
+        return dataclasses.replace(self, T=min(self.T, 2), B=min(self.B, 2), I=16, H=16)
 
     @property
     def title(self) -> str:
@@ -134,7 +141,7 @@ def _quick() -> list[Case]:
     ]
 
 
-SUITES: dict[str, tuple[Case, ...]] = {
+SUITES: dict[str, tuple[Case | AttentionCase, ...]] = {
     "quick": tuple(_quick()),
     "rnn": tuple(_rnn()),
     "train": tuple(_grid("train") + _shapes("train")),
@@ -142,13 +149,14 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "cells": tuple(_cells()),
     "bf16": tuple(_bf16()),
     "memory": tuple(_memory()),
+    "attention": attention.cases(),
 }
 
 
-def select(suite: str, name_contains: str = "") -> list[tuple[str, Case]]:
+def select(suite: str, name_contains: str = "") -> list[tuple[str, Case | AttentionCase]]:
     """(suite, case) pairs, each case once, those of one title together. "all" leaves out quick."""
     suites = [name for name in SUITES if name != "quick"] if suite == "all" else [suite]
-    chosen: dict[Case, str] = {}
+    chosen: dict[Case | AttentionCase, str] = {}
     for name in suites:
         titles = list(dict.fromkeys(case.title for case in SUITES[name]))
         for case in sorted(SUITES[name], key=lambda case: titles.index(case.title)):

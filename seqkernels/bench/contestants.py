@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels
 
+from . import attention
+from .attention import AttentionCase, AttentionProblem
 from .cases import Case
 
 OURS, TORCH, ORT = "seqkernels", "torch", "onnxruntime"
@@ -42,7 +44,9 @@ class Contestant:
     outputs: Callable[[Any], dict[str, Tensor]]  # its result with names, the same names for every contestant
 
 
-def make_problem(case: Case) -> Problem:
+def make_problem(case: Case | AttentionCase) -> Problem | AttentionProblem:
+    if isinstance(case, AttentionCase):
+        return attention.make_problem(case)
     generator = torch.Generator().manual_seed(case.T + 31 * case.B + 997 * case.H)
     name = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}[case.cell] + ("Cell" if case.step else "")
     options = {} if case.step else {"num_layers": case.layers, "bidirectional": case.bidirectional}
@@ -64,11 +68,15 @@ def make_problem(case: Case) -> Problem:
     return Problem(case, module.to(dtype), x, hx, random(*dy_rows, case.H * case.directions))
 
 
-def torch_contestant(problem: Problem) -> Contestant:
+def torch_contestant(problem: Problem | AttentionProblem) -> Contestant:
+    if isinstance(problem, AttentionProblem):
+        return Contestant(*attention.runner(problem, ours=False))
     return _module_contestant(problem, problem.module)
 
 
-def seqkernels_contestant(problem: Problem) -> Contestant:
+def seqkernels_contestant(problem: Problem | AttentionProblem) -> Contestant:
+    if isinstance(problem, AttentionProblem):
+        return Contestant(*attention.runner(problem, ours=True))
     holder = nn.Sequential(copy.deepcopy(problem.module))
     seqkernels.swap_(holder)
     module = holder[0]
@@ -97,15 +105,17 @@ def onnxruntime_contestant(problem: Problem) -> Contestant:
     return Contestant(session_call(case, problem.module, x, hx), outputs)
 
 
-CONTESTANTS: dict[str, Callable[[Problem], Contestant]] = {
+CONTESTANTS: dict[str, Callable[[Any], Contestant]] = {
     OURS: seqkernels_contestant,
     TORCH: torch_contestant,
     ORT: onnxruntime_contestant,
 }
 
 
-def contestants_for(case: Case) -> list[str]:
-    """ONNX Runtime takes part in float32 inference when it is installed."""
+def contestants_for(case: Case | AttentionCase) -> list[str]:
+    """ONNX Runtime takes part in float32 inference of recurrent modules when it is installed."""
+    if isinstance(case, AttentionCase):
+        return [OURS, TORCH]
     fits = case.mode == "forward" and case.dtype == "float32"
     return [OURS, TORCH, ORT] if fits and find_spec("onnxruntime") and find_spec("onnx") else [OURS, TORCH]
 

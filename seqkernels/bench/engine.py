@@ -10,30 +10,37 @@ from dataclasses import dataclass
 import torch
 
 from . import timing
+from .attention import AttentionCase
 from .cases import Case
 from .check import Comparison, compare, errors
 from .contestants import CONTESTANTS, OURS, TORCH, Contestant, Problem, contestants_for, make_problem
 from .memory import MemoryMeter
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Row:
-    """One contestant in one case: a line of results.csv. None where something was not measured."""
+    """One contestant in one case: a line of results.csv. None: not measured, or it does not apply."""
 
     suite: str
     case: str
     cell: str
     mode: str
     dtype: str
-    T: int
     B: int
-    I: int  # noqa: E741
     H: int
-    layers: int
-    bidirectional: bool
-    fill: float | None
-    step: bool
-    recompute: bool
+    T: int | None = None
+    I: int | None = None  # noqa: E741
+    layers: int | None = None
+    bidirectional: bool | None = None
+    fill: float | None = None
+    step: bool = False
+    recompute: bool = False
+    G: int | None = None
+    Tq: int | None = None
+    Tk: int | None = None
+    D: int | None = None
+    causal: bool | None = None
+    mask: str | None = None
     tokens: int
     gflop: float
     contestant: str
@@ -61,7 +68,7 @@ class Row:
 Makers = Mapping[str, Callable[[Problem], Contestant]]
 
 
-def run_cases(cases: Iterable[tuple[str, Case]], budget: float) -> Iterator[list[Row]]:
+def run_cases(cases: Iterable[tuple[str, Case | AttentionCase]], budget: float) -> Iterator[list[Row]]:
     """One list of rows a case, seqkernels first; `budget` is the seconds of timing a case."""
     with MemoryMeter() as meter:
         for suite, case in cases:
@@ -70,7 +77,7 @@ def run_cases(cases: Iterable[tuple[str, Case]], budget: float) -> Iterator[list
 
 
 def run_case(
-    suite: str, case: Case, budget: float, makers: Makers, meter: MemoryMeter | None = None
+    suite: str, case: Case | AttentionCase, budget: float, makers: Makers, meter: MemoryMeter | None = None
 ) -> list[Row]:
     rows = {name: _empty_row(suite, case, name) for name in makers}
     gc.collect()
@@ -88,7 +95,7 @@ def run_case(
     return list(rows.values())
 
 
-def _checked(case: Case, makers: Makers, rows: dict[str, Row]) -> dict[str, Contestant]:
+def _checked(case: Case | AttentionCase, makers: Makers, rows: dict[str, Row]) -> dict[str, Contestant]:
     """The contestants whose results are right; their rows say so, the other rows say what is wrong."""
     problem = make_problem(case)
     exact = CONTESTANTS[TORCH](problem.to(torch.float64))
@@ -116,7 +123,9 @@ def _note_errors(row: Row, worst: Comparison) -> None:
     row.torch_error, row.allowed_error = worst.torch_error, worst.allowed
 
 
-def _time(case: Case, ready: dict[str, Contestant], rows: dict[str, Row], budget: float) -> None:
+def _time(
+    case: Case | AttentionCase, ready: dict[str, Contestant], rows: dict[str, Row], budget: float
+) -> None:
     peaks = [_fma_peak(case.dtype)]
     seconds = timing.interleave({name: contestant.run for name, contestant in ready.items()}, budget)
     peaks.append(_fma_peak(case.dtype))
@@ -138,6 +147,6 @@ def _fma_peak(dtype: str) -> float:
     return _kernels.fma_peak(dtype, torch.get_num_threads())
 
 
-def _empty_row(suite: str, case: Case, contestant: str) -> Row:
+def _empty_row(suite: str, case: Case | AttentionCase, contestant: str) -> Row:
     measures = {"suite": suite, "case": case.name, "tokens": case.tokens, "gflop": case.flops / 1e9}
     return Row(**dataclasses.asdict(case), **measures, contestant=contestant, check="error")

@@ -21,6 +21,7 @@ import sys
 
 import torch
 
+from .attention import AttentionCase
 from .cases import Case
 from .contestants import CONTESTANTS, make_problem
 
@@ -43,7 +44,7 @@ class MemoryMeter:
         for stream in (self._server.stdin, self._server.stdout):
             stream.close()
 
-    def peak(self, case: Case, contestant: str) -> tuple[int, str]:
+    def peak(self, case: Case | AttentionCase, contestant: str) -> tuple[int, str]:
         """(bytes, how they were measured). MemoryError when the child was killed or failed."""
         request = {"case": dataclasses.asdict(case), "contestant": contestant}
         request["threads"] = torch.get_num_threads()
@@ -71,11 +72,10 @@ def serve() -> None:
 def _measure(request: dict) -> dict:
     try:
         torch.set_num_threads(request["threads"])
-        case = Case(**request["case"])
+        case = (Case if "layers" in request["case"] else AttentionCase)(**request["case"])
         make = CONTESTANTS[request["contestant"]]
-        tiny = dataclasses.replace(case, T=min(case.T, 2), B=min(case.B, 2), I=16, H=16)
         with torch.set_grad_enabled(case.mode == "train"):
-            make(make_problem(tiny)).run()
+            make(make_problem(case.tiny())).run()
             contestant = make(make_problem(case))
             before, method = _forget_peak()
             result = contestant.run()

@@ -19,7 +19,7 @@ INK, MUTED, LINE = "#010101", "#020202", "#030303"
 COLOURS = {OURS: "#040404", TORCH: "#050505", ORT: "#060606"}
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line"} | {c: f"--{name}" for name, c in COLOURS.items()}
 MARKERS = {OURS: "o", TORCH: "s", ORT: "D"}  # shapes too, for those who cannot tell the colours apart
-TITLES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN (tanh)"}
+TITLES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN (tanh)", "sdpa": "SDPA", "mha": "MultiheadAttention"}
 
 STYLE = {
     "svg.fonttype": "none",

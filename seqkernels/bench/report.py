@@ -214,7 +214,8 @@ def write_html(report: Report, path: Path) -> Path:
         report=report,
         versus=versus(report.rows),
         by_cell=[
-            (cell, versus(row for row in report.rows if row.cell == cell)) for cell in ("lstm", "gru", "rnn")
+            (cell, versus(row for row in report.rows if row.cell == cell))
+            for cell in dict.fromkeys(row.cell for row in report.rows)
         ],
         wrong=wrong(report.rows),
         wrong_ours=[row for row in wrong(report.rows) if row.contestant == OURS],

@@ -1,0 +1,165 @@
+"""Attention on the CPU: F.scaled_dot_product_attention and nn.MultiheadAttention against ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import seqkernels
+
+MASKS = ("bool", "padding", "float")  # [B,1,Tq,Tk]; [B,1,1,Tk], three quarters full; [1,H,Tq,Tk]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """One call. B rows, H query heads, G of them share a key head, Tq queries, Tk keys, D features a head."""
+
+    cell: str = "sdpa"  # or "mha": nn.MultiheadAttention on itself, E = H * D, projections included
+    B: int = 1
+    H: int = 8
+    G: int = 1
+    Tq: int = 1024
+    Tk: int = 1024
+    D: int = 64
+    causal: bool = False
+    mask: str | None = None
+    mode: str = "forward"  # without gradients; or "train": forward, then gradients of all inputs and weights
+    dtype: str = "float32"
+
+    @property
+    def title(self) -> str:
+        return f"{self.cell.upper()} {self.mode} {self.dtype}"
+
+    @property
+    def name(self) -> str:
+        length = f"T={self.Tq}" if self.Tq == self.Tk else f"Tq={self.Tq} Tk={self.Tk}"
+        words = [self.title, f"B={self.B}", f"H={self.H}", length, f"D={self.D}"]
+        words += [f"GQA={self.G}"] if self.G > 1 else []
+        words += ["causal"] if self.causal else []
+        words += [f"mask={self.mask}"] if self.mask else []
+        return " ".join(words)
+
+    @property
+    def tokens(self) -> int:
+        return self.B * self.Tq
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys of each row under the mask "padding": from half of them to all."""
+        return [self.Tk - row * (self.Tk // 2) // max(1, self.B - 1) for row in range(self.B)]
+
+    @property
+    def flops(self) -> float:
+        """Of the matrix products over visible pairs: two in forward, five in backward, which rebuilds one."""
+        pairs = sum(self.lengths) * self.Tq if self.mask == "padding" else self.B * self.Tq * self.Tk
+        if self.causal:
+            pairs = self.B * sum(min(i + 1, self.Tk) for i in range(self.Tq))
+        attention = 4.0 * pairs * self.H * self.D * (3.5 if self.mode == "train" else 1)
+        width = self.H * self.D
+        projections = 8.0 * self.tokens * width**2 * (3 if self.mode == "train" else 1)
+        return attention + (projections if self.cell == "mha" else 0)
+
+    def tiny(self) -> AttentionCase:
+        return replace(self, Tq=min(self.Tq, 2), Tk=2, B=min(self.B, 2))
+
+
+@dataclass
+class AttentionProblem:
+    """A case as tensors; for "mha" x is the input of `module`."""
+
+    case: AttentionCase
+    tensors: dict[str, Tensor]  # q, k, v, or x
+    mask: Tensor | None
+    module: nn.MultiheadAttention | None
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> AttentionProblem:
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.to(dtype)
+        module = None if self.module is None else copy.deepcopy(self.module).to(dtype)
+        return AttentionProblem(self.case, tensors, mask, module, self.dy.to(dtype))
+
+
+def make_problem(case: AttentionCase) -> AttentionProblem:
+    generator = torch.Generator().manual_seed(case.Tq + 31 * case.B + 997 * case.D)
+    dtype = getattr(torch, case.dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    mask = None
+    if case.mask == "bool":
+        mask = torch.rand(case.B, 1, case.Tq, case.Tk, generator=generator) < 0.8
+    elif case.mask == "padding":
+        mask = torch.arange(case.Tk) < torch.tensor(case.lengths)[:, None, None, None]
+    elif case.mask == "float":
+        mask = random(1, case.H, case.Tq, case.Tk)
+    if case.cell == "mha":
+        width = case.H * case.D
+        module = nn.MultiheadAttention(width, case.H, batch_first=True)
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        x = random(case.B, case.Tq, width)
+        return AttentionProblem(case, {"x": x}, mask, module.to(dtype), random(case.B, case.Tq, width))
+    q = random(case.B, case.H, case.Tq, case.D)
+    k, v = (random(case.B, case.H // case.G, case.Tk, case.D) for _ in range(2))
+    return AttentionProblem(case, {"q": q, "k": k, "v": v}, mask, None, random(*q.shape))
+
+
+def runner(
+    problem: AttentionProblem, ours: bool
+) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Mapping[str, Tensor]]]:
+    """What is timed, and its result with names."""
+    case, mask = problem.case, problem.mask
+    train = case.mode == "train"
+    leaves = {name: t.detach().requires_grad_(train) for name, t in problem.tensors.items()}
+    if problem.module is None:
+        attention = seqkernels.scaled_dot_product_attention if ours else F.scaled_dot_product_attention
+        q, k, v = leaves.values()
+
+        def forward() -> Tensor:
+            return attention(q, k, v, mask, is_causal=case.causal, enable_gqa=case.G > 1)
+    else:
+        holder = nn.Sequential(copy.deepcopy(problem.module)).train(train)
+        if ours and not seqkernels.swap_(holder).swapped:
+            raise RuntimeError("swap_ left the module as it was: torch would be compared with itself")
+        module, x = holder[0], leaves["x"]
+        leaves |= dict(module.named_parameters())
+
+        def forward() -> Tensor:
+            return module(x, x, x, need_weights=False)[0]
+
+    def run() -> tuple[Tensor, ...]:
+        out = forward()
+        return (out, *torch.autograd.grad(out, list(leaves.values()), problem.dy)) if train else (out,)
+
+    names = ["out", *(f"grad {name}" for name in leaves)]
+    return run, lambda result: {n: t.detach() for n, t in zip(names, result, strict=False)}
+
+
+def cases() -> tuple[AttentionCase, ...]:
+    chosen = []
+    for dtype in ("float32", "bfloat16"):
+        lengths = ((2, 512), (1, 2048))
+        for mode, (B, T), causal in product(("forward", "train"), lengths, (False, True)):
+            chosen.append(AttentionCase(B=B, Tq=T, Tk=T, causal=causal, mode=mode, dtype=dtype))
+        for mode, D in product(("forward", "train"), (32, 80, 96, 128, 256)):
+            chosen.append(AttentionCase(D=D, mode=mode, dtype=dtype))
+        for B, H, T in ((4, 8, 256), (1, 4, 8192)):
+            chosen.append(AttentionCase(B=B, H=H, Tq=T, Tk=T, causal=True, dtype=dtype))
+        for mode, G in product(("forward", "train"), (4, 8)):
+            chosen.append(AttentionCase(G=G, causal=True, mode=mode, dtype=dtype))
+        for mode, mask in product(("forward", "train"), MASKS):
+            chosen.append(AttentionCase(B=2, Tq=512, Tk=512, mask=mask, mode=mode, dtype=dtype))
+        for B, G, Tq in ((4, 1, 1), (4, 4, 1), (1, 4, 1), (4, 1, 8)):  # decoding
+            chosen.append(AttentionCase(B=B, G=G, Tq=Tq, Tk=2048, dtype=dtype))
+        for mode in ("forward", "train"):
+            chosen.append(AttentionCase(cell="mha", B=4, Tq=512, Tk=512, mode=mode, dtype=dtype))
+    return tuple(chosen)
