@@ -1,4 +1,4 @@
-"""torch's own samples and error samples for its recurrent modules, run against ours.
+"""torch's own samples and error samples for its modules, run against ours.
 
 The samples come with torch (torch.testing._internal.common_modules); the checks follow its test_modules.py,
 where some are expected failures for torch's CUDA modules. Here none is.
@@ -27,6 +27,7 @@ SAMPLES = {
     "RNNCell": partial(cm.module_inputs_torch_nn_RNN_GRU_Cell, is_rnn=True),
     "GRUCell": cm.module_inputs_torch_nn_RNN_GRU_Cell,
     "LSTMCell": cm.module_inputs_torch_nn_LSTMCell,
+    "MultiheadAttention": cm.module_inputs_torch_nn_MultiheadAttention,
 }
 ERRORS = {
     "RNN": cm.module_error_inputs_torch_nn_RNN_GRU,
@@ -155,7 +156,7 @@ def test_factory_kwargs(kind):
             assert (parameter.dtype, parameter.device.type) == (torch.float16, "meta")
 
 
-@kinds
+@pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_errors(kind, dtype):
     cls = getattr(seqkernels, kind)

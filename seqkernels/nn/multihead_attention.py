@@ -68,8 +68,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = self._heads(query, key, value)
         k, v = self._with_bias_and_zeros(k, v)
         more = k.size(2) - key.size(-2 if self.batch_first or unbatched else 0)
-        # The hint replaces the mask where it does so in torch, and wherever both mean the same.
-        hint = is_causal and not (
+        # The hint replaces the mask where it does so in torch, and wherever both mean the same. What
+        # torch.nn.Transformer finds out under torch.compile is no bool yet: then the mask stays.
+        hint = is_causal is True and not (
             attn_mask.requires_grad or (more and (need_weights or key_padding_mask is not None))
         )
         mask = _merged(None if hint else attn_mask, key_padding_mask, q, more)
@@ -122,7 +123,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 )
             )
 
-        if is_causal and attn_mask is None:
+        if attn_mask is None and is_causal:
             return False
         return mask_fits(key_padding_mask, (*rows, S)) and mask_fits(
             attn_mask, (L, S), (N * self.num_heads, L, S)

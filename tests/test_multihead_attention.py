@@ -1,0 +1,503 @@
+"""MultiheadAttention is torch.nn's: parameters, results, errors, also inside of torch.nn.Transformer."""
+
+import copy
+import itertools
+import pickle
+import resource
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+import seqkernels
+from seqkernels import support
+from seqkernels.nn import multihead_attention
+
+E, H, N, L, S = 8, 2, 3, 4, 5
+op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+
+
+def twins(**options) -> tuple[nn.Module, nn.Module]:
+    options = {"embed_dim": E, "num_heads": H, "dtype": torch.float64} | options
+    theirs = nn.MultiheadAttention(**options)
+    for name, parameter in theirs.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    ours = seqkernels.MultiheadAttention(**options)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def inputs(module: nn.Module, keys: int = S, unbatched: bool = False) -> list[Tensor]:
+    """query, key and value as `module` wants them."""
+    tensors = []
+    for tokens, features in ((L, E), (keys, module.kdim), (keys, module.vdim)):
+        batched = (N, tokens, features) if module.batch_first else (tokens, N, features)
+        tensors.append(torch.randn((tokens, features) if unbatched else batched, dtype=torch.float64))
+    return tensors
+
+
+def run(module: nn.Module, qkv, **kwargs):
+    """Outputs, weights if any, and all gradients of a function of both."""
+    leaves = {id(t): t.detach().requires_grad_() for t in qkv}
+    out, weights = module(*(leaves[id(t)] for t in qkv), **kwargs)
+    loss = out.sin().sum() + (0 if weights is None else (weights * weights).sum())
+    wanted = [*leaves.values(), *module.parameters()]
+    grads = torch.autograd.grad(loss, wanted)
+    return out, weights, grads
+
+
+def outcome(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def masks(kind: str | None, shape: tuple[int, ...]) -> Tensor | None:
+    """No row of it masks all."""
+    if kind is None:
+        return None
+    ignored = torch.rand(shape) < 0.4
+    ignored[..., 0] = False
+    return ignored if kind == "bool" else torch.zeros(shape).double().masked_fill(ignored, -torch.inf)
+
+
+CONSTRUCTIONS = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False},
+    "bias of keys and zeros": {"add_bias_kv": True, "add_zero_attn": True},
+    "zeros, batch first": {"add_zero_attn": True, "batch_first": True},
+    "other features": {"kdim": 5, "vdim": 7},
+    "other features, no bias": {"kdim": 5, "vdim": 7, "bias": False, "batch_first": True},
+}
+constructions = pytest.mark.parametrize("options", CONSTRUCTIONS.values(), ids=CONSTRUCTIONS)
+
+
+@constructions
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_results_are_torchs(options, unbatched):
+    ours, theirs = twins(**options)
+    rows = () if unbatched else (N,)
+    for padding, kind, dims in itertools.product((None, "bool", "float"), (None, "bool", "float"), (2, 3)):
+        heads = (N * H,) if not unbatched else (H,)
+        kwargs = {
+            "key_padding_mask": masks(padding, (*rows, S)),
+            "attn_mask": masks(kind, (L, S) if dims == 2 else (*heads, L, S)),
+        }
+        qkv = inputs(ours, unbatched=unbatched)
+        for need_weights, average in ((False, True), (True, True), (True, False)):
+            kwargs |= {"need_weights": need_weights, "average_attn_weights": average}
+            result, expected = run(ours, qkv, **kwargs), run(theirs, qkv, **kwargs)
+            assert_close(result, expected)
+            if not ours.batch_first:
+                assert result[0].stride() == expected[0].stride()
+
+
+@constructions
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_hint_of_causality(options, need_weights):
+    ours, theirs = twins(**options)
+    qkv = inputs(ours, keys=L)
+    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    for mask, padding in itertools.product((causal, causal.isinf()), (None, masks("bool", (N, L)))):
+        if padding is not None and mask.is_floating_point():
+            padding = torch.zeros(N, L).double().masked_fill(padding, -torch.inf)
+        kwargs = {"attn_mask": mask, "key_padding_mask": padding, "need_weights": need_weights}
+        result = run(ours, qkv, **kwargs, is_causal=True)
+        assert_close(result, run(theirs, qkv, **kwargs, is_causal=True))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_shared_inputs(batch_first):
+    """Self-attention projects once, attention to a memory twice."""
+    ours, theirs = twins(batch_first=batch_first)
+    x, memory, _ = inputs(ours)
+    for qkv, products in (((x, x, x), 1), ((x, memory, memory), 2), ((x, memory, memory.clone()), 3)):
+        assert_close(run(ours, qkv), run(theirs, qkv))
+        with torch.profiler.profile() as profile, torch.no_grad():
+            ours(*qkv)
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls["aten::linear"] == products + 1  # and the one behind
+
+
+def test_gradients_of_masks():
+    ours, theirs = twins()
+    qkv = inputs(ours)
+    for shape in ((L, S), (N * H, L, S)):
+        grads = []
+        for module in (ours, theirs):
+            generator = torch.Generator().manual_seed(0)
+            leaves = [torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, (N, S))]
+            leaves = [t.requires_grad_() for t in leaves]
+            for need_weights in (False, True):
+                out, weights = module(*qkv, leaves[1], need_weights, leaves[0])
+                loss = out.sin().sum() + (weights.sin().sum() if need_weights else 0)
+                grads.append(torch.autograd.grad(loss, leaves))
+        assert_close(grads[:2], grads[2:])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_second_derivatives(need_weights):
+    ours, theirs = twins()
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        qkv = [t.requires_grad_() for t in inputs(module)]
+        with sdpa_kernel(SDPBackend.MATH) if module is theirs else warnings.catch_warnings():
+            out, weights = module(*qkv, need_weights=need_weights)
+            loss = out.sin().sum() + (weights.sin().sum() if need_weights else 0)
+            first = torch.autograd.grad(loss, qkv, create_graph=True)
+            results.append(torch.autograd.grad(sum((g * g).sum() for g in first), qkv))
+    assert_close(*results)
+
+
+def test_all_keys_masked_gives_the_bias():
+    """Attention itself is 0 then, with need_weights too, where torch gives nan."""
+    ours, theirs = twins()
+    qkv, padding = inputs(ours), torch.zeros(N, S, dtype=torch.bool)
+    padding[1] = True
+    out, weights = ours(*qkv, padding)
+    assert_close(out[:, 1], ours.out_proj.bias.expand(L, -1))
+    assert (weights[1] == 0).all()
+    expected, _ = theirs(*qkv, padding, need_weights=False)
+    assert_close(out, expected)
+    assert theirs(*qkv, padding)[0].isnan().any()
+
+
+def test_torchs_own_samples_of_the_function():
+    """F.multi_head_attention_forward, by modules with the weights of the samples."""
+    op = next(op for op in op_db if op.name == "nn.functional.multi_head_attention_forward")
+    count = 0
+    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
+        key, value, embed_dim, heads, in_w, in_b, bias_k, bias_v, _, p, out_w, out_b = sample.args
+        if p:
+            continue
+        count += 1
+        module = seqkernels.MultiheadAttention(embed_dim, heads, dtype=torch.float64)
+        weights = {"in_proj_weight": in_w, "in_proj_bias": in_b, "bias_k": bias_k, "bias_v": bias_v}
+        weights |= {n: sample.kwargs[n] for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight")}
+        for name, tensor in weights.items():
+            setattr(module, name, None if tensor is None else nn.Parameter(tensor))
+        module.out_proj.weight, module.out_proj.bias = nn.Parameter(out_w), nn.Parameter(out_b)
+        expected = F.multi_head_attention_forward(sample.input, *sample.args, **sample.kwargs)
+        assert_close(module(sample.input, key, value, attn_mask=sample.kwargs["attn_mask"]), expected)
+    assert count > 20
+
+
+BAD_CALLS = {
+    "four dims": lambda q, k, v: ((q[None], k[None], v[None]), {}),
+    "key of two dims": lambda q, k, v: ((q, k[0], v[0]), {}),
+    "unbatched with batched keys": lambda q, k, v: ((q[:, 0], k, v), {}),
+    "features": lambda q, k, v: ((q[..., :7], k, v), {}),
+    "features of keys": lambda q, k, v: ((q, k[..., :7], v), {}),
+    "lengths of keys and values": lambda q, k, v: ((q, k, v[:-1]), {}),
+    "rows": lambda q, k, v: ((q, k[:, :2], v[:, :2]), {}),
+    "dtype": lambda q, k, v: ((q.float(), k.float(), v.float()), {}),
+    "padding of one dim": lambda q, k, v: ((q, k, v, torch.zeros(S).bool()), {}),
+    "padding of other rows": lambda q, k, v: ((q, k, v, torch.zeros(N + 1, S).bool()), {}),
+    "padding of other keys": lambda q, k, v: ((q, k, v, torch.zeros(N, S + 1).bool()), {}),
+    "padding of integers": lambda q, k, v: ((q, k, v, torch.zeros(N, S).long()), {}),
+    "mask of one dim": lambda q, k, v: ((q, k, v), {"attn_mask": torch.zeros(S).bool()}),
+    "mask of other keys": lambda q, k, v: ((q, k, v), {"attn_mask": torch.zeros(L, S + 1).bool()}),
+    "mask of other heads": lambda q, k, v: ((q, k, v), {"attn_mask": torch.zeros(N, L, S).bool()}),
+    "mask of integers": lambda q, k, v: ((q, k, v), {"attn_mask": torch.zeros(L, S).long()}),
+    "a hint without a mask": lambda q, k, v: ((q, k, v), {"is_causal": True}),
+    "no key": lambda q, k, v: ((q,), {}),
+    "unknown": lambda q, k, v: ((q, k, v), {"mask": None}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS.values(), ids=BAD_CALLS)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_raises_what_torch_raises(bad, need_weights):
+    ours, theirs = twins()
+    args, kwargs = bad(*inputs(ours))
+    expected = outcome(theirs, *args, **kwargs, need_weights=need_weights)
+    assert expected is not None
+    result = outcome(ours, *args, **kwargs, need_weights=need_weights)
+    assert result == (expected[0], expected[1].replace("nn.Multi", "Multi"))
+
+
+def test_constructor_raises_what_torch_raises():
+    for args in (
+        (0, 1),
+        (8, 0),
+        (8, 3),
+        (8,),
+        (8, 2, 0.0, True, False, False, None, None, False, None, None, 1),
+    ):
+        theirs, ours = outcome(nn.MultiheadAttention, *args), outcome(seqkernels.MultiheadAttention, *args)
+        assert theirs is not None
+        assert ours[0] is theirs[0]
+        assert ours[1] == theirs[1] or theirs[0] is TypeError
+
+
+def test_warns_about_masks_of_two_kinds():
+    ours, theirs = twins()
+    call = (*inputs(ours), masks("bool", (N, S)), False, masks("float", (L, S)))
+    for module in (ours, theirs):
+        with pytest.warns(
+            UserWarning, match="Support for mismatched key_padding_mask and attn_mask is deprecated"
+        ):
+            module(*call)
+
+
+def test_parameters_pickles_and_repr_are_torchs():
+    for options in CONSTRUCTIONS.values():
+        parameters = []
+        for library in (seqkernels, nn):
+            torch.manual_seed(3)
+            parameters.append(library.MultiheadAttention(E, H, **options).state_dict())
+        assert list(parameters[0]) == list(parameters[1])
+        assert_close(*parameters, rtol=0, atol=0)
+        ours, theirs = twins(**options)
+        assert repr(ours) == repr(theirs)
+        qkv = inputs(ours)
+        for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert type(twin) is seqkernels.MultiheadAttention
+            assert_close(twin(*qkv), theirs(*qkv))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    for options in CONSTRUCTIONS.values():
+        ours, theirs = twins(**options, dtype=torch.float32)
+        qkv = [t.float() for t in inputs(ours)]
+        padding = masks("float", (N, S)).float()
+        with torch.autocast("cpu", dtype):
+            for need_weights in (False, True):
+                result, expected = (m(*qkv, padding, need_weights) for m in (ours, theirs))
+                assert_close(result, expected, rtol=0.03, atol=0.03)
+
+
+def test_parametrized_weights():
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    ours, theirs = twins()
+    for module in (ours, theirs):
+        parametrize.register_parametrization(module, "in_proj_weight", Double())
+        parametrize.register_parametrization(module.out_proj, "weight", Double())
+    qkv = inputs(ours)
+    assert_close(run(ours, qkv), run(theirs, qkv))
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_dropout_is_torchs():
+    ours, theirs = twins(dropout=0.5)
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(5)
+        results.append(run(module, inputs(module)))
+    assert_close(*results)
+
+
+def test_what_torch_runs_is_said(monkeypatch):
+    monkeypatch.setattr(support, "_told", set())
+    ours, theirs = twins(dropout=0.5)
+    qkv = inputs(ours)
+    with pytest.warns(UserWarning, match="the attention kernels for cpu tensors have no dropout"):
+        ours(*qkv)
+    monkeypatch.setenv("SEQKERNELS_STRICT", "1")
+    with pytest.raises(RuntimeError, match="SEQKERNELS_STRICT forbids"):
+        ours(*qkv)
+    with sdpa_kernel(SDPBackend.MATH):  # torch runs because the user wants it
+        assert_close(ours.eval()(*qkv), theirs.eval()(*qkv))
+
+
+def test_memory_does_not_grow_with_the_scores():
+    """Padding stays [N, S]: 8192 x 8192 scores of one head would take 256 MiB."""
+    T = 8192
+    module, x = seqkernels.MultiheadAttention(16, 2, batch_first=True), torch.randn(1, T, 16)
+    padding = torch.zeros(1, T, dtype=torch.bool)
+    causal = torch.zeros(1, 1, dtype=torch.bool).expand(T, T)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for kwargs in ({}, {"attn_mask": causal, "is_causal": True}):
+        module(x, x, x, key_padding_mask=padding, need_weights=False, **kwargs)[0].sum().backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+# ---------------------------------------------------------------------------------------------- Transformers
+
+
+def transformer(**options) -> nn.Transformer:
+    options = {"d_model": 16, "nhead": 2, "num_encoder_layers": 2, "num_decoder_layers": 2} | options
+    return nn.Transformer(dim_feedforward=32, dropout=0.0, **options).double()
+
+
+def transformer_calls(batch_first: bool, grad: bool):
+    """Arguments with and without padding and causal masks."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 7, 16), (3, 5, 16)) if batch_first else ((7, 3, 16), (5, 3, 16))
+    src, tgt = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=grad) for s in shapes)
+    padding = torch.arange(7) >= torch.tensor([[7], [4], [5]])
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    yield (src, tgt), {}
+    yield (src, tgt), {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+    yield (src, tgt), {"src_key_padding_mask": padding, "tgt_mask": causal, "tgt_is_causal": True}
+    yield (src, tgt), {"tgt_mask": causal, "tgt_key_padding_mask": padding[:, :5]}
+
+
+@pytest.fixture
+def attended(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the queries that our attention gets."""
+    shapes = []
+
+    def spy(q, *args, attention=multihead_attention.attention, **kwargs):
+        shapes.append(tuple(q.shape))
+        return attention(q, *args, **kwargs)
+
+    monkeypatch.setattr(multihead_attention, "attention", spy)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"batch_first": True, "norm_first": True}], ids=str
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+def test_swapped_transformers(options, training, attended):
+    model = transformer(**options).train(training)
+    batch_first = options.get("batch_first", False)
+
+    def results():
+        for args, kwargs in transformer_calls(batch_first, grad=True):
+            out = model(*args, **kwargs)
+            yield out, torch.autograd.grad(out.sin().sum(), [*args, *model.parameters()])
+        for args, kwargs in transformer_calls(batch_first, grad=False):
+            with torch.no_grad():
+                yield model(*args, **kwargs)
+
+    expected = list(results())
+    assert not attended
+    assert len(seqkernels.swap_(model)) == 6
+    assert_close(list(results()), expected)
+    assert len(attended) == 6 * 8
+    seqkernels.unswap_(model)
+    assert_close(list(results()), expected, rtol=0, atol=0)
+    assert len(attended) == 6 * 8
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_is_left_out_in_inference(attended):
+    """torch's encoder makes nested tensors of padded ones; they stay what they are."""
+    model = transformer(batch_first=True).encoder.eval()
+    (src, _), kwargs = list(transformer_calls(True, grad=False))[1]
+    padding = kwargs["src_key_padding_mask"]
+    seqkernels.swap_(model)
+    with torch.no_grad():
+        out = model(src, src_key_padding_mask=padding)
+    assert attended == [(1, 2, 7 + 4 + 5, 8)] * 2
+    expected = model(src, src_key_padding_mask=padding)
+    assert_close(out[~padding], expected[~padding])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_patched_transformers(attended):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with seqkernels.patch():
+            model = transformer(batch_first=True).eval()
+    plain = transformer(batch_first=True).eval()
+    plain.load_state_dict(model.state_dict())
+    assert model.encoder.use_nested_tensor
+    for args, kwargs in transformer_calls(True, grad=False):
+        with torch.no_grad():
+            assert_close(model(*args, **kwargs), plain(*args, **kwargs))
+    assert len(attended) == 6 * 4
+
+
+def test_activations_keep_their_fast_path_after_unswapping():
+    for activation, code in (
+        (F.relu, 1),
+        (nn.ReLU(), 1),
+        (F.gelu, 2),
+        (nn.GELU(), 2),
+        (torch.tanh, 0),
+        ("gelu", 2),
+    ):
+        layer = nn.TransformerEncoderLayer(16, 2, 32, activation=activation)
+        seqkernels.swap_(layer)
+        assert layer.activation_relu_or_gelu == 0
+        seqkernels.unswap_(layer)
+        assert layer.activation_relu_or_gelu == code
+
+
+def test_explain():
+    model = transformer(batch_first=True)
+    seqkernels.swap_(model, lambda name, _: not name.startswith("decoder.layers.1"))
+    model.encoder.layers[0].self_attn.dropout = 0.1
+    lines = dict(line.split(": ", 1) for line in seqkernels.explain(model).splitlines())
+    isa, threads = torch.ops.seqkernels.get_isa(), torch.get_num_threads()
+    ours = f"seqkernels.MultiheadAttention on {isa}, float64, {threads} threads"
+    assert lines["encoder.layers.1.self_attn"] == lines["decoder.layers.0.multihead_attn"] == ours
+    reason = "the attention kernels for cpu tensors have no dropout"
+    assert lines["encoder.layers.0.self_attn"] == f"seqkernels.MultiheadAttention, but torch runs: {reason}"
+    assert lines["decoder.layers.1.self_attn"].startswith("torch's MultiheadAttention, not swapped yet")
+    args, kwargs = list(transformer_calls(True, grad=False))[1]
+    lines = dict(
+        line.split(": ", 1) for line in seqkernels.explain(model.eval(), *args, **kwargs).splitlines()
+    )
+    assert lines["encoder.layers.0.self_attn"] == ours
+
+
+def test_patched_functions():
+    q = torch.randn(2, 4, 5, 8)
+    expected = F.scaled_dot_product_attention(q, q, q)
+    plain = F.scaled_dot_product_attention
+    with seqkernels.patch():
+        assert F.scaled_dot_product_attention is seqkernels.scaled_dot_product_attention
+        assert_close(F.scaled_dot_product_attention(q, q, q), expected)
+        with seqkernels.patch():
+            pass
+        assert F.scaled_dot_product_attention is seqkernels.scaled_dot_product_attention
+    assert F.scaled_dot_product_attention is plain
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_graph(need_weights, batch_first):
+    torch.compiler.reset()
+    ours, _ = twins(batch_first=batch_first)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for keys in (5, 6, 9):
+        kwargs = {"key_padding_mask": masks("bool", (N, keys)), "need_weights": need_weights}
+        qkv = inputs(ours, keys=keys)
+        assert_close(run(compiled, qkv, **kwargs), run(ours, qkv, **kwargs))
+
+
+def test_swapped_transformers_in_one_graph():
+    torch.compiler.reset()
+    model = transformer(batch_first=True)
+    seqkernels.swap_(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for args, kwargs in transformer_calls(True, grad=True):
+        assert_close(compiled(*args, **kwargs), model(*args, **kwargs))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(q, k, v)[0]
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:.*torch.jit.* is deprecated")
+def test_scripting_takes_torchs_module():
+    ours, theirs = twins()
+    qkv = inputs(ours)
+    scripted = torch.jit.script(Wrapped(ours))
+    assert_close(scripted(*qkv), theirs(*qkv)[0])
