@@ -205,7 +205,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, more: int) -> Tensor | None:
     """Four dims, True where a query sees a key; or float to be added, if one of the masks is."""
-    if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
+    both = attn_mask is not None and key_padding_mask is not None and not torch.compiler.is_compiling()
+    if both and attn_mask.dtype != key_padding_mask.dtype:
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. "
             "Use same type for both instead.",
