@@ -165,6 +165,16 @@ def test_native_errors(bad):
         torch.ops.seqkernels.attention_fwd(*tensors, *numbers)
 
 
+def test_gradient_of_an_expanded_mask():
+    """It would be written where the mask says that several elements are one."""
+    tensors, numbers = native_arguments(FEATURES["mask"], torch.float32)
+    tensors[3] = tensors[3].expand(2, 4, 5, 7)
+    out, lse = torch.ops.seqkernels.attention_fwd(*tensors, *numbers)
+    arguments = (torch.ones_like(out), None, *tensors[:3], out, lse, *tensors[3:], *numbers, True)
+    with pytest.raises(RuntimeError, match=r"expected a mask .* got size 2 with stride 0 in dimension 0"):
+        torch.ops.seqkernels.attention_bwd(*arguments)
+
+
 def test_sizes_whose_product_overflows():
     n = 2**20
     q, k, v = (torch.zeros(1, 1, 1, f).expand(n, n, t, f) for t, f in ((n, 1), (1, 1), (1, 16)))

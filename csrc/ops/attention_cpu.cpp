@@ -194,6 +194,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   p.dlse = call.read(dlse, "dlse", {call.rows, p.Hq, tokens_q});
   STD_TORCH_CHECK(!need_dmask || (mask && p.mask_kind != MaskKind::boolean), "seqkernels::attention_bwd",
                   ": expected a float mask where its gradient is wanted");
+  for (int64_t d = 0; need_dmask && d < mask->dim(); d++)
+    STD_TORCH_CHECK(
+        mask->size(d) == 1 || mask->stride(d) != 0, "seqkernels::attention_bwd",
+        ": expected a mask whose gradient is wanted to be of size 1 where it is broadcast, got size ",
+        mask->size(d), " with stride 0 in dimension ", d, ": call contiguous() on it");
   Tensor dq = torch::stable::new_empty(q, {call.rows, tokens_q, p.Hq, p.D});
   Tensor dk = torch::stable::new_empty(q, {call.rows, tokens_k, p.Hk, p.D});
   Tensor dv = torch::stable::new_empty(q, {call.rows, tokens_k, p.Hk, p.Dv});

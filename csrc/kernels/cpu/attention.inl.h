@@ -157,8 +157,8 @@ struct TileProduct {
   }
 };
 // The whole of it, for any N that is a multiple of 16.
-SEQ_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b, int64_t ldb,
-                             float* c, int64_t ldc, Start start) {
+SEQ_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b,
+                             int64_t ldb, float* c, int64_t ldc, Start start) {
   for (int64_t n = 0; n < N; n += 32)
     TileProduct{M, least(32, N - n), K, a, lda, b + 2 * n, ldb, c + n, ldc, start}.finish();
 }
@@ -329,6 +329,53 @@ static Vec<Acc<S>> mask_values(const AttentionParams& p, int64_t offset, int64_t
   return load(static_cast<const T*>(line));
 }
 
+// A block of keys in the lanes: their scores to logits.
+template <class S>
+struct KeyBlock {
+  using T = Acc<S>;
+  static constexpr int W = kLanes<T>;
+
+  const AttentionParams& p;
+  const ScoreRule<T>& rule;
+  const Span& span;
+  const int64_t b, j, nk, N;  // sequence, keys [j, j + nk), lanes
+
+  KeyBlock(const AttentionParams& params, const ScoreRule<T>& r, const Span& s, int64_t seq, int64_t first,
+           int64_t end)
+      : p(params), rule(r), span(s), b(seq), j(first), nk(end - first), N(round_up(nk, W)) {}
+
+  int64_t first_query() const { return span.first_query(j); }
+  int64_t end_query() const { return span.end_query(j + nk - 1); }
+  // By queries [i, i + n), and no lane is left over.
+  bool seen_by_all(int64_t i, int64_t n) const {
+    return nk == N && span.first_key(i + n - 1) <= j && j + nk <= span.end_key(i);
+  }
+
+  // Logits of W keys of query i, from lane l on, as powers of 2; -inf where `limits` hide a key. `slope`:
+  // their derivative by the scaled score.
+  Vec<T> logits(Vec<T> s, int64_t h, int64_t i, int64_t l, bool limits, Vec<T>& slope) const {
+    const T c = rule.log2_scale();
+    slope = splat(T(1));
+    if (rule.natural)
+      s = rule(s, T(j + l - i - span.offset) + iota<T>(),
+               splat(p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0)), slope);
+    if (p.mask_kind != MaskKind::none && l < nk) {
+      const Vec<T> m = mask_values<S>(p, mask_offset(p, b, h, i), j + l, nk - l);
+      if (p.mask_kind != MaskKind::boolean)
+        s += m;
+      else
+        s = m < T(0) ? m * (c < 0 ? T(-1) : T(1)) : s;  // c s = -inf
+    }
+    s *= c;
+    if (limits) {
+      const Vec<T> at = iota<T>() + T(l);
+      s = at < T(most(0, least(nk, span.first_key(i) - j))) ? splat(-kInf<T>) : s;
+      s = at >= T(most(0, least(nk, span.end_key(i) - j))) ? splat(-kInf<T>) : s;
+    }
+    return s;
+  }
+};
+
 // Rows
 // -------------------------------------------------------------------------------------------------------
 
@@ -366,8 +413,8 @@ static void write_columns(const T* x, int64_t ld, int64_t n, int64_t features, c
 
 #if defined(__AVX512BF16__)
 // Rows [0, n) of `features`, then zeros: [to_rows, width].
-SEQ_INLINE void pad_rows(const bf16* rows, int64_t stride, int64_t n, int64_t features, bf16* to, int64_t to_rows,
-                         int64_t width) {
+SEQ_INLINE void pad_rows(const bf16* rows, int64_t stride, int64_t n, int64_t features, bf16* to,
+                         int64_t to_rows, int64_t width) {
   for (int64_t r = 0; r < to_rows; r++, to += width) {
     const int64_t some = r < n ? features : 0;
     if (some) __builtin_memcpy(static_cast<void*>(to), rows + r * stride, sizeof(bf16) * some);
@@ -378,7 +425,8 @@ SEQ_INLINE void pad_rows(const bf16* rows, int64_t stride, int64_t n, int64_t fe
 SEQ_INLINE void pad_transposed(const bf16* rows, int64_t stride, int64_t n, int64_t features, bf16* to,
                                int64_t to_features, int64_t width, int64_t columns) {
   pack_transposed(rows, stride, n, features, to, width, columns);
-  __builtin_memset(static_cast<void*>(to + features * width), 0, sizeof(bf16) * (to_features - features) * width);
+  __builtin_memset(static_cast<void*>(to + features * width), 0,
+                   sizeof(bf16) * (to_features - features) * width);
 }
 
 // Two rows as bf16, `a` in the lower half; and the same with the rows interleaved, as products read pairs.
@@ -403,4 +451,31 @@ static int attention_team(const AttentionParams& p, int64_t tasks) {
                work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8),
                threads = least(p.parallel.threads, tasks);
   return threads < work / kWork ? int(threads) : work < kWork ? 1 : int(work / kWork);
+}
+
+// Parts of each of n tasks, at most `limit`: as few as keep all threads busy. It depends on nothing but the
+// call, and so do the results.
+constexpr int64_t kMost = 1024;
+static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
+  int64_t parts = 1;
+  const auto busy = [&] {
+    const int64_t all = n * parts;
+    return double(all) / double((all + threads - 1) / threads * threads);
+  };
+  while (n > 0 && parts < 2 * threads && parts < least(limit, kMost) && busy() < 0.9) parts++;
+  return parts;
+}
+
+// Scratch, then all threads on it.
+template <class Kernel>
+static void run_attention(Kernel kernel) {
+  Arena count;
+  kernel.team = kernel.p.parallel.threads;
+  kernel.layout(count);
+  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
+  kernel.layout(arena);
+  kernel.prepare();
+  run_team(kernel.p.parallel, attention_team(kernel.p, kernel.tasks()),
+           [&](int id, int size) { kernel.thread(id, size); });
+  scratch_free(arena.base);
 }

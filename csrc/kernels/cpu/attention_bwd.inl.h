@@ -12,51 +12,6 @@
 
 #include "attention.inl.h"
 
-// Scores of queries [i, i + n) of head h and a block of keys in the lanes, as products left them, to logits.
-template <class S>
-struct KeyBlock {
-  using T = Acc<S>;
-  static constexpr int W = kLanes<T>;
-  static constexpr int64_t kK = kBlock<T>;
-
-  const AttentionParams& p;
-  const ScoreRule<T>& rule;
-  const Span& span;
-  const int64_t b, j, nk, N;  // sequence, keys [j, j + nk), lanes
-
-  KeyBlock(const AttentionParams& params, const ScoreRule<T>& r, const Span& s, int64_t seq, int64_t j0)
-      : p(params), rule(r), span(s), b(seq), j(j0), nk(least(kK, s.Tk - j0)), N(round_up(nk, W)) {}
-
-  int64_t first_query() const { return span.first_query(j); }
-  int64_t end_query() const { return span.end_query(j + nk - 1); }
-  bool seen_by_all(int64_t i, int64_t n) const {
-    return span.first_key(i + n - 1) <= j && j + nk <= span.end_key(i);
-  }
-
-  // P of W keys of one query, from lane l on. `slope`: derivative of the logit by the scaled score.
-  Vec<T> weights(Vec<T> s, int64_t h, int64_t i, int64_t l, T lse, bool limits, Vec<T>& slope) const {
-    const T c = rule.log2_scale();
-    slope = splat(T(1));
-    if (rule.natural)
-      s = rule(s, T(j + l - i - span.offset) + iota<T>(),
-               splat(p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0)), slope);
-    if (p.mask_kind != MaskKind::none && l < nk) {
-      const Vec<T> m = mask_values<S>(p, mask_offset(p, b, h, i), j + l, nk - l);
-      if (p.mask_kind != MaskKind::boolean)
-        s += m;
-      else
-        s = m < T(0) ? m * (c < 0 ? T(-1) : T(1)) : s;  // c s = -inf
-    }
-    Vec<T> e = exp2_of<T>(s * c - lse, splat(T(1)), Vec<T>{});
-    if (limits) {
-      const Vec<T> at = iota<T>() + T(l);
-      e = at < T(most(0, least(nk, span.first_key(i) - j))) ? Vec<T>{} : e;
-      e = at >= T(most(0, least(nk, span.end_key(i) - j))) ? Vec<T>{} : e;
-    }
-    return e;
-  }
-};
-
 // LSE as exp2 subtracts it. Where no key is seen every P is 0.
 template <class T>
 SEQ_INLINE T log2_of(T lse) {
@@ -90,14 +45,7 @@ struct AttentionBwd {
         max_q(kPacked ? round_up(p.Tq, kQ) : p.Tq),
         rule(p),
         in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)) {
-    // As few splits as keep all threads busy; they depend on nothing but the call.
-    const int64_t threads = p.parallel.threads, heads = in_turn ? 1 : p.B * p.Hk,
-                  blocks = (p.Tk + kK - 1) / kK;
-    const auto busy = [&](int64_t s) {
-      const int64_t n = heads * s;
-      return double(n) / double((n + threads - 1) / threads * threads);
-    };
-    while (splits < 2 * threads && 2 * splits <= blocks && heads > 0 && busy(splits) < 0.9) splits++;
+    splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, (p.Tk + kK - 1) / kK / 2);
     if (p.dmask && p.mask_k == 0) splits = 1;  // all keys of a query share one sum
   }
 
@@ -107,8 +55,8 @@ struct AttentionBwd {
 
   struct Buffers {
     T *dKT, *dVT, *P, *dS, *lse, *delta;
-    O *KT, *VT, *K, *Q, *dO;    // K and of the queries: rows, where they are not read in place
-    O *QT, *dOT, *narrow_dS;    // packed: per head and block of queries [ldk or ldv, kQ]; rows of dS
+    O *KT, *VT, *K, *Q, *dO;  // K and of the queries: rows, where they are not read in place
+    O *QT, *dOT, *narrow_dS;  // packed: per head and block of queries [ldk or ldv, kQ]; rows of dS
     Buffers(const AttentionBwd& f, Arena& a) {
       const bool in_place = std::is_same_v<S, T>;
       const int64_t rows = kPacked ? f.group * f.max_q : in_place ? 0 : kQ, columns = kPacked ? rows : 0;
@@ -198,7 +146,7 @@ struct AttentionBwd {
       for (int64_t g = 0; g < f.group; g++)
         __builtin_memset(static_cast<void*>(dq + g * f.max_q * f.ldk), 0, sizeof(T) * span.Tq * f.ldk);
       for (int64_t j = split * kK; j < span.Tk; j += f.splits * kK) {
-        const KeyBlock<S> keys(p, f.rule, span, b, j);
+        const KeyBlock<S> keys(p, f.rule, span, b, j, least(j + kK, span.Tk));
         bool seen;
         if constexpr (kPacked)
           seen = this->packed_block(keys, hk, dq);
@@ -253,7 +201,8 @@ struct AttentionBwd {
     bool block(const KeyBlock<S>& keys, int64_t hk, T* dq) {
       const Span& span = keys.span;
       const int64_t N = keys.N, nk = keys.nk;
-      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j), *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
+      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j),
+              *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
       pack_transposed(k, p.k.t, nk, p.D, m.KT, kK, N);
       pack_transposed(v, p.v.t, nk, p.Dv, m.VT, kK, N);
       int64_t ldk, ldq, ldo;
@@ -262,9 +211,10 @@ struct AttentionBwd {
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = keys.first_query(); i < keys.end_query(); i += kQ) {
           const int64_t h = hk * f.group + g, n = least(kQ, keys.end_query() - i), row = g * f.max_q + i;
-          const T* q = as_operand<T>(row_of<S>(p.q, span.batch, h, span.q0 + i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
-          const T* d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO, p.Dv, false,
-                                     ldo);
+          const T* q =
+              as_operand<T>(row_of<S>(p.q, span.batch, h, span.q0 + i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
+          const T* d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO,
+                                     p.Dv, false, ldo);
           product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
           product<T, false>(n, N, p.Dv, d, ldo, m.VT, kK, m.dS, kK, Start::zero);
           const bool limits = !keys.seen_by_all(i, n);
@@ -283,11 +233,13 @@ struct AttentionBwd {
     }
 
 #if defined(__AVX512BF16__)
-    // The same with operands in pairs. P and dS become pairs of queries in place; dQ needs dS in rows as well.
+    // The same with operands in pairs. P and dS become pairs of queries in place; dQ needs dS in rows as
+    // well.
     bool packed_block(const KeyBlock<S>& keys, int64_t hk, T* dq) {
       const Span& span = keys.span;
       const int64_t nk = keys.nk, N = round_up(nk, 32);
-      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j), *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
+      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j),
+              *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
       __builtin_memset(static_cast<void*>(m.KT), 0, sizeof(O) * f.ldk * kK);
       __builtin_memset(static_cast<void*>(m.VT), 0, sizeof(O) * f.ldv * kK);
       pack_panel(k, p.k.t, nk, p.D, m.KT, kK);
@@ -309,8 +261,10 @@ struct AttentionBwd {
               const __m512i ds = narrow(a.dS, b.dS);
               store(m.P + r / 2 * kK + l, (Vec<T>)as_pairs(narrow(a.P, b.P)));
               store(m.dS + r / 2 * kK + l, (Vec<T>)as_pairs(ds));
-              _mm256_storeu_si256((__m256i*)(m.narrow_dS + r * kK + l), _mm512_castsi512_si256(ds));
-              _mm256_storeu_si256((__m256i*)(m.narrow_dS + (r + 1) * kK + l), _mm512_maskz_extracti64x4_epi64(0xff, ds, 1));
+              _mm256_storeu_si256((__m256i*)(m.narrow_dS + r * kK + l),
+                                  _mm512_maskz_extracti64x4_epi64(0xff, ds, 0));
+              _mm256_storeu_si256((__m256i*)(m.narrow_dS + (r + 1) * kK + l),
+                                  _mm512_maskz_extracti64x4_epi64(0xff, ds, 1));
             }
           const O *P = reinterpret_cast<const O*>(m.P), *dS = reinterpret_cast<const O*>(m.dS);
           const int64_t block = row / kQ * kQ;  // of QT and dOT
@@ -327,9 +281,11 @@ struct AttentionBwd {
     struct Pair {
       Vec<T> P, dS;
     };
-    Pair gradients(const KeyBlock<S>& keys, int64_t h, int64_t i, int64_t r, int64_t l, int64_t row, bool limits) const {
+    Pair gradients(const KeyBlock<S>& keys, int64_t h, int64_t i, int64_t r, int64_t l, int64_t row,
+                   bool limits) const {
       Vec<T> slope;
-      const Vec<T> e = keys.weights(load(m.P + r * kK + l), h, i + r, l, m.lse[row + r], limits, slope),
+      const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, slope),
+                   e = exp2_of<T>(x - m.lse[row + r], splat(T(1)), Vec<T>{}),
                    ds = e * (load(m.dS + r * kK + l) - m.delta[row + r]);
       if (p.dmask && l < keys.nk) add_dmask(f.dmask_row(keys.b, h, i + r), keys.j + l, ds, keys.nk - l);
       return {e, ds * slope};
@@ -351,16 +307,7 @@ struct AttentionBwd {
 
 template <class S>
 static void attention_bwd(const AttentionBwdParams& p) {
-  AttentionBwd<S> backward(p);
-  Arena count;
-  backward.team = p.parallel.threads;
-  backward.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  backward.layout(arena);
-  backward.prepare();
-  run_team(p.parallel, attention_team(p, backward.tasks()),
-           [&](int id, int size) { backward.thread(id, size); });
-  scratch_free(arena.base);
+  run_attention(AttentionBwd<S>(p));
 }
 
 // P once more, for need_weights: a task is a block of queries, of all heads where their mean is wanted.
@@ -401,16 +348,16 @@ static void attention_weights(const AttentionWeightsParams& p) {
         int64_t ldq;
         const T* q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
         for (int64_t j = span.first_key(i) / kK * kK; j < span.end_key(i + n - 1); j += kK) {
-          const KeyBlock<S> keys(p, rule, span, b, j);
+          const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, span.Tk));
           pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, keys.nk, p.D, m.KT, kK, keys.N);
           product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
-          const bool limits = !keys.seen_by_all(i, n) || keys.nk < keys.N;
+          const bool limits = !keys.seen_by_all(i, n);
           for (int64_t r = 0; r < n; r++)
             for (int64_t l = 0; l < keys.N; l += W) {
               Vec<T> unused;
+              const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, unused);
               T* to = m.rows + r * width + j + l;
-              store(to, load(to) + keys.weights(load(m.P + r * kK + l), h, i + r, l, log2_of(lse[r]), limits,
-                                                unused));
+              store(to, load(to) + exp2_of<T>(x - log2_of(lse[r]), splat(T(1)), Vec<T>{}));
             }
         }
       }

@@ -14,7 +14,7 @@
 // TileProduct).
 #pragma once
 
-#include "attention.inl.h"
+#include "attention_few.inl.h"
 
 template <class S>
 struct AttentionFwd {
@@ -443,14 +443,8 @@ struct AttentionFwd {
 
 template <class S>
 static void attention_fwd(const AttentionFwdParams& p) {
-  AttentionFwd<S> forward(p);
-  Arena count;
-  forward.team = p.parallel.threads;
-  forward.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  forward.layout(arena);
-  forward.prepare();
-  run_team(p.parallel, attention_team(p, forward.tasks()),
-           [&](int id, int size) { forward.thread(id, size); });
-  scratch_free(arena.base);
+  if (AttentionFew<S>::suits(p))
+    run_attention(AttentionFew<S>(p));
+  else
+    run_attention(AttentionFwd<S>(p));
 }

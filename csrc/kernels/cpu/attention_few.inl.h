@@ -1,0 +1,223 @@
+// Forward of attention for few queries (decoding): up to 16 rows, a row being a query of one of the heads
+// that share a key head. Bound by memory: every key and value is read once, as it lies, converted on load.
+// Features lie in the lanes for scores (W dot products at a time) and for values, keys in between. A task is
+// one part of the keys of one key head, because there may be fewer heads than threads; the parts' sums are
+// joined by their maxima.
+#pragma once
+
+#include "attention.inl.h"
+
+// Sums of products along D of W / rows keys and `rows` rows of Q, by one tree of W sums: x[row][key].
+template <class S, int rows>
+static void dots(const S* k, int64_t ldk, int64_t nk, const Operand<S>* q, int64_t ldq, int64_t D, Acc<S>* x,
+                 int64_t ldx) {
+  using T = Acc<S>;
+  constexpr int W = kLanes<T>, keys = W / rows;
+  Vec<T> acc[W] = {};
+  const S* row[keys];
+  for (int i = 0; i < keys; i++) row[i] = k + least(i, nk - 1) * ldk;
+  int64_t d = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(Operand<S>) == 2)
+    for (; d + 2 * W <= D; d += 2 * W) SEQ_UNROLL for (int i = 0; i < keys; i++) {
+        const __m512bh v = (__m512bh)_mm512_loadu_si512(row[i] + d);
+        __builtin_prefetch(row[i] + d + keys * ldk);
+        SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r * keys + i] = (Vec<T>)_mm512_dpbf16_ps(
+            (__m512)acc[r * keys + i], v, (__m512bh)_mm512_loadu_si512(q + r * ldq + d));
+      }
+#endif
+  for (; d + W <= D; d += W) SEQ_UNROLL for (int i = 0; i < keys; i++) {
+      const Vec<T> v = load(row[i] + d);
+      __builtin_prefetch(row[i] + d + keys * ldk);
+      SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r * keys + i] += v * load(q + r * ldq + d);
+    }
+  if (d < D)
+    for (int i = 0; i < keys; i++)
+      for (int r = 0; r < rows; r++) acc[r * keys + i] += load(row[i] + d, D - d) * load(q + r * ldq + d);
+  const Vec<T> sums = sum_lanes<T>(acc);
+  for (int r = 0; r < rows; r++)
+    __builtin_memcpy(x + r * ldx, reinterpret_cast<const T*>(&sums) + r * keys, keys * sizeof(T));
+}
+
+// out [rows, features] = out * by[row] + P [rows, nk] V, features in the lanes.
+template <class S, int rows, int NV>
+static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, int64_t ldv, int64_t features,
+                        const Acc<S>* by, Acc<S>* out, int64_t ldo) {
+  using T = Acc<S>;
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[rows][NV];
+  SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int i = 0; i < NV; i++) acc[r][i] =
+      load(out + r * ldo + i * W) * by[r];
+  const bool whole = features >= NV * W;
+  _Pragma("GCC unroll 1") for (int64_t k = 0; k < nk; k++, v += ldv) {
+    SEQ_UNROLL for (int i = 0; i < NV; i++) {
+      const Vec<T> x = whole              ? load(v + i * W)
+                       : i * W < features ? load(v + i * W, features - i * W)
+                                          : Vec<T>{};
+      SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r][i] += P[r * ldp + k] * x;
+    }
+  }
+  SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int i = 0; i < NV; i++)
+      store(out + r * ldo + i * W, acc[r][i]);
+}
+
+template <class S>
+struct AttentionFew {
+  using T = Acc<S>;
+  using O = Operand<S>;
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kRows = 16, kK = 64,
+                           kPart = 256;  // most rows; keys at a time; least keys of a part
+
+  const AttentionFwdParams& p;
+  const int64_t group, ldq, ldv;
+  const ScoreRule<T> rule;
+  int64_t parts = 1;
+  int team = 1;
+
+  int64_t* next;
+  Barrier* barrier;
+  O* q;                    // of each thread: rows of Q
+  T *x, *max, *sum, *out;  // of each thread: scores; of each task: by row
+
+  static bool suits(const AttentionFwdParams& p) { return p.Hk > 0 && p.Hq / p.Hk * p.Tq <= kRows; }
+
+  explicit AttentionFew(const AttentionFwdParams& params)
+      : p(params), group(p.Hq / p.Hk), ldq(round_up(p.D, W)), ldv(round_up(p.Dv, W)), rule(p) {
+    parts = busy_splits(p.B * p.Hk, p.parallel.threads, p.Tk / kPart);
+  }
+  int64_t tasks() const { return p.B * p.Hk * parts; }
+
+  void layout(Arena& a) {
+    next = a.take<int64_t>(1);
+    barrier = a.take<Barrier>(1);
+    q = a.take<O>(team * kRows * ldq);
+    x = a.take<T>(team * kRows * kK);
+    max = a.take<T>(tasks() * kRows);
+    sum = a.take<T>(tasks() * kRows);
+    out = a.take<T>(tasks() * kRows * ldv);
+  }
+  void prepare() {
+    *next = 0;
+    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
+  }
+
+  void thread(int id, int size) {
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks()) break;
+      part(id, task);
+      if (parts == 1) join(task);
+    }
+    if (parts == 1) return;
+    barrier->wait(size);
+    for (int64_t n = id; n < p.B * p.Hk; n += size) join(n);
+  }
+
+  void part(int id, int64_t task) {
+    const int64_t head = task / parts, b = head / p.Hk, hk = head % p.Hk;
+    const Span span(p, b);
+    const int64_t R = group * span.Tq;
+    O* qs = q + id * kRows * ldq;
+    T *xs = x + id * kRows * kK, *m = max + task * kRows, *l = sum + task * kRows,
+      *o = out + task * kRows * ldv;
+    for (int64_t r = 0; r < R; r++) {
+      copy_row(row_of<S>(p.q, span.batch, hk * group + r / span.Tq, span.q0 + r % span.Tq), p.D, qs + r * ldq,
+               ldq);
+      m[r] = -kInf<T>, l[r] = 0;
+    }
+    __builtin_memset(static_cast<void*>(o), 0, sizeof(T) * R * ldv);
+    if (R == 0) return;
+    const int64_t first = span.first_key(0), keys = most(0, span.end_key(span.Tq - 1) - first),
+                  j1 = first + keys * (task % parts + 1) / parts;
+    for (int64_t j = first + keys * (task % parts) / parts; j < j1; j += kK) {
+      const KeyBlock<S> block(p, rule, span, b, j, least(j + kK, j1));
+      const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + j),
+              *v = row_of<S>(p.v, span.batch, hk, span.k0 + j);
+      for (int64_t r = 0, rows; r < R; r += rows) {
+        rows = R - r >= 4 ? 4 : 1;
+        for (int64_t n = 0; n < block.nk; n += W / rows)
+          (rows == 4 ? dots<S, 4> : dots<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, qs + r * ldq, ldq, p.D,
+                                                xs + r * kK + n, kK);
+      }
+      T by[kRows];
+      for (int64_t r = 0; r < R; r++)
+        by[r] = softmax(block, hk * group + r / span.Tq, r % span.Tq, xs + r * kK, m[r], l[r]);
+      values(R, block.nk, xs, v, by, o);
+    }
+  }
+
+  // Scores of one row become weights. Returns what the sums until now are multiplied by.
+  T softmax(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m, T& l) const {
+    const bool limits = !block.seen_by_all(i, 1);
+    Vec<T> top = splat(m), total{}, unused;
+    for (int64_t n = 0; n < block.N; n += W) {
+      const Vec<T> logit = block.logits(load(xs + n), h, i, n, limits, unused);
+      top = logit > top ? logit : top;
+      store(xs + n, logit);
+    }
+    T now = m;
+    for (int r = 0; r < W; r++) now = top[r] > now ? top[r] : now;
+    const T zero = now == -kInf<T> ? T(0) : now;
+    for (int64_t n = 0; n < block.N; n += W) {
+      const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(1)), Vec<T>{});
+      total += e;
+      store(xs + n, e);
+    }
+    const T by = exp2_of<T>(splat(m - zero), splat(T(1)), Vec<T>{})[0];
+    m = now;
+    l *= by;
+    for (int r = 0; r < W; r++) l += total[r];
+    return by;
+  }
+
+  void values(int64_t R, int64_t nk, const T* P, const S* v, const T* by, T* o) const {
+    constexpr int NV = 4;
+    for (int64_t d = 0; d < ldv; d += NV * W)
+      for (int64_t r = 0; r < R;) {
+        const int64_t left = ldv - d;
+        const auto tile = [&]<int rows>() {
+          T* to = o + r * ldv + d;
+          if (left >= NV * W)
+            values_tile<S, rows, NV>(nk, P + r * kK, kK, v + d, p.v.t, p.Dv - d, by + r, to, ldv);
+          else
+            for (int64_t i = 0; i < left; i += W)
+              values_tile<S, rows, 1>(nk, P + r * kK, kK, v + d + i, p.v.t, p.Dv - d - i, by + r, to + i,
+                                      ldv);
+          r += rows;
+        };
+        if (R - r >= 4)
+          tile.template operator()<4>();
+        else
+          tile.template operator()<1>();
+      }
+  }
+
+  void join(int64_t head) const {
+    const int64_t b = head / p.Hk, hk = head % p.Hk;
+    const Span span(p, b);
+    for (int64_t r = 0; r < group * span.Tq; r++) {
+      const int64_t h = hk * group + r / span.Tq, i = r % span.Tq;
+      const T *m = max + head * parts * kRows + r, *l = sum + head * parts * kRows + r;
+      const double sink = p.sinks ? double(static_cast<const T*>(p.sinks)[h]) * kLog2e : -kInf<double>;
+      double top = sink, total = 0;
+      for (int64_t s = 0; s < parts; s++) top = m[s * kRows] > top ? m[s * kRows] : top;
+      const double zero = top == -kInf<double> ? 0 : top;
+      T by[kMost];
+      for (int64_t s = 0; s < parts; s++) {
+        by[s] = T(__builtin_exp2(double(m[s * kRows]) - zero));
+        total += double(by[s]) * l[s * kRows];
+      }
+      if (sink != -kInf<double>) total += __builtin_exp2(sink - zero);
+      static_cast<T*>(p.lse)[span.lse + h * span.lse_h + i] = T(zero * kLn2 + __builtin_log(total));
+      const T inverse = total == 0 ? T(0) : T(1 / total);
+      S* to = row_of<S>(p.out, span.batch, h, span.q0 + i);
+      for (int64_t d = 0; d < p.Dv; d += W) {
+        Vec<T> o{};
+        for (int64_t s = 0; s < parts; s++)
+          o += load(out + ((head * parts + s) * kRows + r) * ldv + d) * by[s];
+        store(to + d, o * inverse, p.Dv - d);
+      }
+    }
+  }
+};
