@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from isas import INSTRUCTION_SETS
 
 settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None)
@@ -38,3 +39,12 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request):
+    """Each instruction set in turn."""
+    active = torch.ops.seqkernels.get_isa()
+    torch.ops.seqkernels.set_isa(request.param)
+    yield request.param
+    torch.ops.seqkernels.set_isa(active)

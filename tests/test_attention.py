@@ -51,6 +51,17 @@ def outcome(function, *args, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "heads"), [(1, 3), (1, 1), (2, 1), (70, 3)])
+def test_every_instruction_set(isa, dtype, queries, heads):
+    """The kernel for few rows, with keys in parts or not, and the one for many."""
+    leaves = qkv(1, 6, queries, 40, keys=530, heads=heads, dtype=dtype)
+    kwargs = {"attn_mask": torch.rand(queries, 530) < 0.8, "enable_gqa": True}
+    result = with_gradients(ours, leaves, **kwargs)
+    torchs = with_gradients(theirs, leaves, **kwargs)
+    assert_as_exact(result, torchs, with_gradients(theirs, [t.double() for t in leaves], **kwargs), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torchs_own_samples(dtype):
     count = 0
     for sample in SAMPLES.sample_inputs("cpu", dtype):

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
+from isas import INSTRUCTION_SETS
 from tolerances import assert_as_exact
 from torch import Tensor
 
@@ -145,17 +146,19 @@ def exactly(value: object) -> object:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-@given(problems(), st.booleans(), st.sampled_from([1, 2, 3]))
-def test_as_exact_as_plain_torch(problem, grad, threads):
+@given(problems(), st.booleans(), st.sampled_from([1, 2, 3]), st.sampled_from(INSTRUCTION_SETS))
+def test_as_exact_as_plain_torch(problem, grad, threads, isa):
     inputs, options = problem
     dtype = inputs["q"].dtype
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), torch.ops.seqkernels.get_isa()
     torch.set_num_threads(threads)
-    note(f"{grad=}, {threads=}")
+    torch.ops.seqkernels.set_isa(isa)
+    note(f"{grad=}, {threads=}, {isa=}")
     try:
         ours = run(attention, inputs, options, grad)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.ops.seqkernels.set_isa(before[1])
     torchs = run(plain_flash, inputs, options, grad)
     truth = run(
         reference.attention,

@@ -20,27 +20,6 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def instruction_sets() -> list[str]:
-    """Those that this machine has."""
-    active, found = torch.ops.seqkernels.get_isa(), []
-    for name in ("baseline", "neon", "avx2", "avx512", "avx512_bf16", "amx"):
-        try:
-            torch.ops.seqkernels.set_isa(name)
-        except (RuntimeError, ValueError):
-            continue
-        found.append(name)
-    torch.ops.seqkernels.set_isa(active)
-    return found
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request):
-    active = torch.ops.seqkernels.get_isa()
-    torch.ops.seqkernels.set_isa(request.param)
-    yield request.param
-    torch.ops.seqkernels.set_isa(active)
-
-
 def check(kind_module: tuple[nn.Module, nn.Module], x, hx=None, grad: bool = True) -> None:
     """Ours is as exact as torch's twin of it."""
     ours, theirs = kind_module

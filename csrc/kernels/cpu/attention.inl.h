@@ -173,11 +173,13 @@ SEQ_INLINE void prepare_tiles() {
 // -------------------------------------------------------------------------------------------------------
 
 template <class T>
+using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as a lane
+
+template <class T>
 struct Exp2;  // magic rounds to integer when added and leaves the biased exponent in the low bits
 
 template <>
 struct Exp2<float> {
-  using Int = Vec<int32_t>;
   static constexpr float kMagic = 12582912.0f + 127, kLowest = kMagic - 126;
   static constexpr int kShift = 23;
   // Minimax on |r| <= 1/2, exact at 0: relative error 9.1e-8.
@@ -186,7 +188,6 @@ struct Exp2<float> {
 };
 template <>
 struct Exp2<double> {
-  using Int = Vec<int64_t>;
   static constexpr double kMagic = 6755399441055744.0 + 1023, kLowest = kMagic - 1022;
   static constexpr int kShift = 52;
   static constexpr double kC[] = {1.3691488853904128e-12, 2.5678435993488206e-11,
@@ -209,7 +210,7 @@ SEQ_INLINE Vec<T> exp2_of(Vec<T> s, Vec<T> c, Vec<T> ref) {
   Vec<T> y = splat(E::kC[0]);
   SEQ_UNROLL
   for (int i = 1; i < int(sizeof(E::kC) / sizeof(T)); i++) y = y * r + E::kC[i];
-  y *= (Vec<T>)((typename E::Int)z << E::kShift);
+  y *= (Vec<T>)((Vec<Word<T>>)z << E::kShift);
   return z < E::kLowest ? Vec<T>{} : y;
 }
 // The nearest integer of |x| < kFar.
@@ -307,28 +308,39 @@ SEQ_INLINE Vec<T> iota() {
 SEQ_INLINE int64_t mask_offset(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
   return b * p.mask_b + h * p.mask_h + i * p.mask_q;
 }
-// What the mask adds to the logits of n keys from key j on (0 or -inf for a boolean one).
-template <class S>
-static Vec<Acc<S>> mask_values(const AttentionParams& p, int64_t offset, int64_t j, int64_t n) {
-  using T = Acc<S>;
-  const int64_t step = p.mask_k, first = offset + j * step;
+// What an additive mask of M adds to the logits of n keys from key j on.
+template <class M>
+SEQ_INLINE Vec<Acc<M>> mask_values(const AttentionParams& p, int64_t offset, int64_t j, int64_t n) {
+  using T = Acc<M>;
+  const M* x = static_cast<const M*>(p.mask) + offset + j * p.mask_k;
   n = least(n, kLanes<T>);
-  if (step == 1 && p.mask_kind == MaskKind::additive) return load(static_cast<const S*>(p.mask) + first, n);
-  if (step == 1 && p.mask_kind == MaskKind::additive_acc)
-    return load(static_cast<const T*>(p.mask) + first, n);
+  if (p.mask_k == 1) return load(x, n);
   T line[kLanes<T>] = {};
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t at = first + i * step;
-    if (p.mask_kind == MaskKind::boolean)
-      line[i] = static_cast<const uint8_t*>(p.mask)[at] ? T(0) : -kInf<T>;
-    else if (p.mask_kind == MaskKind::additive)
-      line[i] = load(static_cast<const S*>(p.mask) + at, 1)[0];
-    else
-      line[i] = static_cast<const T*>(p.mask)[at];
-  }
+  for (int64_t i = 0; i < n; i++) line[i] = load(x + i * p.mask_k, 1)[0];
   return load(static_cast<const T*>(line));
 }
 
+// Bit i: does a boolean mask show key j + i? 0 < n <= 32 keys.
+SEQ_INLINE uint32_t mask_bits(const AttentionParams& p, int64_t offset, int64_t j, int64_t n) {
+  const uint8_t* x = static_cast<const uint8_t*>(p.mask) + offset + j * p.mask_k;
+  uint32_t bits = 0;
+  if (p.mask_k != 1) {
+    for (int64_t i = 0; i < n; i++) bits |= uint32_t(x[i * p.mask_k] != 0) << i;
+    return bits;
+  }
+#if defined(__AVX512BW__)
+  const __m256i bytes = _mm256_maskz_loadu_epi8(~uint32_t(0) >> (32 - n), x);
+  return _mm256_test_epi8_mask(bytes, bytes);
+#else
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t bytes = 0;
+    __builtin_memcpy(&bytes, x + i, size_t(least(8, n - i)));
+    for (int shift = 4; shift; shift /= 2) bytes |= bytes >> shift;  // the lowest bit of a byte: any of them
+    bits |= uint32_t((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;
+  }
+  return bits;
+#endif
+}
 // A block of keys in the lanes: their scores to logits.
 template <class S>
 struct KeyBlock {
@@ -359,14 +371,17 @@ struct KeyBlock {
     if (rule.natural)
       s = rule(s, T(j + l - i - span.offset) + iota<T>(),
                splat(p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0)), slope);
-    if (p.mask_kind != MaskKind::none && l < nk) {
-      const Vec<T> m = mask_values<S>(p, mask_offset(p, b, h, i), j + l, nk - l);
-      if (p.mask_kind != MaskKind::boolean)
-        s += m;
-      else
-        s = m < T(0) ? m * (c < 0 ? T(-1) : T(1)) : s;  // c s = -inf
-    }
+    const bool masked = p.mask_kind != MaskKind::none && l < nk, boolean = p.mask_kind == MaskKind::boolean;
+    const int64_t row = mask_offset(p, b, h, i);
+    if (masked && !boolean)
+      s += p.mask_kind == MaskKind::additive ? mask_values<S>(p, row, j + l, nk - l)
+                                             : mask_values<T>(p, row, j + l, nk - l);
     s *= c;
+    if (masked && boolean) {
+      Vec<Word<T>> bit;
+      SEQ_UNROLL for (int lane = 0; lane < W; lane++) bit[lane] = 1 << lane;
+      s = (bit & Word<T>(mask_bits(p, row, j + l, least(W, nk - l)))) != 0 ? s : splat(-kInf<T>);
+    }
     if (limits) {
       const Vec<T> at = iota<T>() + T(l);
       s = at < T(most(0, least(nk, span.first_key(i) - j))) ? splat(-kInf<T>) : s;

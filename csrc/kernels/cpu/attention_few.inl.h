@@ -80,7 +80,11 @@ struct AttentionFew {
   O* q;                    // of each thread: rows of Q
   T *x, *max, *sum, *out;  // of each thread: scores; of each task: by row
 
-  static bool suits(const AttentionFwdParams& p) { return p.Hk > 0 && p.Hq / p.Hk * p.Tq <= kRows; }
+  // With more than 8 rows to fill the lanes the other kernel is faster, if it has enough tasks.
+  static bool suits(const AttentionFwdParams& p) {
+    const int64_t rows = p.Hk > 0 ? p.Hq / p.Hk * p.Tq : 2 * kRows;
+    return rows <= kRows / 2 || (rows <= kRows && p.B * p.Hk < p.parallel.threads);
+  }
 
   explicit AttentionFew(const AttentionFwdParams& params)
       : p(params), group(p.Hq / p.Hk), ldq(round_up(p.D, W)), ldv(round_up(p.Dv, W)), rule(p) {
@@ -135,10 +139,11 @@ struct AttentionFew {
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + j),
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + j);
       for (int64_t r = 0, rows; r < R; r += rows) {
-        rows = R - r >= 4 ? 4 : 1;
+        constexpr int kMany = W < 4 ? W : 4;
+        rows = R - r >= kMany ? kMany : 1;
         for (int64_t n = 0; n < block.nk; n += W / rows)
-          (rows == 4 ? dots<S, 4> : dots<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, qs + r * ldq, ldq, p.D,
-                                                xs + r * kK + n, kK);
+          (rows == kMany ? dots<S, kMany> : dots<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, qs + r * ldq, ldq,
+                                                        p.D, xs + r * kK + n, kK);
       }
       T by[kRows];
       for (int64_t r = 0; r < R; r++)

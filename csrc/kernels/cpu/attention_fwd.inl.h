@@ -22,14 +22,14 @@ struct AttentionFwd {
   using O = Operand<S>;
   static constexpr bool kPacked = sizeof(O) == 2;
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kQ = kBlock<T>, kK = 64;  // queries and keys of a block
+  // Queries and keys of a block. The matrix unit adds to O^T in memory: the more keys at a time, the better.
+  static constexpr int64_t kQ = kBlock<T>, kK = kPacked ? 256 : 64;
   static constexpr int64_t kUnit = kPacked ? 32 : kQ, kUnits = kQ / kUnit, kBuffers = kPacked ? 3 : 1;
   static constexpr T kGrowth = 8;  // log2 of how far P may pass 1
 
   const AttentionFwdParams& p;
   const int64_t group;
   const ScoreRule<T> rule;
-  const bool masked;
   const int64_t depth, ldv;  // D and Dv as products see them
   int64_t key_blocks = 0;    // of all sequences
   int team = 1;
@@ -37,14 +37,13 @@ struct AttentionFwd {
   int64_t *first_task, *first_block, *next;  // of each sequence: tasks, packed blocks of keys
   Barrier* barrier;
   O *QT, *packed;
-  T *OT, *ST, *M, *rows;
+  T *OT, *ST, *rows;
   int64_t rows_size;
 
   explicit AttentionFwd(const AttentionFwdParams& params)
       : p(params),
         group(p.Hk ? p.Hq / p.Hk : 0),
         rule(p),
-        masked(p.mask_kind != MaskKind::none),
         depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
         ldv(kPacked ? round_up(p.Dv, 32) : p.Dv) {
     for (int64_t b = 0; kPacked && b < p.B; b++) key_blocks += blocks_of(Span(p, b).Tk);
@@ -70,7 +69,6 @@ struct AttentionFwd {
     QT = a.take<O>(team * depth * kQ);
     OT = a.take<T>(team * ldv * kQ);
     ST = a.take<T>(team * kBuffers * kK * kUnit);
-    M = a.take<T>(masked ? team * kK * kUnit : 0);
     packed = a.take<O>(kPacked ? key_blocks * p.Hk * block_size() : 0);
     rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
                      std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
@@ -136,13 +134,15 @@ struct AttentionFwd {
     const AttentionFwd& f;
     const AttentionFwdParams& p;
     O* const QT;
-    T *const OT, *const ST, *const M, *const rows;
-    // Of each lane: maximum, its integer, sum, rescaling, alibi, position, keys seen of this block, mask row.
-    T max[kQ], reference[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ], first[kQ], end[kQ];
+    T *const OT, *const ST, *const rows;
+    // Of each lane: maximum, its integer, sum, rescaling, alibi, position, mask row.
+    T max[kQ], reference[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ];
     int64_t query[kQ], mask_row[kQ];
+    Word<T> seen[kK / 32][kUnit];  // of each lane: bits of the keys that a boolean mask shows, 32 at a time
     // Of this task: keys [j0, j1) are seen by some query, [full0, full1) by all.
     int64_t lanes, j0, j1, full0, full1;
-    T c;  // what exp2 multiplies scores with
+    bool started;  // O^T holds a sum
+    T c;           // what exp2 multiplies scores with
 
     Worker(const AttentionFwd& forward, int id)
         : f(forward),
@@ -150,13 +150,13 @@ struct AttentionFwd {
           QT(f.QT + id * f.depth * kQ),
           OT(f.OT + id * f.ldv * kQ),
           ST(f.ST + id * kBuffers * kK * kUnit),
-          M(f.M + (f.masked ? id * kK * kUnit : 0)),
           rows(f.rows + id * f.rows_size),
           c(f.rule.natural ? T(kLog2e) : T(__builtin_fabs(p.scale) * kLog2e)) {}
 
     // Queries [i0, i0 + n) of the heads [h0, h0 + heads), which share key head hk.
     void run(const Span& span, int64_t b, int64_t hk, int64_t h0, int64_t heads, int64_t i0, int64_t n) {
       lanes = heads * n;
+      started = false;
       for (int64_t l = 0; l < round_up(lanes, W); l++) {
         const int64_t h = h0 + least(l, lanes - 1) / n, i = i0 + least(l, lanes - 1) % n;
         query[l] = i;
@@ -183,16 +183,19 @@ struct AttentionFwd {
       const int64_t N = round_up(lanes, W);
       for (int64_t j = j0, nk, ld; j < j1; j += nk) {
         nk = block_end(j) - j;
+        const Mask mask = look_at_mask(0, N, j, nk);
+        if (mask == Mask::hides_all) continue;
         const T* a = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D, false, ld);
         product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
-        adjust(span, ST, 0, N, j, nk);
+        adjust(span, mask, ST, 0, N, j, nk);
         const bool grew = softmax(ST, 0, N, nk, [] {});
         a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
         product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ,
-                         j == j0 ? Start::zero
-                         : grew  ? Start::scaled
-                                 : Start::c,
+                         !started ? Start::zero
+                         : grew   ? Start::scaled
+                                  : Start::c,
                          alpha);
+        started = true;
       }
     }
 
@@ -233,13 +236,15 @@ struct AttentionFwd {
                            s.j == j0 ? Start::zero : Start::c};
       };
       if (stages == 0) return;
+      started = true;
       Stage now = stage(0), then{};
       TileProduct before, after = scores(now);
       after.finish();
       for (int64_t t = 0; t < stages; t++, now = then) {
         after = TileProduct{};
         if (t + 1 < stages) after = scores(then = stage(t + 1));
-        adjust(span, now.ST, now.l, now.N, now.j, now.nk);
+        const Mask mask = look_at_mask(now.l, now.N, now.j, now.nk);
+        adjust(span, mask, now.ST, now.l, now.N, now.j, now.nk);
         const int64_t calls = most(1, now.nk / 8),
                       steps = (before.steps() + after.steps() + calls - 1) / calls;
         const bool grew = softmax(now.ST, now.l, now.N, now.nk, [&]() __attribute__((always_inline)) {
@@ -280,42 +285,78 @@ struct AttentionFwd {
           store(QT + i, -load(static_cast<const O*>(QT + i)));
     }
 
-    // Scores of the lanes [l0, l0 + N) and keys [j, j + nk) to logits, -inf where a query does not see a key.
-    void adjust(const Span& span, T* ST_, int64_t l0, int64_t N, int64_t j, int64_t nk) {
-      const bool limits = j < full0 || j + nk > full1;
-      if (!limits && !f.masked && !f.rule.natural) return;
-      if (f.masked) load_mask(l0, N, j, nk);
-      if (limits)
-        for (int64_t l = l0; l < l0 + N; l++) {
-          first[l] = T(most(0, least(nk, span.first_key(query[l]) - j)));
-          end[l] = T(most(0, least(nk, span.end_key(query[l]) - j)));
-        }
-      for (int64_t k = 0; k < nk; k++)
-        for (int64_t l = 0; l < N; l += W) {
-          Vec<T> s = load(ST_ + k * kUnit + l), unused;
-          if (f.rule.natural) s = f.rule(s, T(j + k) - load(position + l0 + l), load(slope + l0 + l), unused);
-          if (f.masked) s += load(M + k * kUnit + l);
-          if (limits) {
-            s = T(k) < load(first + l0 + l) ? splat(-kInf<T>) : s;
-            s = T(k) >= load(end + l0 + l) ? splat(-kInf<T>) : s;
+    // What a mask does to the lanes [l0, l0 + N) and keys [j, j + nk).
+    enum class Mask { changes_nothing, changes_some, hides_all };
+
+    Mask look_at_mask(int64_t l0, int64_t N, int64_t j, int64_t nk) {
+      if (p.mask_kind == MaskKind::none) return Mask::changes_nothing;
+      if (p.mask_kind != MaskKind::boolean) return Mask::changes_some;
+      uint32_t some = 0, hidden = 0;
+      for (int64_t k = 0; k < nk; k += 32)
+        for (int64_t l = 0; l < N; l++) {
+          const int64_t n = least(32, nk - k);
+          if (l && mask_row[l0 + l] == mask_row[l0 + l - 1]) {
+            seen[k / 32][l] = seen[k / 32][l - 1];
+            continue;
           }
-          store(ST_ + k * kUnit + l, s);
+          const uint32_t bits = mask_bits(p, mask_row[l0 + l], j + k, n);
+          some |= bits, hidden |= ~bits << (32 - n);
+          seen[k / 32][l] = Word<T>(bits);
         }
+      return !some ? Mask::hides_all : hidden ? Mask::changes_some : Mask::changes_nothing;
     }
 
-    // M [key, query] = what the mask adds.
-    void load_mask(int64_t l0, int64_t N, int64_t j, int64_t nk) {
-      bool same = true;
-      for (int64_t l = l0; l < l0 + N; l++) same &= mask_row[l] == mask_row[l0];
-      for (int64_t k = 0; k < nk; k += W) {
-        const Vec<T> row = mask_values<S>(p, mask_row[l0], j + k, nk - k);
-        for (int64_t l = 0; l < N; l += W) {
-          Vec<T> v[W];
-          for (int r = 0; r < W; r++)
-            v[r] = same ? splat(row[r]) : mask_values<S>(p, mask_row[l0 + l + r], j + k, nk - k);
-          if (!same) transpose<T>(v);
-          for (int64_t r = 0; r < W && k + r < nk; r++) store(M + (k + r) * kUnit + l, v[r]);
+    // Scores to logits, -inf where a query does not see a key.
+    void adjust(const Span& span, Mask mask, T* ST_, int64_t l0, int64_t N, int64_t j, int64_t nk) {
+      for (int64_t l = 0; l < N; l += W) {
+        const auto each = [&](int64_t from, int64_t to, const auto& rule) __attribute__((always_inline)) {
+          for (int64_t k = from; k < to; k++) store(ST_ + k * kUnit + l, rule(load(ST_ + k * kUnit + l), k));
+        };
+        if (f.rule.natural) {
+          const Vec<T> at = load(position + l0 + l), by = load(slope + l0 + l);
+          each(0, nk, [&](Vec<T> s, int64_t k) {
+            Vec<T> unused;
+            return f.rule(s, T(j + k) - at, by, unused);
+          });
         }
+        if (p.mask_kind == MaskKind::additive) add_mask<S>(ST_ + l, mask_row + l0 + l, j, nk);
+        if (p.mask_kind == MaskKind::additive_acc) add_mask<T>(ST_ + l, mask_row + l0 + l, j, nk);
+        if (p.mask_kind == MaskKind::boolean && mask != Mask::changes_nothing)
+          for (int64_t k0 = 0; k0 < nk; k0 += 32) {
+            const Vec<Word<T>> bits = *reinterpret_cast<const VecOf<Word<T>>::unaligned*>(seen[k0 / 32] + l);
+            each(k0, least(nk, k0 + 32), [&](Vec<T> s, int64_t k) {
+              return (bits & (Word<T>(1) << (k - k0))) != 0 ? s : splat(-kInf<T>);
+            });
+          }
+        if (j >= full0 && j + nk <= full1) continue;
+        T first[W], end[W];
+        for (int i = 0; i < W; i++) {
+          first[i] = T(most(0, least(nk, span.first_key(query[l0 + l + i]) - j)));
+          end[i] = T(most(0, least(nk, span.end_key(query[l0 + l + i]) - j)));
+        }
+        const Vec<T> low = load(first), high = load(end);
+        const auto limit = [&](Vec<T> s, int64_t k) {
+          s = T(k) < low ? splat(-kInf<T>) : s;
+          return T(k) >= high ? splat(-kInf<T>) : s;
+        };
+        const int64_t full = most(0, least(nk, full0 - j));  // from here to full1 - j all see all
+        each(0, full, limit);
+        each(most(full, full1 - j), nk, limit);
+      }
+    }
+
+    // To one vector of lanes, whose rows of the mask are W x W numbers to transpose.
+    template <class M>
+    void add_mask(T* s, const int64_t* row, int64_t j, int64_t nk) const {
+      bool same = true;
+      for (int r = 1; r < W; r++) same &= row[r] == row[0];
+      for (int64_t k = 0; k < nk; k += W) {
+        Vec<T> v[W];
+        v[0] = mask_values<M>(p, row[0], j + k, nk - k);
+        for (int r = 1; r < W; r++) v[r] = same ? v[0] : mask_values<M>(p, row[r], j + k, nk - k);
+        transpose<T>(v);
+        for (int64_t r = 0; r < W && k + r < nk; r++)
+          store(s + (k + r) * kUnit, load(s + (k + r) * kUnit) + v[r]);
       }
     }
 
@@ -431,7 +472,7 @@ struct AttentionFwd {
           return row_of<S>(p.out, span.batch, h0 + (l0 + l) / n, span.q0 + i0 + (l0 + l) % n);
         };
         const int64_t count = least(kUnit, lanes - l0);
-        if (j1 > j0)
+        if (started)
           write_columns<S>(OT + l0 * f.ldv, kUnit, count, p.Dv, alpha + l0, row);
         else
           for (int64_t l = 0; l < count; l++)
