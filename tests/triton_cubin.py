@@ -1,4 +1,4 @@
-"""Compiles a kernel for a GPU that is not there, and reads registers, spills and shared memory off the cubin."""
+"""Compiles a kernel for a GPU that is not there; reads registers, spills and shared memory off the cubin."""
 
 import re
 import subprocess
@@ -12,18 +12,29 @@ from triton.compiler import ASTSource
 
 from seqkernels.triton import backward, forward, weights
 from seqkernels.triton.common import Features
+from seqkernels.triton.launch import WIDEST
 from seqkernels.triton.tables import DKDV, DQ, FORWARD, TILES, Tile
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KERNELS = {
     FORWARD: (forward.attention_forward, {}),
-    DKDV: (backward.attention_dkdv, {}),
+    DKDV: (backward.attention_dkdv, {"WANT_DK": True, "WANT_DV": True}),
     DQ: (backward.attention_dq, {}),
     TILES: (backward.attention_dmask, {"SUM_Q": False, "SUM_K": False}),
     "weights": (weights.attention_weights, {}),
 }
-FLOAT32 = {"Out", "OutLse", "DLse", "Lse", "Statistics", "DMask", "Alibi", "Sinks"}  # Out where there are parts
+FLOAT32 = {
+    "Out",
+    "OutLse",
+    "DLse",
+    "Lse",
+    "Statistics",
+    "DMask",
+    "Alibi",
+    "Sinks",
+}  # Out where there are parts
 INT64 = {"CuQ", "CuK", "LenK", "Rng"}
+LENGTHS = {"Tq", "Tk", "Tp"}
 FLOATS = {"scale", "softcap", "factor", "dscale"}
 
 
@@ -37,24 +48,37 @@ class Resources:
 
 def features(D: int, dtype: str, DV: int | None = None, **flags) -> Features:
     align = {"fp32": 4}.get(dtype, 8)
-    return Features(D=D, DV=DV or D, **({"ALIGN": align, "FOLD": not flags.keys() & {"MASK", "ALIBI", "SOFTCAP"}} | flags))
+    return Features(
+        D=D,
+        DV=DV or D,
+        **(
+            {
+                "ALIGN": align,
+                "WIDEST": WIDEST[4 if dtype == "fp32" else 2],
+                "FOLD": not flags.keys() & {"MASK", "ALIBI", "SOFTCAP"},
+            }
+            | flags
+        ),
+    )
 
 
-RICH = {"MASK": 2, "MASK_UNIT": True, "MASK_ALIGN": 8, "DROPOUT": True, "SOFTCAP": True, "ALIBI": True} | {
-    name: True for name in ("LEFT", "RIGHT", "BOTTOM_RIGHT", "LEN_K")
-}
+RICH = {"MASK": 2, "MASK_UNIT": True, "MASK_ALIGN": 8} | dict.fromkeys(
+    ("DROPOUT", "SOFTCAP", "ALIBI", "LEFT", "RIGHT", "BOTTOM_RIGHT", "LEN_K"), True
+)
 
 
 def compile_for(name: str, f: Features, dtype: str, tile: Tile, arch: int) -> Resources:
     kernel, constants = KERNELS[name]
     constants = {"F": f, "BM": tile.BM, "BN": tile.BN} | constants
+    if name == DKDV and tile.apart:
+        constants["WANT_DV"] = False  # dK needs all that dV needs and more
     signature, fixed, aligned = {}, {}, {}
     for at, p in enumerate(kernel.params):
         absent = absent_pointers(f)
         if p.is_constexpr or p.name in absent:
             signature[p.name] = "constexpr"
             fixed[(at,)] = constants.get(p.name)
-        elif p.name[0].isupper() and p.name not in ("Tq", "Tk", "Tp"):
+        elif p.name[0].isupper() and p.name not in LENGTHS:
             signature[p.name] = "*" + pointer_type(p.name, f, dtype)
             aligned[(at,)] = [["tt.divisibility", 16]]
         else:

@@ -1,7 +1,7 @@
 """Backward in two kernels, one for dK and dV by keys and one for dQ by queries, and a third for the mask.
 
-Each recomputes P = exp(S - LSE). Every gradient has one owner that adds in a fixed order: no atomics, the same
-bits every time, for two products more than a kernel that scatters dQ. With delta = rowsum(dO * O) - dLSE
+Each recomputes P = exp(S - LSE). Every gradient has one owner that adds in a fixed order: no atomics, the
+same bits every time, for two products more than a kernel that scatters dQ. With delta = rowsum(dO * O) - dLSE
 
     dS = P * (dP - delta),   dP = dO Vᵀ,   dQ = scale dS K,   dK = scale dSᵀ Q,   dV = Pᵀ dO
 """
@@ -47,8 +47,8 @@ def statistics_row(b, row, h, heads, first_q, Tp, F: tl.constexpr):
 
 @triton.jit
 def load_statistics(statistics, i):
-    """LSE and delta of queries i. Loads of fewer numbers than threads are made by every thread for itself, in the
-    layout of the scores, with an address for each number; these rows of WIDTH go through shared memory."""
+    """LSE and delta of queries i. Fewer numbers than threads would be loaded by every thread that needs them,
+    in the layout of the scores and with an address for each; rows of WIDTH go through shared memory."""
     c = tl.arange(0, WIDTH)[None, :]
     x = tl.load(statistics + i[:, None] * WIDTH + c)
     return tl.sum(tl.where(c == 0, x, 0.0), 1), tl.sum(tl.where(c == 1, x, 0.0), 1)
@@ -60,8 +60,8 @@ def attention_statistics(
     dout_b: tl.int64, dout_h: tl.int64, dout_t, heads, Tq, Tp: tl.int64, tiles,
     F: tl.constexpr, BM: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Lse in units of log 2 and delta = rowsum(dO * O) - dLSE, padded; of queries that see no key or are not there
-    Lse is +inf, so that their P is 0."""
+    """LSE in units of log 2 and delta = rowsum(dO * O) - dLSE, padded. Of queries that see no key or are not
+    there the LSE is +inf, so that their P is 0."""
     pid = tl.program_id(0)
     i = pid % tiles * BM + tl.arange(0, BM)
     pid = pid // tiles
@@ -121,9 +121,11 @@ def attention_dkdv(
     heads, group, Tq, Tk, left, right, scale, softcap, threshold: tl.int64, factor,
     DOut, Statistics, dout_b: tl.int64, dout_h: tl.int64, dout_t, dscale, Tp: tl.int64,
     DK, DV, tiles, splits, part: tl.int64,
-    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of keys of one key head and walks the queries of group / splits heads.
+
+    Where the registers do not hold both gradients of a tile, two launches make one each.
 
     The parts of two splits lie `part` rows [B, Tk, key heads] apart and are added afterwards.
     """
@@ -186,19 +188,25 @@ def attention_dkdv(
             if F.DROPOUT:
                 keep = tl.trans(kept(i, j0, head, BN))
             s = dot_rows(k, q, F)
-            dp = dot_rows(v, dout, F)
+            dp = s
+            if WANT_DK:
+                dp = dot_rows(v, dout, F)
             cut = False
             if F.RIGHT or F.LEFT:
                 cut = (i0 < full_lo) | (i0 + BM > full_hi)
-            p, ds, dqk = weight_and_gradient(
+            p, _ds, dqk = weight_and_gradient(
                 s, dp, i[None, :], j[:, None], cut, lse[None, :], delta[None, :], keep, head, F
             )
-            dv = add_product(dv, p, dout, F)
-            dk = add_product(dk, dqk, q, F)
+            if WANT_DV:
+                dv = add_product(dv, p, dout, F)
+            if WANT_DK:
+                dk = add_product(dk, dqk, q, F)
     # Behind the last key exp(0 - LSE) may have been infinite.
     to = (row * Tk + t) * key_heads + key_head + split * part
-    store_rows(DK, to * F.D, j < there, zero_unless(ok, scale_rows(dk, dscale)), F, False)
-    store_rows(DV, to * F.DV, j < there, zero_unless(ok, dv), F, True)
+    if WANT_DK:
+        store_rows(DK, to * F.D, j < there, zero_unless(ok, scale_rows(dk, dscale)), F, False)
+    if WANT_DV:
+        store_rows(DV, to * F.DV, j < there, zero_unless(ok, dv), F, True)
 
 
 @triton.jit(do_not_specialize=[*GRADIENT, "tiles"])
@@ -253,7 +261,7 @@ def attention_dq(
         s = dot_rows(q, k, F)
         dp = dot_rows(dout, v, F)
         cut = (j0 < full_lo) | (j0 + BN > full_hi)
-        p, ds, dqk = weight_and_gradient(
+        _p, _ds, dqk = weight_and_gradient(
             s, dp, i[:, None], j[None, :], cut, lse[:, None], delta[:, None], keep, head, F
         )
         dq = add_product(dq, dqk, k, F)
@@ -295,7 +303,7 @@ def attention_dmask(
         i = (tile_q + n // walk_k % walk_q) * BM + tl.arange(0, BM)
         j0 = (tile_k + n % walk_k) * BN
         j = j0 + tl.arange(0, BN)
-        row, first_q, first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
+        row, first_q, _first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
         ok, there = i < see.len_q, j < see.len_k
         q = load_rows(Q, row * q_b + h * q_h + i * q_t, ok, F, False)
         dout = load_rows(DOut, row * dout_b + h * dout_h + i * dout_t, ok, F, True)
@@ -311,7 +319,7 @@ def attention_dmask(
             keep = kept(i, j0, head, BN)
         s = dot_rows(q, k, F)
         dp = dot_rows(dout, v, F)
-        p, ds, dqk = weight_and_gradient(
+        _p, ds, _dqk = weight_and_gradient(
             s, dp, i[:, None], j[None, :], True, lse[:, None], delta[:, None], keep, head, F
         )
         total += ds

@@ -21,6 +21,7 @@ class Features(NamedTuple):
 
     D: int  # features of queries and keys
     DV: int  # features of values
+    WIDEST: int = 128  # power of two that a row is cut into
     LEFT: bool = False
     RIGHT: bool = False
     BOTTOM_RIGHT: bool = False
@@ -75,7 +76,7 @@ class Dropout(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values of one head: pointers to the first row, strides of rows and pages, numbers of the pages."""
+    """Keys and values of one head: pointers to the first row, strides of rows and pages, the page table."""
 
     k: tl.tensor
     v: tl.tensor
@@ -96,27 +97,30 @@ class Head(NamedTuple):
 
 
 @triton.constexpr_function
-def powers_of_two(dim: int) -> tuple[int, ...]:
-    """112 -> (64, 32, 16). At most three, each at least 16, as tl.dot wants: 72 -> (64, 16), 240 -> (256,)."""
-    sixteens = -(-dim // 16)
-    while sixteens.bit_count() > 3:
+def powers_of_two(dim: int, widest: int) -> tuple[int, ...]:
+    """(112, 128) -> (64, 32, 16). Each part is at least 16, as tl.dot wants, and at most `widest`; what that
+    leaves makes at most three: 72 -> (64, 16), 240 -> (128, 128)."""
+    whole, rest = divmod(dim, widest)
+    sixteens = -(-rest // 16)
+    while sixteens.bit_count() > 2 + (whole == 0):
         sixteens += sixteens & -sixteens
-    return tuple(16 << bit for bit in reversed(range(sixteens.bit_length())) if sixteens >> bit & 1)
+    parts = [16 << bit for bit in reversed(range(sixteens.bit_length())) if sixteens >> bit & 1]
+    return (*[widest] * whole, *parts)
 
 
 @triton.constexpr_function
-def blocks(dim):
-    return len(powers_of_two(dim))
+def blocks(dim, widest):
+    return len(powers_of_two(dim, widest))
 
 
 @triton.constexpr_function
-def width(dim, c):
-    return powers_of_two(dim)[c]
+def width(dim, widest, c):
+    return powers_of_two(dim, widest)[c]
 
 
 @triton.constexpr_function
-def start(dim, c):
-    return sum(powers_of_two(dim)[:c])
+def start(dim, widest, c):
+    return sum(powers_of_two(dim, widest)[:c])
 
 
 @triton.jit
@@ -129,10 +133,10 @@ def load_rows(base, offsets, ok, F: tl.constexpr, VALUES: tl.constexpr):
     """Rows that begin at base + offsets; zeros for rows that are not ok."""
     DIM: tl.constexpr = F.DV if VALUES else F.D
     rows = ()
-    for c in tl.static_range(blocks(DIM)):
-        cols = start(DIM, c) + tl.arange(0, width(DIM, c))
+    for c in tl.static_range(blocks(DIM, F.WIDEST)):
+        cols = start(DIM, F.WIDEST, c) + tl.arange(0, width(DIM, F.WIDEST, c))
         mask = ok[:, None]
-        if start(DIM, c) + width(DIM, c) > DIM:
+        if start(DIM, F.WIDEST, c) + width(DIM, F.WIDEST, c) > DIM:
             mask = mask & (cols < DIM)[None, :]
         x = tl.load(base + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
         if F.UPCAST:
@@ -144,8 +148,8 @@ def load_rows(base, offsets, ok, F: tl.constexpr, VALUES: tl.constexpr):
 @triton.jit
 def store_rows(base, offsets, ok, rows, F: tl.constexpr, VALUES: tl.constexpr):
     DIM: tl.constexpr = F.DV if VALUES else F.D
-    for c in tl.static_range(blocks(DIM)):
-        cols = start(DIM, c) + tl.arange(0, width(DIM, c))
+    for c in tl.static_range(blocks(DIM, F.WIDEST)):
+        cols = start(DIM, F.WIDEST, c) + tl.arange(0, width(DIM, F.WIDEST, c))
         mask = ok[:, None] & (cols < DIM)[None, :]
         tl.store(base + offsets[:, None] + cols[None, :], rows[c].to(base.dtype.element_ty), mask=mask)
 
@@ -154,8 +158,8 @@ def store_rows(base, offsets, ok, rows, F: tl.constexpr, VALUES: tl.constexpr):
 def zero_rows(N: tl.constexpr, F: tl.constexpr, VALUES: tl.constexpr):
     DIM: tl.constexpr = F.DV if VALUES else F.D
     rows = ()
-    for c in tl.static_range(blocks(DIM)):
-        rows = rows + (tl.zeros([N, width(DIM, c)], tl.float32),)
+    for c in tl.static_range(blocks(DIM, F.WIDEST)):
+        rows = rows + (tl.zeros([N, width(DIM, F.WIDEST, c)], tl.float32),)
     return rows
 
 
@@ -225,8 +229,8 @@ def sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F: tl.constexpr):
 
 @triton.jit
 def head_of(
-    b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b, scale, softcap, threshold, factor,
-    F: tl.constexpr,
+    b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
+    scale, softcap, threshold, factor, F: tl.constexpr,
 ):  # fmt: skip
     """h: a number, or [M] heads, one for each row of a tile."""
     bh = b * heads + h
@@ -265,7 +269,7 @@ def tanh(x):
 def logits(s, i, j, cut, head, F: tl.constexpr, SCALE: tl.constexpr):
     """q·k of queries i and keys j (a row and a column, either way round) -> logits, and tanh of the softcap.
 
-    Hidden keys get -inf if cut, a number for the whole block: most blocks are seen by all and skip the comparison.
+    Hidden keys get -inf if cut, one answer for the whole block: most are seen by all and compare nothing.
     """
     see, rule = head.see, head.logit
     cap = s

@@ -1,7 +1,7 @@
 """Few queries, many keys: forward with its keys split among programs, and what joins their parts.
 
-Decoding is bound by reading k and v once, and a grid of one program for each head fills a GPU with large batches
-only. The same split serves prefill with few heads.
+Decoding is bound by reading k and v once, and a grid of one program for each head fills a GPU with large
+batches only. The same split serves prefill with few heads.
 """
 
 import triton
@@ -24,7 +24,7 @@ def packed_tile(tile: Tile, rows: int) -> Tile:
 
 
 def key_splits(programs: int, keys: int, multiprocessors: int) -> int:
-    """Two programs for each multiprocessor, each with at least 256 keys; 1 where there are enough tiles anyway."""
+    """Two programs for each multiprocessor, of at least 256 keys; 1 where there are tiles enough anyway."""
     if programs == 0 or programs >= multiprocessors:
         return 1
     return max(1, min(2 * multiprocessors // programs, keys // 256, 128))

@@ -1,11 +1,11 @@
 """Forward: a program owns a tile of queries and walks the keys they see with an online softmax.
 
-Blocks of keys that nobody sees are skipped. Of the others only those cut by an edge of the window, the diagonal
-or the end of the keys compare positions, behind a branch that the whole program takes or not: three loops, one
-for each kind of block, would each keep their own addresses in registers.
+Blocks of keys that nobody sees are skipped. Of the others only those cut by an edge of the window, by the
+diagonal or by the end of the keys compare positions, behind a branch that the whole program takes or not:
+three loops, one for each kind of block, would each keep addresses of their own in registers.
 
-With PACK the rows of a tile are (query, head of the group), so that a few queries of many heads fill a tile and
-read their key head once. With SPLIT the keys of a tile are shared among programs and `combine` joins the parts.
+With PACK the rows of a tile are (query, head of the group), so that a few queries of many heads fill a tile
+and read their key head once. With SPLIT programs share the keys of a tile; decode.combine joins their parts.
 """
 
 import triton
@@ -101,7 +101,7 @@ def attention_forward(
         k, v = load_keys(keys, j0, see, F, BN)
         j = j0 + tl.arange(0, BN)
         s = dot_rows(q, k, F)
-        s, cap = logits(s, i[:, None], j[None, :], (j0 < full_lo) | (j0 + BN > full_hi), head, F, not F.FOLD)
+        s, _cap = logits(s, i[:, None], j[None, :], (j0 < full_lo) | (j0 + BN > full_hi), head, F, not F.FOLD)
         m_new = tl.maximum(m, tl.max(s, 1) * unit)
         base = tl.where(m_new == -INF, 0.0, m_new)  # a row that has seen no key yet
         p = tl.exp2(s * unit - base[:, None])

@@ -1,7 +1,8 @@
 """From tensors to kernels: the functions of the op schema, what is compiled in, tiles and grids.
 
-q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] with any strides but the last, which is 1. With cu_q and cu_k [S+1] (on
-the device, never read by the host) B is 1 and T counts the rows of all sequences. dout is [B,Tq,Hq,Dv] as out is.
+q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] with any strides but the last, which is 1. With cu_q and cu_k
+[S+1] (on the device, never read by the host) B is 1 and T counts the rows of all sequences. dout is
+[B,Tq,Hq,Dv], as out is.
 """
 
 import functools
@@ -19,6 +20,7 @@ from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
 
 MAX_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST = {2: 128, 4: 32}  # exact float32 products hold whole rows of both factors in registers
 FAR = 2**29  # a window no sequence reaches; sums of two stay within int32
 
 
@@ -37,7 +39,7 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: str) -> Tile:
         f = self.features
-        dim = max(sum(powers_of_two(f.D)), sum(powers_of_two(f.DV)))
+        dim = max(sum(powers_of_two(x, f.WIDEST)) for x in (f.D, f.DV))
         rich = f.MASK != 0 or f.DROPOUT or f.SOFTCAP
         return tile_for(kernel, architecture(self.device), self.dtype.itemsize * 8, dim, rich)
 
@@ -68,8 +70,8 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """-> out [B,Tq,Hq,Dv], LSE [B,Hq,Tq] float32, natural, sinks included."""
     problem = prepare(
-        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
-        max_q, max_k,
+        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout,
+        rng, max_q, max_k,
     )  # fmt: skip
     return run_forward(problem, q, v.size(3))
 
@@ -89,8 +91,10 @@ def paged_attention_fwd(
     bottom_right: bool,
     max_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """As attention_fwd, with keys in pages k [pages,Hk,rows,D], v [pages,Hk,rows,Dv]: row j of sequence b lies in page
-    block_table[b, j / rows], int32 or int64 [B, pages of the longest]. max_k: no sequence is longer. No gradients.
+    """As attention_fwd, with keys in pages k [pages,Hk,rows,D], v [pages,Hk,rows,Dv], and no gradients.
+
+    Row j of sequence b lies in page block_table[b, j / rows], int32 or int64 [B, pages of the longest]. No
+    sequence is longer than max_k.
     """
     problem = prepare(
         q, k, v, None, None, None, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, 0.0, None,
@@ -130,8 +134,8 @@ def attention_bwd(
         dout = dout.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     problem = prepare(
-        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
-        max_q, max_k, dout,
+        q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout,
+        rng, max_q, max_k, dout,
     )  # fmt: skip
     f, heads, group = problem.features, problem.heads, problem.group
     B, Tq, Tk, D, DV = q.size(0), q.size(2), k.size(2), q.size(3), v.size(3)
@@ -161,10 +165,11 @@ def attention_bwd(
         parts = dk, dv
         if splits > 1:
             parts = [q.new_zeros(splits, *x.shape, dtype=torch.float32) for x in parts]
-        launch(
-            backward.attention_dkdv, problem.batches * key_heads * tiles * splits, tile,
-            *gradient, *parts, tiles, splits, B * Tk * key_heads, F=f,
-        )  # fmt: skip
+        for want_dk, want_dv in ((True, False), (False, True)) if tile.apart else ((True, True),):
+            launch(
+                backward.attention_dkdv, problem.batches * key_heads * tiles * splits, tile,
+                *gradient, *parts, tiles, splits, B * Tk * key_heads, F=f, WANT_DK=want_dk, WANT_DV=want_dv,
+            )  # fmt: skip
         if splits > 1:
             for total, part in zip((dk, dv), parts, strict=True):
                 total.copy_(part.sum(0))
@@ -180,7 +185,8 @@ def attention_bwd(
             own = (1 if sum_q else triton.cdiv(Tq, tile.BM)) * (1 if sum_k else triton.cdiv(Tk, tile.BN))
             launch(
                 backward.attention_dmask, mask_b * mask_h * own, tile,
-                *gradient, dmask, mask_h, B // mask_b, heads // mask_h, rows, cols, F=f, SUM_Q=sum_q, SUM_K=sum_k,
+                *gradient, dmask, mask_h, B // mask_b, heads // mask_h, rows, cols,
+                F=f, SUM_Q=sum_q, SUM_K=sum_k,
             )  # fmt: skip
 
     dsinks = q.new_empty(0, dtype=torch.float32)
@@ -244,7 +250,7 @@ def prepare(
     q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
     max_q, max_k, *others: Tensor,
 ) -> Problem:  # fmt: skip
-    """Checks what only these kernels cannot do; sorts the rest into what is compiled in and what is passed."""
+    """Refuses what these kernels cannot do; sorts the rest into what is compiled in and what is passed."""
     D, DV = q.size(3), v.size(3)
     if q.dtype not in DTYPES:
         raise NotImplementedError(f"attention on GPUs: float16, bfloat16 or float32, got {q.dtype}")
@@ -270,6 +276,7 @@ def prepare(
     f = Features(
         D=D,
         DV=DV,
+        WIDEST=WIDEST[q.itemsize],
         LEFT=left < FAR,
         RIGHT=right < FAR,
         BOTTOM_RIGHT=bottom_right,
@@ -287,7 +294,7 @@ def prepare(
         PRECISION=float32_precision() if q.dtype == torch.float32 else "ieee",
         UPCAST=triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
     )
-    # Where scale is 0 a scale that leaves nothing of any product: 0 times the -inf of a hidden key would be NaN.
+    # For 0 a scale that leaves nothing of any product: 0 times the -inf of a hidden key would be NaN.
     to_log2 = 1 / softcap if softcap > 0 else LOG2E.value
     arguments = (
         q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng,

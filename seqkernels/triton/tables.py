@@ -13,6 +13,7 @@ class Tile(NamedTuple):
     BN: int  # keys
     warps: int
     stages: int
+    apart: bool = False  # dK and dV in two launches
 
 
 class Row(NamedTuple):

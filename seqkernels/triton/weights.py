@@ -40,7 +40,7 @@ def attention_weights(
         )  # fmt: skip
         q = load_rows(Q, row * q_b + h * q_h + i * q_t, i < Tq, F, False)
         k = load_rows(K, row * k_b + h // group * k_h + j * k_t, j < see.len_k, F, False)
-        s, cap = logits(dot_rows(q, k, F), i[:, None], j[None, :], True, head, F, True)
+        s, _cap = logits(dot_rows(q, k, F), i[:, None], j[None, :], True, head, F, True)
         lse = tl.load(Lse + (row * heads + h) * Tq + i, mask=i < Tq, other=INF)
         p = tl.exp2(s - tl.where(lse == -INF, INF, lse * LOG2E)[:, None])
         if F.DROPOUT:

@@ -1,0 +1,225 @@
+"""Triton kernels: under the interpreter on the CPU, on a GPU where there is one, and as cubins."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from triton_matrix import check, pairwise_cases, set_grid
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton_cubin  # noqa: E402
+from triton_units import UNITS  # noqa: E402
+
+from seqkernels.triton import decode, launch, tables  # noqa: E402
+
+TESTS = Path(__file__).parent
+CASES = pairwise_cases()
+WORKERS = 2
+
+
+@pytest.fixture(scope="session")
+def interpreted(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Tracebacks of the selected cases that fail. TRITON_INTERPRET changes what @triton.jit does, for good,
+    so the interpreter has processes of its own."""
+    selected = (item.callspec.params for item in request.session.items if "interpreted" in item.fixturenames)
+    names = [params["name"] for params in selected]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(TESTS / "triton_matrix.py"), *names[n::WORKERS]],
+            env=os.environ
+            | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(WORKERS)
+    ]
+    outputs = [child.communicate()[0] for child in children]
+    assert not any(child.returncode for child in children)
+    return {
+        name: failure for output in outputs for name, failure in json.loads(output.splitlines()[-1]).items()
+    }
+
+
+@pytest.mark.parametrize("name", [*CASES, *UNITS])
+def test_interpreted(name: str, interpreted: dict[str, str]):
+    assert name not in interpreted, interpreted[name]
+
+
+def test_the_cases_hold_every_pair_of_features():
+    from itertools import combinations, product
+
+    from triton_matrix import FEATURES, excluded
+
+    seen = {frozenset(pair) for case in CASES.values() for pair in combinations(case.items(), 2)}
+    for a, b in combinations(FEATURES, 2):
+        for x, y in product(FEATURES[a], FEATURES[b]):
+            assert excluded({a: x, b: y}) or frozenset({(a, x), (b, y)}) in seen
+
+
+def test_import_brings_no_triton():
+    code = (
+        "import sys, torch, seqkernels, seqkernels.triton as t\n"
+        "if not hasattr(torch.ops.seqkernels, 'attention_fwd'):\n"
+        "    library = torch.library.Library('seqkernels', 'FRAGMENT')\n"
+        "    [library.define(f'{name}(Tensor x) -> Tensor') for name in t.OPS]\n"
+        "t.register(); t.register()\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "assert all(has(f'seqkernels::{name}', 'CUDA') for name in t.OPS)\n"
+        "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS.parent)
+
+
+def test_splits_and_packs_by_shape_alone():
+    """What decides is the same in every call, so the same bits come out."""
+    assert decode.key_splits(programs=8, keys=131_072, multiprocessors=132) == 33
+    assert decode.key_splits(programs=8, keys=500, multiprocessors=132) == 1
+    assert decode.key_splits(programs=132, keys=131_072, multiprocessors=132) == 1
+    assert decode.key_splits(programs=0, keys=131_072, multiprocessors=132) == 1
+    assert decode.is_packed(queries=1, group=1)
+    assert decode.is_packed(queries=32, group=4)
+    assert not decode.is_packed(queries=64, group=4)
+    assert not decode.is_packed(queries=64, group=1)
+    assert launch.group_splits(programs=4, group=8, multiprocessors=16) == 4
+    assert launch.group_splits(programs=4, group=6, multiprocessors=132) == 6
+    assert launch.group_splits(programs=200, group=8, multiprocessors=132) == 1
+
+
+def test_float32_precision_follows_torch():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, name in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(precision)
+            assert launch.float32_precision() == name
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Registers, spills and shared memory of every row of the table, compiled for GPUs that are not there.
+# SEQKERNELS_TEST_CUBINS=all adds more head dims, all window and length flags apart, and fp16 beside bf16.
+ALL = os.environ.get("SEQKERNELS_TEST_CUBINS") == "all"
+POSITIONS = dict.fromkeys(("LEFT", "RIGHT", "BOTTOM_RIGHT", "LEN_K", "ALIBI"), True)
+
+
+def gate_cases() -> Iterator[tuple]:
+    """Every row: plain with no feature, rich with all of them. On one of three architectures, or on ALL."""
+    for n, ((kernel, arch, bits), rows) in enumerate(tables.TABLE.items()):
+        for m, row in enumerate(rows):
+            for rich in (False, True):
+                if not ALL and (arch != 90 or bits == 32) and (n + m) % 4 != rich:
+                    continue  # Hopper in half precision is what ships to most; of the rest a quarter
+                flags = [triton_cubin.RICH] if rich else [{}]
+                dims, dtypes = [row.dim], ["bf16" if bits == 16 else "fp32"]
+                if ALL:
+                    flags += [] if rich else [POSITIONS, {"RIGHT": True}, {"VARLEN": True, "RIGHT": True}]
+                    dims += [row.dim * 5 // 8]  # 80 and 160 and 320 are sums of two powers of two
+                    dtypes += ["fp16"] if bits == 16 else []
+                for f in flags:
+                    for dim in dims:
+                        for dtype in dtypes:
+                            yield kernel, arch, dtype, dim, row.rich if rich else row.plain, f
+
+
+def resources(case: tuple) -> triton_cubin.Resources:
+    kernel, arch, dtype, dim, tile, flags = case
+    return triton_cubin.compile_for(kernel, triton_cubin.features(dim, dtype, **flags), dtype, tile, arch)
+
+
+def name_of(case: tuple) -> str:
+    kernel, arch, dtype, dim, tile, flags = case
+    return f"{kernel}-sm{arch}-{dtype}-{dim}-{'x'.join(map(str, tile))}-{'+'.join(flags) or 'plain'}"
+
+
+GATE = {name_of(case): case for case in gate_cases()}
+
+
+@pytest.fixture(scope="session")
+def cubins(request: pytest.FixtureRequest):
+    selected = (item.callspec.params for item in request.session.items if "cubins" in item.fixturenames)
+    names = [params["cubin"] for params in selected]
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        yield dict(zip(names, pool.map(resources, [GATE[name] for name in names], chunksize=4), strict=True))
+
+
+@pytest.mark.parametrize("cubin", GATE)
+def test_resources(cubin: str, cubins: dict):
+    kernel, arch, dtype, _, tile, _ = GATE[cubin]
+    found = cubins[cubin]
+    assert found.spilled == 0
+    assert found.shared <= tables.SHARED_LIMIT[arch]
+    if arch == 90 and dtype != "fp32" and (tile.BN if kernel == tables.DKDV else tile.BM) >= 64:
+        assert found.wgmma
+
+
+def test_lengths_compile_nothing_new():
+    """Every number is read at run time: none of them may be specialised to 1 or to multiples of 16."""
+    for kernel, _ in triton_cubin.KERNELS.values():
+        for p in kernel.params:
+            pointer = p.name[0].isupper() and p.name not in triton_cubin.LENGTHS
+            assert p.is_constexpr or pointer or p.do_not_specialize, (kernel.__name__, p.name)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def restored_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((launch, "multiprocessors"), (decode, "key_splits"), (decode, "is_packed")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name: str, restored_grid):
+    set_grid(CASES[name]["grid"])
+    check(CASES[name], "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", UNITS)
+def test_unit_on_gpu(name: str):
+    UNITS[name]("cuda")
+
+
+def _run(q, k, v):
+    limits = (2**62, 0, True)
+    rest = (None, None, None, None, None, None, q.size(-1) ** -0.5, 0.0, *limits, 0.0, None, 0, 0)
+    out, lse = launch.attention_fwd(q, k, v, *rest)
+    return out, lse, *launch.attention_bwd(out, None, q, k, v, out, lse, *rest, False)[:3]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("Tq", [1, 8, 1000])
+def test_same_bits_every_time_on_gpu(Tq: int):
+    q, k, v = (
+        torch.randn(2, h, t, 128, device="cuda", dtype=torch.bfloat16)
+        for h, t in ((8, Tq), (2, 1500), (2, 1500))
+    )
+    first = _run(q, k, v)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, _run(q, k, v), strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graph_capture_on_gpu():
+    """No call waits for the device, and a replay reads new values from the same tensors."""
+    q, k, v = (torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    _run(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _run(q, k, v)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, _run(q, k, v), strict=True))

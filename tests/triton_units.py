@@ -1,0 +1,203 @@
+"""Single properties of the Triton kernels, each a function of the device."""
+
+import math
+
+import torch
+from triton_matrix import NO_LIMIT, philox_keep
+
+from seqkernels.reference.attention import attention, attention_weights
+from seqkernels.triton import decode, launch
+from seqkernels.triton.common import powers_of_two
+
+PLAIN = (None, None, None, None, None, None)  # mask, cu_q, cu_k, len_k, alibi, sinks
+
+
+def forward(q, k, v, *options, scale=0.3, window=(NO_LIMIT, NO_LIMIT, False), dropout=(0.0, None)):
+    return launch.attention_fwd(q, k, v, *(options or PLAIN), scale, 0.0, *window, *dropout, 0, 0)
+
+
+def backward(
+    dout, q, k, v, out, lse, *options, scale=0.3, window=(NO_LIMIT, NO_LIMIT, False), need_dmask=False
+):
+    return launch.attention_bwd(
+        dout, None, q, k, v, out, lse, *(options or PLAIN), scale, 0.0, *window, 0.0, None, 0, 0, need_dmask
+    )
+
+
+def head_dims(device):
+    for D, Dv in ((1, 512), (512, 2), (48, 96), (112, 72), (240, 33), (130, 320)):
+        q, k, v = (torch.randn(1, 1, 5, d, device=device) for d in (D, D, Dv))
+        out, lse = forward(q, k, v, scale=D**-0.5)
+        exact = attention(q.double(), k.double(), v.double(), scale=D**-0.5)
+        torch.testing.assert_close(out.transpose(1, 2).double(), exact[0], rtol=1e-5, atol=1e-5)
+        dq, dk, dv, _, _ = backward(out, q, k, v, out, lse, scale=D**-0.5)
+        assert dq.shape == (1, 5, 1, D)
+        assert dv.shape == (1, 5, 1, Dv)
+        assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+def sums_of_powers_of_two(device):
+    assert powers_of_two(80, 128) == (64, 16)
+    assert powers_of_two(112, 128) == (64, 32, 16)
+    assert powers_of_two(192, 128) == (128, 64)
+    assert powers_of_two(80, 32) == (32, 32, 16)
+    for dim in range(1, 513):
+        for widest in (32, 128):
+            parts = powers_of_two(dim, widest)
+            assert dim <= sum(parts) < max(1.15 * dim, dim + 16), (dim, parts)
+            assert len(parts) <= dim // widest + 3
+            assert max(parts) <= widest
+
+
+def rows_that_see_nothing(device):
+    """out 0, LSE -inf, gradients 0: never NaN, whether a mask, a window or a length hides the keys."""
+    q, k, v = (torch.randn(2, 1, 20, 16, device=device) for _ in range(3))
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool, device=device)
+    mask[..., 3:18, :] = False
+    for options, window, hidden in (
+        ((mask, *PLAIN[1:]), (NO_LIMIT, NO_LIMIT, False), slice(3, 18)),
+        ((torch.where(mask, 0.0, -math.inf), *PLAIN[1:]), (NO_LIMIT, 0, False), slice(3, 18)),
+        (PLAIN, (-5, NO_LIMIT, False), slice(15, 20)),
+        (
+            (None, None, None, torch.zeros(2, dtype=torch.long, device=device), None, None),
+            (9, 9, True),
+            slice(0, 20),
+        ),
+    ):
+        out, lse = forward(q, k, v, *options, window=window)
+        assert (out[:, hidden] == 0).all()
+        assert (lse[..., hidden] == -math.inf).all()
+        grads = backward(torch.ones_like(out), q, k, v, out, lse, *options, window=window)[:3]
+        assert (grads[0][:, hidden] == 0).all()
+        assert all(x.isfinite().all() for x in grads)
+
+
+def no_queries_or_keys(device):
+    for B, Tq, Tk in ((2, 0, 5), (2, 5, 0), (0, 5, 5)):
+        q, k, v = (torch.randn(B, 2, T, 16, device=device) for T in (Tq, Tk, Tk))
+        out, lse = forward(q, k, v)
+        assert out.shape == (B, Tq, 2, 16)
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()
+        grads = backward(torch.ones_like(out), q, k, v, out, lse)
+        assert all((x == 0).all() for x in grads[:3])
+
+
+def large_logits(device):
+    """Scores of 1e4 and a mask of 1e4: the softmax is a choice, and it is torch's."""
+    q, k, v = (torch.randn(1, 1, 20, 16, device=device) for _ in range(3))
+    mask = 1e4 * torch.randn(1, 1, 20, 20, device=device)
+    out, lse = forward(100 * q, 100 * k, v, mask, *PLAIN[1:])
+    exact, exact_lse = attention(100 * q.double(), 100 * k.double(), v.double(), mask=mask, scale=0.3)
+    torch.testing.assert_close(out.transpose(1, 2).double(), exact, rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=0)
+
+
+def nan_behind_the_keys(device):
+    """What lies behind len_k is not read, and its gradients are 0."""
+    q, k, v = (torch.randn(2, 1, 20, 16, device=device) for _ in range(3))
+    len_k = torch.tensor([7, 16], device=device)
+    for b, n in enumerate(len_k.tolist()):
+        k[b, :, n:], v[b, :, n:] = math.nan, math.nan
+    options = (None, None, None, len_k, None, None)
+    out, lse = forward(q, k, v, *options)
+    exact, _ = attention(q.double(), k.double(), v.double(), len_k=len_k, scale=0.3)
+    torch.testing.assert_close(out.transpose(1, 2).double(), exact, rtol=1e-5, atol=1e-5)
+    _, dk, dv, _, _ = backward(torch.ones_like(out), q, k, v, out, lse, *options)
+    assert (dk[0, 7:] == 0).all()
+    assert (dv[1, 16:] == 0).all()
+    assert dk.isfinite().all()
+
+
+def mean_weights(device):
+    q, k = torch.randn(2, 4, 19, 24, device=device), torch.randn(2, 2, 27, 24, device=device)
+    _, lse = forward(q, k, k)
+    args = (None, None, None, 0.3, 0.0, NO_LIMIT, NO_LIMIT, False, 0.0, None, True)
+    exact = attention_weights(q.double(), k.double(), mean=True, scale=0.3)
+    torch.testing.assert_close(
+        launch.attention_weights(q, k, lse, *args).double(), exact, rtol=1e-5, atol=1e-6
+    )
+
+
+def dropout_keeps_the_right_share(device):
+    keep = philox_keep(3, 9, 2, 4, 128, 128, 0.25)
+    assert abs(keep.double().mean().item() - 0.75) < 5e-3
+    q = torch.randn(1, 1, 32, 16, device=device)
+    rng = torch.tensor([3, 9], device=device)
+    assert (forward(q, q, q, dropout=(1.0, rng))[0] == 0).all()
+    try:
+        forward(q, q, q, dropout=(0.5, None))
+    except ValueError as error:
+        assert "rng" in str(error)  # noqa: PT017 (no pytest in this process)
+    else:
+        raise AssertionError("dropout without rng")
+
+
+def paged(device):
+    """Pages in any order give what the same keys give in a row; unused entries of the table are not read."""
+    B, Hq, Hk, D, Dv, page = 2, 4, 2, 24, 40, 4
+    len_k = torch.tensor([27, 5], device=device)
+    pages_k, pages_v = (torch.randn(16, page, Hk, d, device=device).transpose(1, 2) for d in (D, Dv))
+    table = torch.full((B, 8), 10**6, dtype=torch.int32, device=device)
+    order = torch.randperm(16, device=device).int()
+    table[0, :7], table[1, :2] = order[:7], order[7:9]
+    k, v = (torch.zeros(B, Hk, 28, d, device=device) for d in (D, Dv))
+    for b, n in enumerate(len_k.tolist()):
+        for j in range(n):
+            k[b, :, j] = pages_k[table[b, j // page], :, j % page]
+            v[b, :, j] = pages_v[table[b, j // page], :, j % page]
+    for Tq in (1, 3):
+        q = torch.randn(B, Hq, Tq, D, device=device)
+        out, lse = launch.paged_attention_fwd(
+            q, pages_k, pages_v, table, len_k, None, None, 0.3, 0.0, NO_LIMIT, 0, True, 27
+        )
+        exact, exact_lse = attention(
+            *(x.double() for x in (q, k, v)), len_k=len_k, scale=0.3, right=0, bottom_right=True
+        )
+        torch.testing.assert_close(out.transpose(1, 2).double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def many_splits(device):
+    """More parts than `combine` reads at a time, most of them empty."""
+    splits, decode.key_splits = decode.key_splits, lambda *_: 37
+    try:
+        q, k, v = (torch.randn(1, 2, T, 16, device=device) for T in (3, 200, 200))
+        sinks = torch.randn(2, device=device)
+        out, lse = forward(q, k, v, *PLAIN[:5], sinks)
+    finally:
+        decode.key_splits = splits
+    exact, exact_lse = attention(q.double(), k.double(), v.double(), sinks=sinks, scale=0.3)
+    torch.testing.assert_close(out.transpose(1, 2).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def what_they_refuse(device):
+    for dtype, D, words in (
+        (torch.float64, 16, "float64"),
+        (torch.float32, 513, "512"),
+        (torch.float32, 0, "512"),
+    ):
+        q = torch.zeros(1, 1, 4, D, dtype=dtype, device=device)
+        try:
+            forward(q, q, q)
+        except NotImplementedError as error:
+            assert words in str(error)  # noqa: PT017
+        else:
+            raise AssertionError(f"{dtype}, {D}")
+
+
+ALL = (
+    head_dims,
+    sums_of_powers_of_two,
+    rows_that_see_nothing,
+    no_queries_or_keys,
+    large_logits,
+    nan_behind_the_keys,
+    mean_weights,
+    dropout_keeps_the_right_share,
+    paged,
+    many_splits,
+    what_they_refuse,
+)
+UNITS = {f.__name__: f for f in ALL}
