@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqkernels import support
 from seqkernels.ops import attention as ops
-from seqkernels.ops._autograd import accumulation_dtype
+from seqkernels.ops._autograd import accumulation_dtype, needs_grad
 from seqkernels.ops.attention import NO_LIMIT
 from seqkernels.reference import attention as reference
 
@@ -99,16 +99,20 @@ def scaled_dot_product_attention(
         attn_mask, is_causal = None, True
         if bottom_right and (bias.seq_len_q, bias.seq_len_kv) != (query.size(-2), key.size(-2)):
             attn_mask, is_causal, bottom_right = bias._materialize(query.device), False, False
+        bottom_right = bottom_right and query.size(-2) != key.size(-2)
 
     plain = plain and all(isinstance(t, Tensor) for t in (query, key, value))
     plain = plain and is_plain(query, key, value, attn_mask)
-    reason = support.why_torch_attends(query, dropout_p) if plain else MISFIT
+    reason = MISFIT
+    if plain:
+        reason = support.why_torch_attends(query, dropout_p, *query.shape[-1:], *value.shape[-1:])
     dense = None
     if plain and (extras or reason is None):
         dense = _four_dims(*_autocast(query, key, value, attn_mask), enable_gqa)
         reason = reason or (MISFIT if dense is None else None)
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
-    if not extras and (reason or forbidden):
+    faster = not (reason or forbidden or extras or bottom_right) and support.why_torch_is_faster(*dense[:4])
+    if not extras and (reason or forbidden or faster):
         if not (plain or forbidden or dropout_p or attn_mask is not None) and _are_jagged(query, key, value):
             return _jagged(query, key, value, is_causal, scale)
         if bottom_right:
@@ -184,7 +188,8 @@ def varlen_attention(
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
     cu_q, cu_k = (c.to(torch.int64) for c in cu)
     options |= {"cu_q": cu_q, "cu_k": cu_k, "bottom_right": True}
-    out, lse = _attend(q, k, v, options, support.why_torch_attends(q), max_q=max_q, max_k=max_k)
+    reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    out, lse = _attend(q, k, v, options, reason, max_q=max_q, max_k=max_k)
     return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
 
 
@@ -214,17 +219,33 @@ def decode_attention(
     with its first n keys and values.
     """
     k, v = k_cache, v_cache
+    if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in _INTEGERS:
+        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {_described(cache_seqlens)}")
     if block_table is not None:
         if block_table.dim() != 2:
             raise ValueError(f"block_table must be [B,blocks], got {_described(block_table)}")
+        if _may_read_pages(q, k, v, sinks):
+            options = _options(q, scale, window, True, softcap, alibi_slopes, sinks)
+            out, lse = ops.paged_attention(q, k, v, block_table, cache_seqlens, **options)
+            return (out, lse) if return_lse else out
         k, v = (t[block_table].transpose(1, 2).flatten(2, 3) for t in (k, v))
-    if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in _INTEGERS:
-        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {_described(cache_seqlens)}")
     options = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
     result = attend_with_lengths(
         q, k, v, lengths=cache_seqlens, is_causal=True, bottom_right=True, scale=scale, **options
     )
     return result if return_lse else result[0]
+
+
+def _may_read_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Kernels for GPUs find keys in their pages, others want them gathered, as gradients do."""
+    return (
+        q.is_cuda
+        and q.dim() == k.dim() == v.dim() == 4
+        and support.why_torch_attends(q, 0.0, q.size(3), v.size(3)) is None
+        and q.dtype == k.dtype == v.dtype
+        and not needs_grad(q, k, v, sinks)
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def attend_with_lengths(
@@ -242,17 +263,28 @@ def attend_with_lengths(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """q [B,Hq,Tq,D], k [B,H,Tk,D], v [B,H,Tk,Dv], of which the first lengths [B] count -> out and lse."""
+) -> tuple[Tensor, Tensor | None]:
+    """q [B,Hq,Tq,D], k [B,H,Tk,D], v [B,H,Tk,Dv], of which the first lengths [B] count -> out and lse.
+
+    Without lengths and whatever else torch has not, torch's kernels may run on a GPU, and lse is None.
+    """
     q, k, v, mask = _autocast(q, k, v, mask)
     dense = _four_dims(q, k, v, mask, gqa=True) if q.dim() == k.dim() == v.dim() == 4 else None
     if dense is None or q.size(0) != k.size(0):
         raise ValueError(f"{MISFIT}: got {_described(q, k, v, mask)}")
     q, k, v, mask, _ = dense
+    reason = support.why_torch_attends(q, dropout_p, q.size(3), v.size(3))
+    torch_can = lengths is window is softcap is alibi_slopes is sinks is None
+    torch_can = torch_can and not (
+        is_causal and (mask is not None or (bottom_right and q.size(2) != k.size(2)))
+    )
+    if reason is None and torch_can and support.why_torch_is_faster(q, k, v, mask):
+        options = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return _torchs(q, k, v, **options, enable_gqa=q.size(1) != k.size(1)), None
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
     options |= {"mask": mask, "bottom_right": bottom_right, "dropout": dropout_p}
     options |= {"len_k": None if lengths is None else lengths.to(torch.int64)}
-    return _attend(q, k, v, options, support.why_torch_attends(q, dropout_p))
+    return _attend(q, k, v, options, reason)
 
 
 def _attend(
@@ -271,7 +303,7 @@ def _jagged(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
     options = _options(q, scale, None, is_causal, None, None, None)
     options |= {"cu_q": query.offsets(), "cu_k": key.offsets()}
     longest = {"max_q": query._get_max_seqlen(), "max_k": key._get_max_seqlen()}
-    out, _ = _attend(q, k, v, options, support.why_torch_attends(q), **longest)
+    out, _ = _attend(q, k, v, options, support.why_torch_attends(q, 0.0, q.size(3), v.size(3)), **longest)
     return torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)
 
 
@@ -279,16 +311,20 @@ def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
     """What a step of decoding cannot wait for is left out: it takes 10 us to ask everything."""
     return (
         type(q) is type(k) is type(v) is Tensor
-        and q.is_cpu
-        and k.is_cpu
-        and v.is_cpu
+        and ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and k.is_cuda and v.is_cuda))
         and not (q.is_nested or k.is_nested or v.is_nested)
         and support.is_plain_call()
         and q.dim() == 4 == k.dim()
         and (gqa or q.size(1) == k.size(1))
         and q.size(3) > 0
         and torch._C._get_flash_sdp_enabled()
+        and (q.is_cpu or _ours_is_best(q, k, v))
     )
+
+
+def _ours_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    reason = v.dim() != 4 or support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    return not (reason or support.why_torch_is_faster(q, k, v))
 
 
 def _are_jagged(*tensors: Tensor) -> bool:

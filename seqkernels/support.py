@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from seqkernels import triton
+from seqkernels.triton import choice
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _told: set[str] = set()
@@ -19,6 +22,11 @@ def why_torch(x: Tensor) -> str | None:
         return f"there are kernels for cpu tensors, not for {x.device.type}"
     if x.dtype not in DTYPES:
         return f"there are no kernels for {x.dtype}"
+    return _why_torch_alone()
+
+
+def _why_torch_alone() -> str | None:
+    """What looks on and knows torch's operators only."""
     if torch.compiler.is_compiling():
         return "ONNX has no operators for our kernels" if _exports_to_onnx() else None
     if torch._C._get_tracing_state() is not None:
@@ -28,15 +36,24 @@ def why_torch(x: Tensor) -> str | None:
     return None
 
 
-def why_torch_attends(query: Tensor, dropout_p: float = 0.0) -> str | None:
-    """`why_torch` for attention."""
-    if reason := why_torch(query):
+def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) -> str | None:
+    """`why_torch` for attention, which has kernels for GPUs too; their head dims have a limit."""
+    if query.is_cuda:
+        reason = triton.why_not(query, *head_dims) or _why_torch_alone()
+    else:
+        reason = why_torch(query)
+    if reason:
         return reason
-    if dropout_p and query.device.type == "cpu":
+    if dropout_p and not query.is_cuda:
         return "the attention kernels for cpu tensors have no dropout"
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return None
     return "the attention kernels do not know torch.vmap" if _inside_vmap() else None
+
+
+def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+    """None when our attention kernels are the better ones, as always on a CPU; [B,H,T,D] each."""
+    return choice.why_torch(q, k, v, mask) if q.is_cuda else None
 
 
 def _inside_vmap() -> bool:

@@ -9,8 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from itertools import product
 
-from . import attention
+from . import attention, gpu_attention
 from .attention import AttentionCase
+from .gpu_attention import GpuCase
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 CELLS = tuple(GATES)
@@ -141,7 +142,8 @@ def _quick() -> list[Case]:
     ]
 
 
-SUITES: dict[str, tuple[Case | AttentionCase, ...]] = {
+GPU_SUITE = "gpu-attention"  # needs a CUDA device
+SUITES: dict[str, tuple[Case | AttentionCase | GpuCase, ...]] = {
     "quick": tuple(_quick()),
     "rnn": tuple(_rnn()),
     "train": tuple(_grid("train") + _shapes("train")),
@@ -150,13 +152,14 @@ SUITES: dict[str, tuple[Case | AttentionCase, ...]] = {
     "bf16": tuple(_bf16()),
     "memory": tuple(_memory()),
     "attention": attention.cases(),
+    GPU_SUITE: gpu_attention.suite(),
 }
 
 
-def select(suite: str, name_contains: str = "") -> list[tuple[str, Case | AttentionCase]]:
-    """(suite, case) pairs, each case once, those of one title together. "all" leaves out quick."""
-    suites = [name for name in SUITES if name != "quick"] if suite == "all" else [suite]
-    chosen: dict[Case | AttentionCase, str] = {}
+def select(suite: str, name_contains: str = "") -> list[tuple[str, Case | AttentionCase | GpuCase]]:
+    """(suite, case) pairs, each case once, those of one title together. "all": on the CPU, without quick."""
+    suites = [name for name in SUITES if name not in ("quick", GPU_SUITE)] if suite == "all" else [suite]
+    chosen: dict[Case | AttentionCase | GpuCase, str] = {}
     for name in suites:
         titles = list(dict.fromkeys(case.title for case in SUITES[name]))
         for case in sorted(SUITES[name], key=lambda case: titles.index(case.title)):

@@ -12,10 +12,10 @@ import torch
 from seqkernels import info
 
 from . import timing
-from .cases import SUITES, select
+from .cases import GPU_SUITE, SUITES, select
 from .console import Console
 from .contestants import OURS
-from .engine import run_cases
+from .engine import run_cases, run_gpu_cases
 from .report import Report, changes, missing_packages, read_older, write, wrong
 
 EXTRAS = {
@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(case.name for _, case in cases))
         return 0
+    on_gpu = args.suite == GPU_SUITE
+    if on_gpu and not torch.cuda.is_available():
+        print(f"suite {GPU_SUITE} needs a CUDA device, and torch sees none")
+        return 2
     try:
         older = read_older(args.compare) if args.compare else None
     except (OSError, ValueError) as error:  # before hours of measuring, not after
@@ -83,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted = False
     start = time.perf_counter()
     try:
-        with console.progress([case for _, case in cases], args.budget) as progress:
-            for rows in run_cases(cases, args.budget):
+        with console.progress([case for _, case in cases], args.budget, on_gpu) as progress:
+            for rows in (run_gpu_cases if on_gpu else run_cases)(cases, args.budget):
                 report.rows += rows
                 progress.case_done(rows)
     except KeyboardInterrupt:
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folder = args.out or Path("bench-reports") / started.replace(":", "").replace(" ", "-")
     console.print()
-    for file in write(report, folder):
+    for file in write(report, folder, page=not on_gpu):
         console.print(f"wrote {file}")
     if missing := missing_packages(list(EXTRAS)):
         lost = ", ".join(dict.fromkeys(EXTRAS[name] for name in missing))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from . import gpu_attention
 from .cases import Case
 from .contestants import ORT, OURS, TORCH
 from .engine import Row
@@ -71,6 +72,22 @@ def line(rows: list[Row], width: int) -> tuple[str, str]:
     return text, verdict.partition(" (")[0]
 
 
+def gpu_head(width: int) -> str:
+    columns = "".join(f"{name:>21}" for name in gpu_attention.CONTESTANTS)
+    return f"{'':{width}}{columns}\n{'':{width}}" + f"{'TFLOP/s':>13}{'TB/s':>8}" * len(
+        gpu_attention.CONTESTANTS
+    )
+
+
+def gpu_line(rows: list[Row], width: int) -> tuple[str, str]:
+    """Everybody's speed in two units, because some cases are bound by arithmetic and some by memory."""
+    speeds = (
+        f"{r.gflops / 1e3:13.1f}{r.tb_s:8.2f}" if r.gflops and r.tb_s else f"{r.check:>21}" for r in rows
+    )
+    verdict = case_verdict(rows)
+    return f"{f'  {geometry(rows[0])}':<{width}}{''.join(speeds)}  {verdict}", verdict.partition(" (")[0]
+
+
 def case_verdict(rows: list[Row]) -> str:
     """The least flattering of the verdicts, naming the contestant unless it holds against all."""
     judged = [row for row in rows if row.verdict]
@@ -96,10 +113,11 @@ class Console:
             print(text, flush=True)
 
     @contextmanager
-    def progress(self, cases: list[Case], budget: float) -> Iterator[Progress]:
-        weights = [budget + case.flops / 1e10 for case in cases]  # what a case roughly costs, in seconds
+    def progress(self, cases: list[Case], budget: float, on_gpu: bool = False) -> Iterator[Progress]:
+        speed = 1e13 if on_gpu else 1e10
+        weights = [budget + case.flops / speed for case in cases]  # what a case roughly costs, in seconds
         if not self.rich:
-            yield Progress(self, cases, weights)
+            yield Progress(self, cases, weights, on_gpu)
             return
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -110,7 +128,7 @@ class Console:
         # looks at the last ten minutes, because cases are slow and few.
         options = {"auto_refresh": False, "transient": True, "speed_estimate_period": 600}
         with Bar(*columns, console=self.rich, **options) as bar:
-            yield Progress(self, cases, weights, bar)
+            yield Progress(self, cases, weights, on_gpu, bar)
 
     def header(self, report: Report) -> None:
         facts = report.environment
@@ -155,11 +173,14 @@ class Console:
 class Progress:
     """Tells about each case as it starts and ends."""
 
-    def __init__(self, console: Console, cases: list[Case], weights: list[float], bar: object = None) -> None:
+    def __init__(
+        self, console: Console, cases: list[Case], weights: list[float], on_gpu: bool, bar: object = None
+    ) -> None:
         self.console, self.cases, self.weights, self.bar = console, cases, weights, bar
         self.done, self.start, self.title = 0, time.perf_counter(), ""
         self.width = 3 + max(len(case.name) - len(case.title) for case in cases)
-        console.print(head(self.width))
+        self.line = gpu_line if on_gpu else line
+        console.print((gpu_head if on_gpu else head)(self.width))
         if bar:
             self.task = bar.add_task(cases[0].name, total=sum(weights), done=0, cases=len(cases))
             bar.refresh()
@@ -168,7 +189,7 @@ class Progress:
         if title(rows[0]) != self.title:
             self.title = title(rows[0])
             self.console.print(self.title, "bold")
-        text, verdict = line(rows, self.width)
+        text, verdict = self.line(rows, self.width)
         self.done += 1
         if self.bar:
             following = self.cases[self.done].name if self.done < len(self.cases) else ""

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import timing
+from . import gpu_attention, timing
 from .attention import AttentionCase
 from .cases import Case
 from .check import Comparison, compare, errors
 from .contestants import CONTESTANTS, OURS, TORCH, Contestant, Problem, contestants_for, make_problem
+from .gpu_attention import GpuCase
 from .memory import MemoryMeter
 
 
@@ -56,6 +57,7 @@ class Row:
     gflops: float | None = None
     peak_gflops: float | None = None  # FMA peak of this dtype and these threads, measured beside this case
     peak_share: float | None = None
+    tb_s: float | None = None  # on a GPU: q, k, v and out, each once, a second
     speedup: float | None = None  # of seqkernels over this contestant: median of paired ratios
     speedup_low: float | None = None  # its 95 % interval
     speedup_high: float | None = None
@@ -129,13 +131,49 @@ def _time(
     peaks = [_fma_peak(case.dtype)]
     seconds = timing.interleave({name: contestant.run for name, contestant in ready.items()}, budget)
     peaks.append(_fma_peak(case.dtype))
+    _note_times(rows, seconds)
+    for name in seconds:
+        rows[name].peak_gflops = max(peaks)
+        rows[name].peak_share = rows[name].gflops / max(peaks)
+
+
+def run_gpu_cases(cases: Iterable[tuple[str, GpuCase]], budget: float) -> Iterator[list[Row]]:
+    """As `run_cases`, by the clock of the GPU, without memory and peak."""
+    for suite, case in cases:
+        shape = {
+            "B": case.B,
+            "H": case.Hq,
+            "G": case.Hq // case.Hk,
+            "Tq": case.Tq,
+            "Tk": case.Tk,
+            "D": case.D,
+        }
+        work = {"tokens": case.B * case.Tq, "gflop": case.flops / 1e9, "causal": case.causal}
+        kind = {"suite": suite, "case": case.name, "cell": "sdpa", "mode": case.mode, "dtype": case.dtype}
+        seconds, wrong = gpu_attention.measure(case, budget)
+        rows = {
+            name: Row(
+                **kind,
+                **shape,
+                **work,
+                contestant=name,
+                check="error" if name in wrong else "ok",
+                note=wrong.get(name, ""),
+            )
+            for name in gpu_attention.CONTESTANTS
+        }
+        _note_times(rows, seconds)
+        for name in seconds:
+            rows[name].tb_s = case.bytes / rows[name].ms / 1e9
+        yield list(rows.values())
+
+
+def _note_times(rows: dict[str, Row], seconds: dict[str, list[float]]) -> None:
     for name, values in seconds.items():
         row = rows[name]
         row.ms, row.ms_low, row.ms_high = (1e3 * value for value in timing.median_interval(values))
         row.rounds, row.gflops = len(values), row.gflop / row.ms * 1e3
-        row.peak_gflops = max(peaks)
-        row.peak_share = row.gflops / row.peak_gflops
-        if name != OURS:
+        if name != OURS and OURS in seconds:
             row.speedup, row.speedup_low, row.speedup_high = timing.speedup(seconds[OURS], values)
             row.verdict = timing.verdict(row.speedup_low, row.speedup_high)
 

@@ -6,7 +6,7 @@ causal with Tq = Tk) and 2.5 times as many backward; TB/s count q, k, v and out 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seqkernels.reference import attention as reference
+
+from . import timing
+from .check import compare, errors
+
 NO_LIMIT = 2**62
+L2_CACHE = 2**28  # bytes: more than any GPU has
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionCase:
+class GpuCase:
     B: int
     Hq: int
     Hk: int
@@ -32,10 +38,14 @@ class AttentionCase:
     mode: str = "forward"  # or "train": backward too
 
     @property
+    def title(self) -> str:
+        return f"SDPA {self.mode} {self.dtype}"
+
+    @property
     def name(self) -> str:
         heads = f"H={self.Hq}" + (f"/{self.Hk}" if self.Hk != self.Hq else "")
         dims = f"D={self.D}" + (f"/{self.Dv}" if self.Dv != self.D else "")
-        words = [self.mode, self.dtype, f"B={self.B}", heads, f"T={self.Tq}"]
+        words = [self.title, f"B={self.B}", heads, f"T={self.Tq}"]
         words += [f"keys={self.Tk}"] if self.Tk != self.Tq else []
         words += [dims] + ["causal"] * self.causal + ([f"window={self.window}"] if self.window else [])
         return " ".join(words)
@@ -60,15 +70,15 @@ class AttentionCase:
         return float(self.B * rows * (self.D + self.Dv) * getattr(torch, self.dtype).itemsize)
 
 
-def _square(B: int, Hq: int, Hk: int, T: int, D: int, Dv: int = 0, **options) -> AttentionCase:
-    return AttentionCase(B=B, Hq=Hq, Hk=Hk, Tq=T, Tk=T, D=D, Dv=Dv or D, **options)
+def _square(B: int, Hq: int, Hk: int, T: int, D: int, Dv: int = 0, **options) -> GpuCase:
+    return GpuCase(B=B, Hq=Hq, Hk=Hk, Tq=T, Tk=T, D=D, Dv=Dv or D, **options)
 
 
-def _decode(B: int, Hq: int, Hk: int, Tq: int, Tk: int, D: int) -> AttentionCase:
-    return AttentionCase(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, D=D, Dv=D, causal=True)
+def _decode(B: int, Hq: int, Hk: int, Tq: int, Tk: int, D: int) -> GpuCase:
+    return GpuCase(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, D=D, Dv=D, causal=True)
 
 
-def suite() -> tuple[AttentionCase, ...]:
+def suite() -> tuple[GpuCase, ...]:
     dense = [
         *(_square(2, 64, 8, T, 128, causal=c) for c in (False, True) for T in (2048, 4096, 8192, 16384)),
         *(_square(4, 32, 32, T, 64, causal=c) for c in (False, True) for T in (2048, 8192)),
@@ -94,7 +104,7 @@ def suite() -> tuple[AttentionCase, ...]:
 Run = Callable[[], object]
 
 
-def tensors(case: AttentionCase, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(case: GpuCase, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v that take gradients in training, and the gradient of the output [B,Hq,Tq,Dv]."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -108,7 +118,11 @@ def tensors(case: AttentionCase, device: str = "cuda") -> tuple[Tensor, Tensor, 
     return q, k, v, randn(case.B, case.Hq, case.Tq, case.Dv)
 
 
-def seqkernels_run(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
+# A contestant makes of the tensors of a case a call that gives (out,), or in training (dq, dk, dv).
+Run = Callable[[], tuple[Tensor, ...]]
+
+
+def seqkernels_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
     """Our kernels themselves, whatever the dispatch would choose."""
     from seqkernels.triton import launch
 
@@ -116,16 +130,17 @@ def seqkernels_run(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: T
     options = (*(None,) * 6, case.D**-0.5, 0.0, left, right, True, 0.0, None, 0, 0)
     q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.transpose(1, 2)
 
-    def run() -> object:
+    def run() -> tuple[Tensor, ...]:
         out, lse = launch.attention_fwd(q, k, v, *options)
         if case.mode == "forward":
-            return out
-        return launch.attention_bwd(dout, None, q, k, v, out, lse, *options, False)
+            return (out.transpose(1, 2),)
+        grads = launch.attention_bwd(dout, None, q, k, v, out, lse, *options, False)
+        return tuple(grad.transpose(1, 2) for grad in grads[:3])
 
     return run
 
 
-def torch_run(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
+def torch_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
     from torch.nn.attention.bias import causal_lower_right
 
     options: dict = {"enable_gqa": case.Hq != case.Hk}
@@ -140,38 +155,37 @@ def torch_run(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
     return _differentiated(case, lambda: F.scaled_dot_product_attention(q, k, v, **options), q, k, v, dout)
 
 
-def torch_without_cudnn_run(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
-    run = torch_run(case, q, k, v, dout)
+def torch_without_cudnn_run(case: GpuCase, *tensors: Tensor) -> Run:
+    run = torch_run(case, *tensors)
 
-    def without() -> object:
+    def without() -> tuple[Tensor, ...]:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return run()
 
     return without
 
 
-def flex_run(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
+def flex_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask, offset = None, case.Tk - case.Tq
     if case.causal:
-        left = NO_LIMIT if case.window is None else case.window
+        left = case.Tk if case.window is None else case.window
 
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (j <= i + offset) & (j >= i + offset - left)
 
         block_mask = create_block_mask(sees, None, None, case.Tq, case.Tk, device=str(q.device))
-    attend = torch.compile(flex_attention)
-    gqa = case.Hq != case.Hk
+    attend, gqa = torch.compile(flex_attention), case.Hq != case.Hk
     return _differentiated(
         case, lambda: attend(q, k, v, block_mask=block_mask, enable_gqa=gqa), q, k, v, dout
     )
 
 
-def _differentiated(case: AttentionCase, forward: Run, *leaves_and_dout: Tensor) -> Run:
+def _differentiated(case: GpuCase, forward: Callable[[], Tensor], *leaves_and_dout: Tensor) -> Run:
     *leaves, dout = leaves_and_dout
     if case.mode == "forward":
-        return forward
+        return lambda: (forward(),)
     return lambda: torch.autograd.grad(forward(), leaves, dout)
 
 
@@ -181,3 +195,58 @@ CONTESTANTS: dict[str, Callable[..., Run]] = {
     "torch without cuDNN": torch_without_cudnn_run,
     "FlexAttention": flex_run,
 }
+
+
+def ready(case: GpuCase, device: str = "cuda") -> tuple[dict[str, Run], dict[str, str]]:
+    """The contestants whose results are right, and what is wrong with the others."""
+    given = tensors(case, device)
+    truth = _truth(case, *given)
+    runs, wrong = {}, {}
+    allowed = errors(_checked(case, torch_run(case, *given)()), truth)
+    for name, make in CONTESTANTS.items():
+        try:
+            run = make(case, *given)
+            worst = compare(_checked(case, run()), allowed, truth, peer=name != "seqkernels")
+        except Exception as error:  # one that cannot run a case must not end the whole run
+            wrong[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if worst.ok:
+            runs[name] = run
+        else:
+            wrong[name] = f"error of {worst.output} {worst.error:.2g}, allowed {worst.allowed:.2g}"
+    return runs, wrong
+
+
+def _checked(case: GpuCase, result: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+    """The first head of the first row: float64 scores of all would fill any GPU."""
+    names = ("out",) if case.mode == "forward" else ("grad q", "grad k", "grad v")
+    found = {name: t[:1, :1].detach() for name, t in zip(names, result, strict=True)}
+    shared = case.Hq != case.Hk  # gradients of k and v come from other heads too
+    return {name: t for name, t in found.items() if not (shared and name in ("grad k", "grad v"))}
+
+
+def _truth(case: GpuCase, *tensors: Tensor) -> Mapping[str, Tensor]:
+    q, k, v, dout = (t[:1, :1].detach().double().requires_grad_(t.requires_grad) for t in tensors)
+    left, right = NO_LIMIT if case.window is None else case.window, 0 if case.causal else NO_LIMIT
+    with torch.set_grad_enabled(case.mode == "train"):
+        options = {"scale": case.D**-0.5, "left": left, "right": right, "bottom_right": True}
+        out, _ = reference.attention(q, k, v, **options)
+        return _checked(case, (out,) if case.mode == "forward" else torch.autograd.grad(out, (q, k, v), dout))
+
+
+def device_seconds(run: Run, look: float) -> float:
+    """Of one call, with nothing of it in the L2 cache; filling that gives the host time to launch."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(L2_CACHE, dtype=torch.uint8, device="cuda").zero_()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(case: GpuCase, budget: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per call of each contestant, interleaved, and why others have none."""
+    with torch.set_grad_enabled(case.mode == "train"):
+        runs, wrong = ready(case)
+        return timing.interleave(runs, budget, device_seconds) if runs else {}, wrong

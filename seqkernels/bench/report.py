@@ -151,11 +151,11 @@ def changes(old: Mapping[str, Any], rows: Iterable[Row]) -> list[Change]:
     return sorted(found, key=lambda change: ("SLOWER", "FASTER", "UNSURE", "SAME").index(change.verdict))
 
 
-def write(report: Report, folder: Path) -> list[Path]:
-    """Write what can be written; returns the files. report.html needs the extra packages."""
+def write(report: Report, folder: Path, page: bool = True) -> list[Path]:
+    """Write what can be written; returns the files. report.html needs the extra packages, and CPU cases."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_csv(report, folder / "results.csv"), write_json(report, folder / "results.json")]
-    if not missing_packages(("jinja2", "matplotlib")):
+    if page and not missing_packages(("jinja2", "matplotlib")):
         files.append(write_html(report, folder / "report.html"))
     return files
 

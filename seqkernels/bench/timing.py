@@ -44,17 +44,23 @@ def verdict(low: float, high: float) -> str:
     return "faster" if low > 1 else "no difference"
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    turn: Callable[[Callable[[], object], float], float] | None = None,
+) -> dict[str, list[float]]:
     """Seconds per call of each contestant, one a round, for about `budget` seconds and at least six rounds.
 
-    The i-th values of all contestants belong together: they were measured one after the other.
+    The i-th values of all contestants belong together: they were measured one after the other. `turn` measures
+    a call whose duration is roughly known, by the clock of the CPU if None.
     """
+    turn = turn or _turn
     looks = {name: _first_look(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     orders, start = itertools.cycle(itertools.permutations(calls)), time.perf_counter()
     for done, order in zip(range(1, MAX_ROUNDS + 1), orders, strict=False):
         for name in order:  # everybody comes after everybody as often, so that nobody finds warmer caches
-            seconds[name].append(_turn(calls[name], looks[name]))
+            seconds[name].append(turn(calls[name], looks[name]))
         late = time.perf_counter() - start > budget
         if done >= MIN_ROUNDS and (late or (done >= 2 * MIN_ROUNDS and _narrow(seconds))):
             break

@@ -39,7 +39,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         masks = key_padding_mask, attn_mask
         plain = is_plain(query, key, value, *masks)
         forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
-        reason = support.why_torch_attends(query, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        reason = support.why_torch_attends(query, dropout, self.head_dim)
+        if not reason and dropout and need_weights:
+            reason = "the kernels give no attention weights after dropout"
         if plain and not reason and not self._fits(query, key, value, *masks, is_causal):
             reason = MISFIT
         if not (plain or reason or forbidden or need_weights) and self._fits_nested(
@@ -75,7 +78,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
         mask = _merged(None if hint else attn_mask, key_padding_mask, q, more)
         scale, right = self.head_dim**-0.5, 0 if hint else NO_LIMIT
-        out, lse = attention(q, k, v, scale=scale, mask=mask, right=right)
+        torch_can = not (need_weights or (hint and mask is not None))
+        if torch_can and support.why_torch_is_faster(q, k, v, mask):
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=scale)
+        else:
+            out, lse = attention(q, k, v, scale=scale, mask=mask, right=right, dropout=dropout)
         out = out.transpose(1, 2).flatten(2)
         if unbatched:
             out = out.squeeze(0)
@@ -194,7 +201,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _forward_nested(self, x: Tensor) -> Tensor:
         """Self-attention in a strided nested tensor, by its rows without padding."""
         sizes, tokens = x._nested_tensor_size(), x.values().view(-1, self.embed_dim)
-        cu = F.pad(sizes[:, 0].cumsum(0), (1, 0))
+        cu = F.pad(sizes[:, 0].cumsum(0), (1, 0)).to(x.device)
         longest = int(sizes[:, 0].max())
         q, k, v = self._heads(*[tokens] * 3)
         out, _ = attention(q, k, v, scale=self.head_dim**-0.5, cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)

@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from seqkernels import triton
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import attention as reference
 from seqkernels.reference.attention import NO_LIMIT
 
+triton.register()
 _fwd = torch.ops.seqkernels.attention_fwd.default
 _bwd = torch.ops.seqkernels.attention_bwd.default
 _weights = torch.ops.seqkernels.attention_weights.default
+_paged_fwd = torch.ops.seqkernels.paged_attention_fwd.default
 
 
 def attention(
@@ -52,6 +55,29 @@ def attention(
         out, lse = _Attention.apply(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
     else:
         out, lse = _fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
+    return out.transpose(1, 2), lse
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor,
+    len_k: Tensor,
+    *,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `attention`, aligned to the last key, with keys in pages k [pages,Hk,size,D]; CUDA, no gradients.
+
+    block_table [B,blocks], int32 or int64: the pages of each row in their order.
+    """
+    visibility = (scale, softcap, left, right, True)
+    out, lse = _paged_fwd(q, k, v, block_table, len_k, alibi, sinks, *visibility)
     return out.transpose(1, 2), lse
 
 
@@ -162,6 +188,7 @@ class _Weights(ag.Function):
 
 
 @torch.library.register_fake("seqkernels::attention_fwd")
+@torch.library.register_fake("seqkernels::paged_attention_fwd")
 def _(q, k, v, *args):
     B, Hq, Tq, _ = q.shape
     return q.new_empty(B, Tq, Hq, v.size(3)), _accumulated(q, (B, Hq, Tq))

@@ -3,20 +3,31 @@
 Importing this package imports neither Triton nor CUDA; the first call does.
 """
 
+from importlib.util import find_spec
+
 import torch
+from torch import Tensor
 
-OPS = ("attention_fwd", "attention_bwd", "attention_weights")
+OPS = ("attention_fwd", "attention_bwd", "attention_weights", "paged_attention_fwd")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INSTALLED = find_spec("triton") is not None
 
-_registered: list[torch.library.Library] = []
+_library: list[torch.library.Library] = []
 
 
 def register() -> None:
     """The kernels become the CUDA implementation of the ops, whose schemas must exist. Once is enough."""
-    if not _registered:
-        library = torch.library.Library("seqkernels", "IMPL")
-        for name in OPS:
-            library.impl(name, _at_first_call(name), "CUDA")
-        _registered.append(library)
+    if _library:
+        return
+    library = torch.library.Library("seqkernels", "FRAGMENT")
+    library.define(  # here and not in csrc: CPU tensors have no such op
+        "paged_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor len_k, Tensor? alibi, "
+        "Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right) "
+        "-> (Tensor, Tensor)"
+    )
+    for name in OPS:
+        library.impl(name, _at_first_call(name), "CUDA")
+    _library.append(library)
 
 
 def _at_first_call(name: str):
@@ -28,3 +39,35 @@ def _at_first_call(name: str):
         return getattr(launch, name)(*args)
 
     return call
+
+
+def max_dim(dtype: torch.dtype) -> int:
+    """Rows of 512 float32 numbers leave no shared memory of 99 KB for a second tile."""
+    return 256 if dtype == torch.float32 else 512
+
+
+def why_not(q: Tensor, *head_dims: int) -> str | None:
+    """None when the kernels know what lies on the device of q, in its dtype, else the reason in words."""
+    if not INSTALLED:
+        return "attention on GPUs needs Triton, which is not installed (pip install triton)"
+    if q.dtype not in DTYPES:
+        return f"there are no attention kernels for {q.dtype} on GPUs"
+    if not all(0 < dim <= max_dim(q.dtype) for dim in head_dims):
+        return f"the attention kernels for GPUs have head dims from 1 to {max_dim(q.dtype)}, not {head_dims}"
+    return _why_not_device(q.device.index)
+
+
+def _why_not_device(index: int | None) -> str | None:
+    if torch.version.hip:
+        return "the attention kernels for GPUs are for NVIDIA's"
+    if not torch.cuda.is_available():  # tensors without data, for compilers
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= (8, 0):
+        return None
+    return (
+        f"the attention kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    )
+
+
+_why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in support.py

@@ -33,9 +33,7 @@ class Features(NamedTuple):
     SOFTCAP: bool = False
     SINKS: bool = False
     DROPOUT: bool = False
-    PACK: bool = (
-        False  # a tile holds rows (query, head of the group): few queries, many heads on one key head
-    )
+    PACK: bool = False  # a tile holds rows (query, head of the group): few queries, many heads on a key head
     FOLD: bool = False  # a logit is q·k times a positive scale, which goes into the multiply-add of exp2
     SPLIT: bool = False  # several programs share the keys of a tile
     PAGE: int = 0  # keys lie in pages of so many rows, found through a table
@@ -207,6 +205,14 @@ def add_product(acc, p, rows, F: tl.constexpr):
 
 
 @triton.jit
+def span(Cu, b, rows):
+    """First row and length of sequence b, within the rows whatever the offsets say."""
+    first = tl.minimum(tl.maximum(tl.load(Cu + b).to(tl.int64), 0), rows)
+    last = tl.minimum(tl.maximum(tl.load(Cu + b + 1).to(tl.int64), first), rows)
+    return first, (last - first).to(tl.int32)
+
+
+@triton.jit
 def sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F: tl.constexpr):
     """Sequence b: its row of the tensors, first query, first key, and who sees whom."""
     row = b.to(tl.int64)
@@ -215,12 +221,10 @@ def sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F: tl.constexpr):
     len_q, len_k = Tq, Tk
     if F.VARLEN:
         row = first_q
-        first_q = tl.load(CuQ + b).to(tl.int64)
-        first_k = tl.load(CuK + b).to(tl.int64)
-        len_q = (tl.load(CuQ + b + 1) - first_q).to(tl.int32)
-        len_k = (tl.load(CuK + b + 1) - first_k).to(tl.int32)
+        first_q, len_q = span(CuQ, b, Tq)
+        first_k, len_k = span(CuK, b, Tk)
     if F.LEN_K:
-        len_k = tl.load(LenK + b).to(tl.int32)
+        len_k = tl.minimum(tl.maximum(tl.load(LenK + b), 0), Tk).to(tl.int32)
     offset = 0
     if F.BOTTOM_RIGHT:
         offset = len_k - len_q

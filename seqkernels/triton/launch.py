@@ -14,12 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import backward, decode, forward, weights
+from . import DTYPES, backward, decode, forward, max_dim, weights
 from .common import BOOL, FLOAT, LOG2E, Features, powers_of_two
 from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
 
-MAX_DIM = 512
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = {2: 128, 4: 32}  # exact float32 products hold whole rows of both factors in registers
 FAR = 2**29  # a window no sequence reaches; sums of two stay within int32
 
@@ -40,8 +38,8 @@ class Problem(NamedTuple):
     def tile(self, kernel: str) -> Tile:
         f = self.features
         dim = max(sum(powers_of_two(x, f.WIDEST)) for x in (f.D, f.DV))
-        rich = f.MASK != 0 or f.DROPOUT or f.SOFTCAP
-        return tile_for(kernel, architecture(self.device), self.dtype.itemsize * 8, dim, rich)
+        extras = sum((f.MASK != 0, f.DROPOUT, f.SOFTCAP, f.ALIBI))
+        return tile_for(kernel, architecture(self.device), self.dtype.itemsize * 8, dim, extras)
 
     def longest_walk(self, tile: Tile) -> int:
         """The most keys a tile of queries may see."""
@@ -89,19 +87,22 @@ def paged_attention_fwd(
     left: int,
     right: int,
     bottom_right: bool,
-    max_k: int,
 ) -> tuple[Tensor, Tensor]:
     """As attention_fwd, with keys in pages k [pages,Hk,rows,D], v [pages,Hk,rows,Dv], and no gradients.
 
-    Row j of sequence b lies in page block_table[b, j / rows], int32 or int64 [B, pages of the longest]. No
-    sequence is longer than max_k.
+    Row j of sequence b lies in page block_table[b, j / rows], int32 or int64 [B, pages of the longest].
     """
+    integers = block_table.dtype in (torch.int32, torch.int64) and block_table.device == q.device
+    if not integers or block_table.dim() != 2 or block_table.size(0) != q.size(0):
+        raise RuntimeError(
+            f"attention on GPUs: expected block_table as int32 or int64 [{q.size(0)}, pages] on {q.device}, "
+            f"got {block_table.dtype} {list(block_table.shape)} on {block_table.device}"
+        )
     problem = prepare(
         q, k, v, None, None, None, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, 0.0, None,
-        0, max_k,
+        0, block_table.size(1) * k.size(2), page=k.size(2),
     )  # fmt: skip
-    problem = problem._replace(features=problem.features._replace(PAGE=k.size(2)))
-    return run_forward(problem, q, v.size(3), block_table)
+    return run_forward(problem, q, v.size(3), block_table.contiguous())
 
 
 def attention_bwd(
@@ -130,8 +131,7 @@ def attention_bwd(
     need_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dq [B,Tq,Hq,D], dk [B,Tk,Hk,D], dv [B,Tk,Hk,Dv], dmask float32 in the mask's shape, dsinks [Hq]."""
-    if dout.stride(-1) != 1 and dout.size(-1) > 1:
-        dout = dout.contiguous()
+    dout = dout if dout.stride(-1) == 1 and dout.stride(1) < 2**24 else dout.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     problem = prepare(
         q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout,
@@ -248,16 +248,14 @@ def attention_weights(
 
 def prepare(
     q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, scale, softcap, left, right, bottom_right, dropout, rng,
-    max_q, max_k, *others: Tensor,
+    max_q, max_k, *others: Tensor, page: int = 0,
 ) -> Problem:  # fmt: skip
     """Refuses what these kernels cannot do; sorts the rest into what is compiled in and what is passed."""
-    D, DV = q.size(3), v.size(3)
-    if q.dtype not in DTYPES:
-        raise NotImplementedError(f"attention on GPUs: float16, bfloat16 or float32, got {q.dtype}")
-    if not (0 < D <= MAX_DIM and 0 < DV <= MAX_DIM):
-        raise NotImplementedError(f"attention on GPUs: head dims from 1 to {MAX_DIM}, got {D} and {DV}")
-    heads, group = q.size(1), q.size(1) // max(k.size(1), 1)
     batches = q.size(0) if cu_q is None else cu_q.numel() - 1
+    check(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng, *others, batches=batches, paged=page > 0)
+    D, DV = q.size(3), v.size(3)
+    heads, group = q.size(1), q.size(1) // max(k.size(1), 1)
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     align = common_divisor(16 // q.itemsize, q, k, v, *others)
 
     kind, mask_strides, mask_align, mask_unit = 0, (0, 0, 0, 0), 1, False
@@ -268,8 +266,8 @@ def prepare(
         mask_align = common_divisor(16 // mask.itemsize, mask)
         mask_unit = mask.stride(3) == 1
         mask_strides = (*(s // mask_align for s in mask.stride()[:3]), mask.stride(3))
-    if alibi is not None:
-        alibi = alibi.to(torch.float32).contiguous()
+    cu_q, cu_k, len_k, rng = (x if x is None else x.contiguous() for x in (cu_q, cu_k, len_k, rng))
+    alibi, sinks = (x if x is None else x.to(torch.float32).contiguous() for x in (alibi, sinks))
     if dropout > 0 and rng is None:
         raise ValueError("dropout > 0 needs rng: an int64 tensor (seed, offset)")
 
@@ -289,6 +287,7 @@ def prepare(
         SOFTCAP=softcap > 0,
         SINKS=sinks is not None,
         DROPOUT=dropout > 0,
+        PAGE=page,
         FOLD=scale >= 0 and mask is None and alibi is None and softcap == 0,
         ALIGN=align,
         PRECISION=float32_precision() if q.dtype == torch.float32 else "ieee",
@@ -299,13 +298,58 @@ def prepare(
     arguments = (
         q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng,
         *(s // align for x in (q, k, v) for s in x.stride()[:3]), *mask_strides,
-        alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
-        heads, group, q.size(2), k.size(2), max(min(left, FAR), -FAR), max(min(right, FAR), -FAR),
+        heads if alibi is not None and alibi.numel() > heads else 0,
+        heads, group, q.size(2), max_k if page else k.size(2),
+        max(min(left, FAR), -FAR), max(min(right, FAR), -FAR),
         float(scale * to_log2) or 1e-30, float(softcap * LOG2E.value),
         min(round(dropout * 2**32), 2**32 - 1), 0.0 if dropout >= 1 else 1 / (1 - dropout),
     )  # fmt: skip
-    longest = (q.size(2), max_k or k.size(2)) if cu_q is None else (max_q, max_k)
+    longest = (q.size(2) if cu_q is None else max_q or q.size(2), max_k or k.size(2))
     return Problem(f, arguments, batches, heads, group, *longest, sinks, left + right, q.dtype, q.device)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, mask, cu_q, cu_k, len_k, alibi, sinks, *others, batches: int, paged: bool
+):
+    """Kernels read what pointers and strides say, so nothing that does not fit may reach them."""
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise NotImplementedError(
+            f"attention on GPUs: expected q, k and v of one dtype, float16, bfloat16 or float32, got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    dims, limit = (q.size(3), v.size(3)), max_dim(q.dtype)
+    if not all(0 < dim <= limit for dim in dims):
+        raise NotImplementedError(
+            f"attention on GPUs: expected head dims from 1 to {limit} in {q.dtype}, got {dims}"
+        )
+    small = (cu_q, cu_k, len_k, alibi, sinks)
+    if any(x is not None and x.device != q.device for x in (k, v, mask, *small, *others)):
+        raise RuntimeError(f"attention on GPUs: expected all tensors on {q.device}, where q is")
+    heads = q.size(1)
+    fits = k.shape[:3] == v.shape[:3] and k.size(3) == q.size(3) and (paged or k.size(0) == q.size(0))
+    fits = fits and (cu_q is None) == (cu_k is None) and (cu_q is None or q.size(0) == 1)
+    if not fits or (heads % k.size(1) if k.size(1) else heads):
+        raise RuntimeError(
+            "attention on GPUs: expected q [B,Hq,Tq,D], k [B,Hk,Tk,D] and v [B,Hk,Tk,Dv], Hq a multiple of "
+            f"Hk, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise RuntimeError(
+            f"attention on GPUs: expected a mask of bool, float32 or {q.dtype}, got {mask.dtype}"
+        )
+    sizes = {"cu_q": batches + 1, "cu_k": batches + 1, "len_k": batches, "alibi": heads, "sinks": heads}
+    for (name, size), x in zip(sizes.items(), small, strict=True):
+        if (
+            x is not None
+            and x.shape != (size,)
+            and (name != "alibi" or x.shape not in {(1, heads), (batches, heads)})
+        ):
+            raise RuntimeError(f"attention on GPUs: expected {name} [{size}], got {list(x.shape)}")
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Rows with their features side by side, near enough for the kernels to count 128 of them in 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous()
 
 
 def run_forward(
