@@ -239,7 +239,7 @@ def decode_attention(
 def _may_read_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
     """Kernels for GPUs find keys in their pages, others want them gathered, as gradients do."""
     return (
-        q.is_cuda
+        support.on_gpu(q)
         and q.dim() == k.dim() == v.dim() == 4
         and support.why_torch_attends(q, 0.0, q.size(3), v.size(3)) is None
         and q.dtype == k.dtype == v.dtype
@@ -318,7 +318,7 @@ def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
         and (gqa or q.size(1) == k.size(1))
         and q.size(3) > 0
         and torch._C._get_flash_sdp_enabled()
-        and (q.is_cpu or _ours_is_best(q, k, v))
+        and (not support.on_gpu(q) or _ours_is_best(q, k, v))
     )
 
 

@@ -36,15 +36,19 @@ def _why_torch_alone() -> str | None:
     return None
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) -> str | None:
     """`why_torch` for attention, which has kernels for GPUs too; their head dims have a limit."""
-    if query.is_cuda:
+    if on_gpu(query):
         reason = triton.why_not(query, *head_dims) or _why_torch_alone()
     else:
         reason = why_torch(query)
     if reason:
         return reason
-    if dropout_p and not query.is_cuda:
+    if dropout_p and not on_gpu(query):
         return "the attention kernels for cpu tensors have no dropout"
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return None
@@ -53,7 +57,7 @@ def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) ->
 
 def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
     """None when our attention kernels are the better ones, as always on a CPU; [B,H,T,D] each."""
-    return choice.why_torch(q, k, v, mask) if q.is_cuda else None
+    return choice.why_torch(q, k, v, mask) if on_gpu(q) else None
 
 
 def _inside_vmap() -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import attention, nn, support
+from seqkernels.triton import choice
 
 Classes = dict[type[Module], type[Module]]
+Call = dict[str, Any]  # arguments by name
 OURS: Classes = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
 TORCHS: Classes = {ours: theirs for theirs, ours in OURS.items()}
 
@@ -142,7 +146,7 @@ def explain(module: Module, *inputs, **kwargs) -> str:
     them gets; without, it holds for inputs of the dtype and device of the parameters.
     """
     modules = dict(_modules(module))
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Call] = {}
     if inputs or kwargs:
         hooks = [
             m.register_forward_pre_hook(_recorder(seen, name), with_kwargs=True)
@@ -155,37 +159,55 @@ def explain(module: Module, *inputs, **kwargs) -> str:
             for hook in hooks:
                 hook.remove()
     else:
-        seen = {name: next(m.parameters()) for name, m in modules.items()}
+        seen = {name: {"input": next(m.parameters())} for name, m in modules.items()}
     lines = [f"{name or '(model)'}: {_explain(m, seen.get(name))}" for name, m in modules.items()]
     return "\n".join(lines) if lines else f"there is nothing to swap in {type(module).__name__}"
 
 
-def _recorder(seen: dict[str, Tensor], name: str) -> Callable:
+def _recorder(seen: dict[str, Call], name: str) -> Callable:
     def record(module: Module, args: tuple, kwargs: dict) -> None:
-        input = (
-            args[0]
-            if args
-            else kwargs["query" if isinstance(module, torch.nn.MultiheadAttention) else "input"]
-        )
-        seen[name] = input.data if isinstance(input, PackedSequence) else input
+        attends = isinstance(module, torch.nn.MultiheadAttention)
+        input = args[0] if args else kwargs["query" if attends else "input"]
+        call = {"input": input.data if isinstance(input, PackedSequence) else input}
+        if _class(module) is nn.MultiheadAttention:
+            call |= signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+        seen[name] = call
 
     return record
 
 
-def _explain(module: Module, x: Tensor | None) -> str:
+def _explain(module: Module, call: Call | None) -> str:
     cls = _class(module)
     if cls not in TORCHS:
         return f"torch's {cls.__name__}, " + (_why_keep(module) or "not swapped yet: seqkernels.swap_(model)")
-    if x is None:
+    if call is None:
         return f"seqkernels.{cls.__name__}, not called"
+    x = call["input"]
     if cls is nn.MultiheadAttention:
-        reason = support.why_torch_attends(x, module.dropout if module.training else 0.0)
+        reason = support.why_torch_attends(x, module.dropout if module.training else 0.0, module.head_dim)
     else:
         reason = support.why_torch(x)
     if reason:
         return f"seqkernels.{cls.__name__}, but torch runs: {reason}"
     isa, dtype = torch.ops.seqkernels.get_isa(), str(x.dtype).removeprefix("torch.")
+    if support.on_gpu(x):
+        return f"seqkernels.{cls.__name__} on {_on_gpu(module, call)}, {dtype}"
     return f"seqkernels.{cls.__name__} on {isa}, {dtype}, {torch.get_num_threads()} threads"
+
+
+def _on_gpu(module: nn.MultiheadAttention, call: Call) -> str:
+    """Whose kernels attend between our projections."""
+    if "query" not in call:
+        return "Triton kernels, or torch's where those are faster"
+
+    def heads(x: Tensor) -> Tensor:
+        N, T = (1, x.size(0)) if x.dim() == 2 else x.shape[:2] if module.batch_first else x.shape[1::-1]
+        return torch.empty(N, module.num_heads, T, module.head_dim, dtype=x.dtype, device="meta")
+
+    q, k = heads(call["query"]), heads(call["key"])
+    mask = next((call[m] for m in ("attn_mask", "key_padding_mask") if call.get(m) is not None), None)
+    reason = None if call.get("need_weights", True) else choice.why_torch(q, k, k, mask)
+    return f"torch's attention kernels ({reason})" if reason else "Triton kernels"
 
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:

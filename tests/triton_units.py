@@ -5,8 +5,11 @@ import math
 import torch
 from triton_matrix import NO_LIMIT, philox_keep
 
+import seqkernels
+from seqkernels import support
+from seqkernels.ops import attention as ops
 from seqkernels.reference.attention import attention, attention_weights
-from seqkernels.triton import decode, launch
+from seqkernels.triton import OPS, decode, launch
 from seqkernels.triton.common import powers_of_two
 
 PLAIN = (None, None, None, None, None, None)  # mask, cu_q, cu_k, len_k, alibi, sinks
@@ -25,11 +28,18 @@ def backward(
 
 
 def head_dims(device):
-    for D, Dv in ((1, 512), (512, 2), (48, 96), (112, 72), (240, 33), (130, 320)):
-        q, k, v = (torch.randn(1, 1, 5, d, device=device) for d in (D, D, Dv))
+    for D, Dv, dtype, tolerance in (
+        (1, 256, torch.float32, 1e-5),
+        (48, 96, torch.float32, 1e-5),
+        (112, 72, torch.float32, 1e-5),
+        (240, 33, torch.float32, 1e-5),
+        (512, 2, torch.float16, 2e-3),
+        (130, 320, torch.float16, 2e-3),
+    ):
+        q, k, v = (torch.randn(1, 1, 5, d, device=device).to(dtype) for d in (D, D, Dv))
         out, lse = forward(q, k, v, scale=D**-0.5)
         exact = attention(q.double(), k.double(), v.double(), scale=D**-0.5)
-        torch.testing.assert_close(out.transpose(1, 2).double(), exact[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.transpose(1, 2).double(), exact[0], rtol=tolerance, atol=tolerance)
         dq, dk, dv, _, _ = backward(out, q, k, v, out, lse, scale=D**-0.5)
         assert dq.shape == (1, 5, 1, D)
         assert dv.shape == (1, 5, 1, Dv)
@@ -149,7 +159,7 @@ def paged(device):
     for Tq in (1, 3):
         q = torch.randn(B, Hq, Tq, D, device=device)
         out, lse = launch.paged_attention_fwd(
-            q, pages_k, pages_v, table, len_k, None, None, 0.3, 0.0, NO_LIMIT, 0, True, 27
+            q, pages_k, pages_v, table, len_k, None, None, 0.3, 0.0, NO_LIMIT, 0, True
         )
         exact, exact_lse = attention(
             *(x.double() for x in (q, k, v)), len_k=len_k, scale=0.3, right=0, bottom_right=True
@@ -172,19 +182,96 @@ def many_splits(device):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+def wrong_lengths(device):
+    """Lengths and offsets that lie: nothing outside the tensors is read or written."""
+    q, k, v = (torch.randn(1, 1, 20, 16, device=device) for _ in range(3))
+    wide = [torch.full((1, 1, 60, 16), math.nan, device=device) for _ in range(3)]
+    for inner, outer in zip((q, k, v), wide, strict=True):
+        outer[:, :, 20:40] = inner
+    inner = [outer[:, :, 20:40] for outer in wide]
+    for lengths, exact in ((10**6, 20), (-3, 0)):
+        options = (None, None, None, torch.tensor([lengths], device=device), None, None)
+        out, lse = forward(*inner, *options)
+        truth = attention(
+            *(x.double() for x in (q, k, v)), len_k=torch.tensor([exact]).to(device), scale=0.3
+        )[0]
+        torch.testing.assert_close(out.transpose(1, 2).double(), truth, rtol=1e-5, atol=1e-5)
+        grads = backward(torch.ones_like(out), *inner, out, lse, *options)
+        assert all(x.isfinite().all() for x in grads[:3])
+    cu = torch.tensor([-5, 12, 10**6], device=device)
+    out, lse = launch.attention_fwd(
+        *inner, None, cu, cu, *PLAIN[3:], 0.3, 0.0, NO_LIMIT, 0, True, 0.0, None, 20, 20
+    )
+    assert out.isfinite().all()
+
+
 def what_they_refuse(device):
-    for dtype, D, words in (
-        (torch.float64, 16, "float64"),
-        (torch.float32, 513, "512"),
-        (torch.float32, 0, "512"),
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    q = zeros(1, 2, 4, 16)
+    wrong = zeros(1, 3, 4, 16)
+    for tensors, options, words in (
+        ([zeros(1, 1, 4, 16, dtype=torch.float64)] * 3, PLAIN, "float64"),
+        ([zeros(1, 1, 4, 257)] * 3, PLAIN, "256"),
+        ([zeros(1, 1, 4, 513, dtype=torch.float16)] * 3, PLAIN, "512"),
+        ([zeros(1, 1, 4, 0)] * 3, PLAIN, "256"),
+        ([q, q.half(), q], PLAIN, "one dtype"),
+        ([q, wrong, wrong], PLAIN, "multiple"),
+        ([q, q, zeros(1, 2, 5, 16)], PLAIN, "Tk,Dv"),
+        ([q, q, q], (zeros(1, 1, 4, 4, dtype=torch.int32), *PLAIN[1:]), "mask"),
+        ([q, q, q], (zeros(1, 1, 4, 3), *PLAIN[1:]), "expand"),
+        ([q, q, q], (*PLAIN[:3], zeros(2, dtype=torch.int64), None, None), "len_k"),
+        ([q, q, q], (*PLAIN[:5], zeros(3)), "sinks"),
+        ([q, q, q], (*PLAIN[:3], torch.zeros(1, dtype=torch.int64, device="meta"), None, None), "where q is"),
+        ([q, q, q], (None, zeros(2, dtype=torch.int64), *PLAIN[2:]), "Hq a multiple"),
     ):
-        q = torch.zeros(1, 1, 4, D, dtype=dtype, device=device)
         try:
-            forward(q, q, q)
-        except NotImplementedError as error:
-            assert words in str(error)  # noqa: PT017
+            forward(*tensors, *options)
+        except RuntimeError as error:
+            assert words in str(error), (words, error)  # noqa: PT017
         else:
-            raise AssertionError(f"{dtype}, {D}")
+            raise AssertionError(words)
+
+
+def public_functions(device):
+    """From the functions that users call to these kernels, with and without gradients, and back."""
+    if device == "cpu":
+        support.on_gpu = lambda x: True
+        ops._fwd, ops._bwd, ops._weights, ops._paged_fwd = (getattr(launch, name) for name in OPS)
+    to = {"device": device}
+
+    def check(function, *tensors, **options):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        truths = [t.double().cpu().requires_grad_() for t in tensors]
+        out, truth = function(*leaves, **options), function(*truths, **options)
+        torch.testing.assert_close(out.double().cpu(), truth, rtol=1e-5, atol=1e-5)
+        dout = torch.randn_like(truth)
+        grads = torch.autograd.grad(out, leaves, dout.to(out))
+        for ours, theirs in zip(grads, torch.autograd.grad(truth, truths, dout), strict=True):
+            torch.testing.assert_close(ours.double().cpu(), theirs, rtol=1e-4, atol=1e-4)
+
+    q, k, v = torch.randn(2, 4, 9, 16, **to), torch.randn(2, 2, 20, 16, **to), torch.randn(2, 2, 20, 8, **to)
+    sinks = torch.randn(4, **to)
+
+    def windowed(q, k, v, mask, sinks):
+        options = {"window": (9, 2), "softcap": 2.0, "enable_gqa": True}
+        return seqkernels.scaled_dot_product_attention(q, k, v, mask, sinks=sinks, **options)
+
+    check(windowed, q, k, v, torch.randn(9, 20, **to), sinks)
+    mha = seqkernels.MultiheadAttention(32, 2, batch_first=True, **to)
+    x, gone = torch.randn(2, 10, 32, **to), torch.arange(10, **to) >= torch.tensor([[10], [6]], **to)
+    out, weights = mha(x, x, x, key_padding_mask=gone)
+    exact = seqkernels.unswap_(torch.nn.Sequential(mha))[0](x, x, x, key_padding_mask=gone)
+    torch.testing.assert_close((out, weights), exact, rtol=1e-4, atol=1e-5)
+
+    table, lengths = torch.tensor([[2, 1, 5], [0, 3, 4]], **to), torch.tensor([7, 9], dtype=torch.int32, **to)
+    pages = torch.randn(6, 2, 4, 16, **to), torch.randn(6, 2, 4, 8, **to)
+    options = {"window": (4, 0), "sinks": sinks, "return_lse": True}
+    found = seqkernels.decode_attention(q[:, :, :2], *pages, lengths, block_table=table, **options)
+    dense = (t[table].transpose(1, 2).flatten(2, 3) for t in pages)
+    exact = seqkernels.decode_attention(q[:, :, :2], *dense, lengths, **options)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
 
 
 ALL = (
@@ -198,6 +285,8 @@ ALL = (
     dropout_keeps_the_right_share,
     paged,
     many_splits,
+    wrong_lengths,
     what_they_refuse,
+    public_functions,
 )
 UNITS = {f.__name__: f for f in ALL}

@@ -51,7 +51,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of each contestant, one a round, for about `budget` seconds and at least six rounds.
 
-    The i-th values of all contestants belong together: they were measured one after the other. `turn` measures
+    The i-th values of all contestants belong together: they were measured one after the other. `turn` times
     a call whose duration is roughly known, by the clock of the CPU if None.
     """
     turn = turn or _turn

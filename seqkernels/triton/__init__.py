@@ -62,12 +62,8 @@ def _why_not_device(index: int | None) -> str | None:
         return "the attention kernels for GPUs are for NVIDIA's"
     if not torch.cuda.is_available():  # tensors without data, for compilers
         return None
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= (8, 0):
-        return None
-    return (
-        f"the attention kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
-    )
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the attention kernels need compute capability 8.0, not {major}.{minor}"
 
 
 _why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in support.py
