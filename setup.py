@@ -49,6 +49,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DSEQKERNELS_SANITIZE={os.environ.get('SEQKERNELS_SANITIZE', '')}",
+            f"-DSEQKERNELS_CUDA={os.environ.get('SEQKERNELS_CUDA', 'auto')}",
+            f"-DTORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

@@ -1,10 +1,6 @@
 #include "recurrent.h"
 
 #include <algorithm>
-#include <cstring>
-
-#include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/table.h"
 
 namespace seqkernels::ops {
 
@@ -24,7 +20,6 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
                   ": expected x of float32, float64, bfloat16 or float16");
   dtype = *type;
-  STD_TORCH_CHECK(x_.is_cpu(), "seqkernels::", op, ": expected x on the CPU");
   const int64_t dims = batch_sizes ? 2 : 3;
   STD_TORCH_CHECK(x_.dim() == dims, "seqkernels::", op, ": expected x of ", dims, " dimensions (",
                   batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(shape_of(x_)));
@@ -71,10 +66,10 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
     N = T * B;
     leading = {T, B};
     if (resets) {
-      STD_TORCH_CHECK(resets->is_cpu() && resets->scalar_type() == ScalarType::Bool &&
+      STD_TORCH_CHECK(same_device(*resets, x_) && resets->scalar_type() == ScalarType::Bool &&
                           resets->is_contiguous() && shape_of(*resets) == leading,
                       "seqkernels::", op, ": expected resets as contiguous bool ", text(leading),
-                      " on the CPU, got ", text(shape_of(*resets)));
+                      " on the device of x, got ", text(shape_of(*resets)));
     }
   }
   STD_TORCH_CHECK(T > 0, "seqkernels::", op, ": Expected sequence length to be larger than 0 in RNN");
@@ -91,7 +86,7 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
 
 void LayerCall::check(const Tensor& t, const char* name, std::vector<int64_t> shape,
                       bool accumulation) const {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
+  STD_TORCH_CHECK(same_device(t, *x) && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
                   "seqkernels::", op, ": expected ", name, accumulation ? " (accumulation type)" : "",
                   " of the dtype and device of x");
   STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
@@ -158,8 +153,8 @@ CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tenso
 }
 
 void CellCall::check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type(), "seqkernels::", op, ": expected ", name,
-                  " on the CPU and of the dtype of x");
+  STD_TORCH_CHECK(same_device(t, x) && t.scalar_type() == x.scalar_type(), "seqkernels::", op, ": expected ",
+                  name, " of the dtype and device of x");
   const auto sizes = t.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_contiguous(),
                   "seqkernels::", op, ": expected ", name, " contiguous of shape ", text(shape), ", got ",
@@ -188,56 +183,6 @@ Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<
     if (call.projected) out[d].w_hr = g[per - 1].mutable_data_ptr();
   }
   return grads;
-}
-
-namespace {
-
-struct alignas(64) PackedHeader {
-  int32_t isa, dtype;
-  int64_t G, D, I, H, P;
-};
-static_assert(sizeof(PackedHeader) == 64);
-
-PackedHeader header_of(const LayerCall& call) {
-  PackedHeader header{};
-  header.isa = static_cast<int32_t>(active_isa()), header.dtype = static_cast<int32_t>(call.dtype);
-  header.G = call.G, header.D = call.D, header.I = call.I, header.H = call.H, header.P = call.P;
-  return header;
-}
-
-}  // namespace
-
-Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
-  STD_TORCH_CHECK(gates == 1 || gates == 3 || gates == 4,
-                  "seqkernels::rnn_pack: expected gates 1 (RNN), 3 (GRU) or 4", " (LSTM), got ", gates);
-  STD_TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
-                  "seqkernels::rnn_pack: expected w_ih [G*H, I], w_hh [G*H, P], ...");
-  const std::vector<int64_t> x{1, 1, weights[0].size(1)}, h0{bidirectional ? 2 : 1, 1, weights[1].size(1)};
-  const Tensor h = torch::stable::new_empty(weights[0], h0);
-  const LayerCall call("rnn_pack", static_cast<int>(gates), torch::stable::new_empty(weights[0], x), h,
-                       weights, std::nullopt, std::nullopt, bidirectional);
-  LayerParams p;
-  call.fill(p, h, weights, std::nullopt, std::nullopt);
-  const auto pack = gates == 4 ? kernels().lstm_pack : gates == 3 ? kernels().gru_pack : kernels().rnn_pack;
-  const std::vector<int64_t> bytes{pack(p, nullptr) + static_cast<int64_t>(sizeof(PackedHeader))};
-  Tensor out = torch::stable::new_empty(weights[0], bytes, ScalarType::Byte);
-  char* data = static_cast<char*>(out.mutable_data_ptr());
-  const PackedHeader header = header_of(call);
-  std::memcpy(data, &header, sizeof header);
-  pack(p, data + sizeof header);
-  return out;
-}
-
-const void* packed_panels(const LayerCall& call, const Tensor& packed) {
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.numel() > static_cast<int64_t>(sizeof(PackedHeader)),
-                  "seqkernels::", call.op, ": expected `packed` from rnn_pack");
-  const char* data = static_cast<const char*>(packed.const_data_ptr());
-  const PackedHeader header = header_of(call);
-  STD_TORCH_CHECK(std::memcmp(data, &header, sizeof header) == 0, "seqkernels::", call.op,
-                  ": `packed` was made for other sizes, dtype or instruction set than this call's (now ",
-                  isa_name(active_isa()), "): pack the weights again");
-  return data + sizeof header;
 }
 
 }  // namespace seqkernels::ops

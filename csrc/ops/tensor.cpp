@@ -32,6 +32,10 @@ std::optional<DType> dtype_of(ScalarType type) {
   }
 }
 
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* arg) {

@@ -24,6 +24,8 @@ std::string text(const std::vector<int64_t>& shape);
 std::vector<int64_t> shape_of(const Tensor& t);
 std::optional<DType> dtype_of(ScalarType type);
 
+bool same_device(const Tensor& a, const Tensor& b);
+
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 

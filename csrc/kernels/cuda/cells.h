@@ -1,0 +1,104 @@
+// Gate arithmetic of LSTM, GRU and RNN for one unit of one row: the same source in every CUDA kernel and, on the
+// CPU, in the tests. Equations, gate order and saved activations: kernels/{lstm,gru,rnn}.h.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define SEQKERNELS_CELL __host__ __device__ __forceinline__
+#else
+#define SEQKERNELS_CELL inline
+#endif
+
+namespace seqkernels::cuda {
+
+SEQKERNELS_CELL float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
+SEQKERNELS_CELL double sigmoid(double a) { return 1.0 / (1.0 + exp(-a)); }
+SEQKERNELS_CELL float hyperbolic(float a) { return tanhf(a); }
+SEQKERNELS_CELL double hyperbolic(double a) { return tanh(a); }
+
+// What backward knows of the step beside the saved activations.
+template <class T>
+struct Past {
+  T c, c_prev;  // LSTM
+  T h_prev;     // GRU
+  T y;          // RNN
+};
+
+// forward(x, h, state, c, saved): x and h are both sides of each gate with their biases; state goes from h_{t-1}
+// to h_t, c from c_{t-1} to c_t.
+// backward(saved, past, dh, dc, dG): dh and dc go from gradients of h_t and c_t to what reaches h_{t-1} past the
+// recurrent product and c_{t-1}; dG are the gradients of the gates, in slots: W_ih meets kInputSlot[g], W_hh meets
+// kGates slots from kRecurrentSlot on.
+struct Lstm {
+  static constexpr int kGates = 4, kSaved = 4, kSlots = 4, kRecurrentSlot = 0;
+  static constexpr int kInputSlot[] = {0, 1, 2, 3};
+  static constexpr bool kCellState = true, kNeedsPreviousH = false;
+  static constexpr const char* kName = "lstm";
+
+  template <class T>
+  SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T& c, T* saved, bool) {
+    const T i = sigmoid(x[0] + h[0]), f = sigmoid(x[1] + h[1]);
+    const T g = hyperbolic(x[2] + h[2]), o = sigmoid(x[3] + h[3]);
+    c = f * c + i * g;
+    state = o * hyperbolic(c);
+    saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
+  }
+  template <class T>
+  SEQKERNELS_CELL static void backward(const T* saved, const Past<T>& past, T& dh, T& dc, T* dG, bool) {
+    const T i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = hyperbolic(past.c);
+    dc += dh * o * (T(1) - tanh_c * tanh_c);
+    dG[0] = dc * g * (i * (T(1) - i));
+    dG[1] = dc * past.c_prev * (f * (T(1) - f));
+    dG[2] = dc * i * (T(1) - g * g);
+    dG[3] = dh * tanh_c * (o * (T(1) - o));
+    dh = T(0);
+    dc *= f;
+  }
+};
+
+struct Gru {
+  // Slots n, r, z, rn (r times n's): the recurrent ones lie together.
+  static constexpr int kGates = 3, kSaved = 4, kSlots = 4, kRecurrentSlot = 1;
+  static constexpr int kInputSlot[] = {1, 2, 0};
+  static constexpr bool kCellState = false, kNeedsPreviousH = true;
+  static constexpr const char* kName = "gru";
+
+  template <class T>
+  SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T&, T* saved, bool) {
+    const T r = sigmoid(x[0] + h[0]), z = sigmoid(x[1] + h[1]), q = h[2];
+    const T n = hyperbolic(x[2] + r * q);
+    state = n + z * (state - n);
+    saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = q;
+  }
+  template <class T>
+  SEQKERNELS_CELL static void backward(const T* saved, const Past<T>& past, T& dh, T&, T* dG, bool) {
+    const T r = saved[0], z = saved[1], n = saved[2], q = saved[3];
+    const T dn = dh * (T(1) - z) * (T(1) - n * n);
+    dG[0] = dn;
+    dG[1] = dn * q * (r * (T(1) - r));
+    dG[2] = dh * (past.h_prev - n) * (z * (T(1) - z));
+    dG[3] = dn * r;
+    dh *= z;
+  }
+};
+
+struct Rnn {
+  static constexpr int kGates = 1, kSaved = 0, kSlots = 1, kRecurrentSlot = 0;
+  static constexpr int kInputSlot[] = {0};
+  static constexpr bool kCellState = false, kNeedsPreviousH = false;
+  static constexpr const char* kName = "rnn";
+
+  template <class T>
+  SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T&, T*, bool relu) {
+    const T a = x[0] + h[0];
+    state = relu ? (a < T(0) ? T(0) : a) : hyperbolic(a);  // NaN stays
+  }
+  template <class T>
+  SEQKERNELS_CELL static void backward(const T*, const Past<T>& past, T& dh, T&, T* dG, bool relu) {
+    dG[0] = relu ? (past.y <= T(0) ? T(0) : dh) : dh * (T(1) - past.y * past.y);
+    dh = T(0);
+  }
+};
+
+}  // namespace seqkernels::cuda

@@ -1,0 +1,89 @@
+// What the kernels ask of the machine. Tests put an emulation of it (cuda_host.h) in its place and run the same
+// kernels on the CPU.
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels/types.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace seqkernels::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ float widen(bf16 a) { return __bfloat162float(a); }
+__device__ __forceinline__ float widen(f16 a) { return __half2float(a); }
+__device__ __forceinline__ void narrow(float a, bf16& to) { to = __float2bfloat16_rn(a); }
+__device__ __forceinline__ void narrow(float a, f16& to) { to = __float2half_rn(a); }
+
+// c [16, 8] += a [16, 16] b [16, 8], spread over a warp as PTX's mma.m16n8k16 has it.
+__device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, f16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// A flag in global memory that blocks count up. Release and acquire at GPU scope: with a block barrier before
+// arrive() and after await(), all that the arriving blocks wrote is seen by ordinary loads of the waiting one.
+__device__ __forceinline__ void arrive(unsigned* flag) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await(unsigned* flag, unsigned count) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (seen < count);
+}
+
+}  // namespace seqkernels::cuda
+
+#else
+#include "cuda_host.h"
+#endif
+
+namespace seqkernels::cuda {
+
+// Arithmetic is done in float, of doubles in double.
+template <class S>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <class S>
+using Acc = typename Accumulation<S>::type;
+
+__device__ __forceinline__ float widen(float a) { return a; }
+__device__ __forceinline__ double widen(double a) { return a; }
+__device__ __forceinline__ void narrow(float a, float& to) { to = a; }
+__device__ __forceinline__ void narrow(double a, double& to) { to = a; }
+
+template <class S>
+__device__ __forceinline__ Acc<S> load(const void* from, int64_t i) {
+  return widen(static_cast<const S*>(from)[i]);
+}
+template <class S>
+__device__ __forceinline__ void store(Acc<S> value, void* to, int64_t i) {
+  narrow(value, static_cast<S*>(to)[i]);
+}
+
+}  // namespace seqkernels::cuda

@@ -1,0 +1,45 @@
+// One unit of one token: what both forms of the recurrence do once the products are there.
+#pragma once
+
+#include "cells.h"
+#include "sequence.cuh"
+
+namespace seqkernels::cuda {
+
+// state: h_{t-1} to h_t as it is stored, rounded; c: c_{t-1} to c_t. y and the saved activations are written.
+template <class Cell, class S>
+__device__ __forceinline__ void forward_unit(const FwdLayer& p, int d, int64_t token, int64_t u, const Acc<S>* x,
+                                             const Acc<S>* h, Acc<S>& state, Acc<S>& c) {
+  Acc<S> saved[Cell::kSaved + 1];
+  Cell::forward(x, h, state, c, saved, p.relu);
+  const int64_t at = token * p.D + d;
+  if (p.y) {
+    store<S>(state, p.y, at * p.H + u);
+    state = load<S>(p.y, at * p.H + u);
+  }
+  if (Cell::kCellState && p.cells) store<Acc<S>>(c, p.cells, at * p.H + u);
+  if (p.gates)
+    for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, (at * Cell::kSaved + s) * p.H + u);
+}
+
+// dh, dc: see cells.h. Gate gradients go to dG and to slots.
+template <class Cell, class S>
+__device__ __forceinline__ void backward_unit(const BwdLayer& p, int d, int64_t t, int64_t b, int64_t u, Acc<S>& dh,
+                                              Acc<S>& dc, Acc<S>* slots) {
+  using A = Acc<S>;
+  const int64_t token = first_token(p, t) + b, at = token * p.D + d;
+  A saved[Cell::kSaved + 1];
+  for (int s = 0; s < Cell::kSaved; s++) saved[s] = load<S>(p.gates, (at * Cell::kSaved + s) * p.H + u);
+  Past<A> past{};
+  if (Cell::kCellState) {
+    past.c = load<A>(p.cells, at * p.H + u);
+    past.c_prev = cell_before<S>(p, p.cells, d, t, b, u);
+    if (p.dcells) dc += load<A>(p.dcells, at * p.H + u);
+  }
+  if (Cell::kNeedsPreviousH) past.h_prev = load<S>(p.h_prev[d], token * p.H + u);
+  if (Cell::kSaved == 0) past.y = load<S>(p.y, at * p.H + u);
+  Cell::backward(saved, past, dh, dc, slots, p.relu);
+  for (int s = 0; s < Cell::kSlots; s++) store<S>(slots[s], p.dG, (at * Cell::kSlots + s) * p.H + u);
+}
+
+}  // namespace seqkernels::cuda

@@ -1,0 +1,8 @@
+#include "persistent.cuh"
+#include "step.cuh"
+
+namespace seqkernels::cuda {
+
+template struct Recurrence<Gru>;
+
+}  // namespace seqkernels::cuda

@@ -1,0 +1,65 @@
+// Launches that say what failed. All kernels take one struct by value. The tests' emulation brings its own.
+#pragma once
+
+#include "device.h"
+#include "plan.h"
+#include "recurrence.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace seqkernels::cuda {
+
+inline void check(cudaError_t error, const char* what, int64_t grid, int64_t shared) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or torch would find it later
+  throw std::runtime_error(std::string("seqkernels: CUDA kernel ") + what + " (" + std::to_string(grid) +
+                           " blocks of " + std::to_string(kThreads) + " threads, " + std::to_string(shared) +
+                           " bytes of shared memory): " + cudaGetErrorString(error));
+}
+
+// Enough threads for `work` items, and never more than 2^31 - 1 blocks: the kernels walk in strides of the grid.
+template <class Args>
+void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t work, Stream stream) {
+  if (work == 0) return;
+  const int64_t blocks = (work + kThreads - 1) / kThreads, grid = blocks < (1 << 20) ? blocks : 1 << 20;
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), arguments, 0,
+                         static_cast<cudaStream_t>(stream)),
+        name, grid, 0);
+}
+
+// All blocks resident at the same time, or an error: blocks that wait for each other cannot hang.
+template <class Args>
+void launch_together(void (*kernel)(Args), const char* name, const Args& args, Stream stream) {
+  const Plan& plan = args.plan;
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)),
+        name, plan.grid, plan.shared);
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.grid), dim3(kThreads),
+                                    arguments, plan.shared, static_cast<cudaStream_t>(stream)),
+        name, plan.grid, plan.shared);
+}
+
+// The current device, asked once per device; shared memory is what one block of `kernel` may have on top of its
+// static share. No multiprocessors if the kernel cannot run there at all.
+template <class Args>
+Machine machine_for(void (*kernel)(Args)) {
+  int device = 0, count = 0, shared = 0, cooperative = 0, resident = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  if (cooperative && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess)
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
+  cudaGetLastError();
+  return {resident > 0 ? count : 0, shared};
+}
+
+}  // namespace seqkernels::cuda
+
+#endif

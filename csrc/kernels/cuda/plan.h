@@ -1,0 +1,84 @@
+// How a layer's recurrence is spread over a GPU, or that it does not fit. A *group* of blocks serves some rows of
+// one direction; its *members* share the hidden units and exchange their states every step.
+#pragma once
+
+#include <cstdint>
+
+namespace seqkernels::cuda {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+struct Plan {
+  int members = 0;  // 0: does not fit, go stepwise
+  int groups = 0;   // per direction
+  int units = 0, rows = 0;
+  int parts = 1;           // of K, among the warps of a block
+  int pitch = 0;           // elements of an exchanged row
+  int grid = 0;            // blocks, all resident at the same time
+  int64_t shared = 0;      // bytes per block
+  int64_t exchange_bytes = 0, flags = 0;
+  double clocks = 0;  // of a step, estimated
+};
+
+struct Machine {
+  int multiprocessors = 0;
+  int64_t shared = 0;  // bytes a block may have
+};
+
+// A block multiplies its slice [units * lanes, K] of weights with the rows' K exchanged elements.
+struct Work {
+  int64_t B, H, K;    // K: H forward, G * H backward
+  int D;
+  int gates;          // rows of weights per unit: G forward, 1 backward
+  int element, states;  // bytes of an element; floats kept per unit and row
+};
+
+constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int tile_units(int gates) { return gates > 1 ? 8 : 16; }  // of a tile of one or two times 16 rows
+constexpr int tiles(int gates) { return gates > 2 ? 2 : 1; }
+
+// Shared memory of a block, in this order; each part is a multiple of 16 bytes.
+struct Layout {
+  int64_t partial, state, bias, exchange, end;
+
+  constexpr Layout(const Plan& p, int gates, int element, int states)
+      : partial(int64_t(p.units / tile_units(gates)) * tiles(gates) * 16 * p.pitch * element),
+        state(partial + int64_t(p.units / tile_units(gates)) * (p.rows / 8) * p.parts * 8 *
+                            (tiles(gates) * 16 + 4) * 4),
+        bias(state + int64_t(states) * p.rows * p.units * 4),
+        exchange(bias + up(2 * gates * p.units * 4, 16)),
+        end(exchange + (p.members == 1 ? 2 * int64_t(p.rows) * p.pitch * element : 0)) {}
+};
+
+// The cheapest of all spreads that fit. Costs are computed, in clocks of an H100: nothing here was measured.
+//   hop 1200 to see other blocks' states through L2, 60 for a block barrier
+//   weights read from shared memory 128 bytes a clock, once for every 8 rows
+//   exchanged rows 24 bytes a clock and block from L2
+//   gates 60 for every 256 units
+inline Plan make_plan(const Machine& machine, const Work& w) {
+  Plan best;
+  const int unit = tile_units(w.gates);
+  for (int64_t units = unit; units < 2 * up(w.H, unit); units *= 2)
+    for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
+      Plan p;
+      p.units = static_cast<int>(units), p.rows = rows;
+      p.pitch = static_cast<int>(w.K / w.H * up(w.H, 32));
+      p.members = static_cast<int>((w.H + units - 1) / units);
+      const int64_t groups = (w.B + rows - 1) / rows, grid = groups * w.D * p.members;
+      if (grid > machine.multiprocessors || grid == 0) continue;
+      p.groups = static_cast<int>(groups), p.grid = static_cast<int>(grid);
+      const int items = p.units / unit * (rows / 8);
+      while (2 * items * p.parts <= kWarps) p.parts *= 2;
+      const Layout layout(p, w.gates, w.element, w.states);
+      p.shared = layout.end;
+      if (p.shared > machine.shared) continue;
+      p.exchange_bytes = p.members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
+      p.flags = p.members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
+      p.clocks = (p.members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
+                 double(layout.partial) * (rows / 8) / 128 + double(p.units * rows + 255) / 256 * 60;
+      if (best.members == 0 || p.clocks < best.clocks) best = p;
+    }
+  return best;
+}
+
+}  // namespace seqkernels::cuda

@@ -1,0 +1,245 @@
+// CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that block and
+// warp barriers, flags between blocks and the matrix instruction run as the kernels' source has them. Fibers take
+// turns in random order: what a missing barrier would allow happens here too. If all wait, that is a deadlock and an
+// error. Shared memory and accumulators start as NaN.
+#pragma once
+
+#include <stdint.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/recurrence.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct Index {
+  unsigned x;
+};
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace seqkernels::cuda {
+
+struct bf16 {
+  uint16_t bits = 0;
+};
+using f16 = _Float16;
+
+inline float widen(bf16 a) {
+  const uint32_t bits = uint32_t(a.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline float widen(f16 a) { return a; }
+inline void narrow(float a, f16& to) { to = static_cast<f16>(a); }
+inline void narrow(float a, bf16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, 4);
+  to.bits = a != a ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+namespace host {
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint4 a[2][32];
+  uint32_t b[2][32][2];
+};
+
+struct Block {
+  Barrier barrier;
+  Warp warps[kWarps];
+  std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
+};
+
+// Why a fiber waits: until *word has left, or has reached, a value.
+struct Fiber {
+  ucontext_t context;
+  unsigned block = 0, thread = 0;
+  const unsigned* word = nullptr;
+  unsigned value = 0;
+  bool reach = false, done = false;
+  unsigned turn = 0;  // which buffer of the warp the next matrix instruction uses
+
+  bool waits() const { return word && (reach ? *word < value : *word == value); }
+};
+
+struct Grid {
+  static constexpr size_t kStack = 64 << 10;
+
+  std::vector<Fiber> fibers;
+  std::vector<Block> blocks;
+  Fiber* current = nullptr;
+  ucontext_t scheduler;
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
+  std::minstd_rand random{1};
+
+  static Grid*& running() {
+    static Grid* grid = nullptr;
+    return grid;
+  }
+
+  static void enter() {
+    Grid& grid = *running();
+    grid.body(grid.arguments);
+    grid.current->done = true;
+    swapcontext(&grid.current->context, &grid.scheduler);
+  }
+
+  void run(unsigned count, int64_t shared) {
+    static char* stacks = nullptr;
+    static size_t reserved = 0;
+    const size_t threads = size_t(count) * kThreads;
+    if (reserved < threads) {
+      if (stacks) munmap(stacks, reserved * kStack);
+      stacks = static_cast<char*>(mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      reserved = threads;
+    }
+    blocks.resize(count);
+    for (Block& block : blocks) {
+      block.shared.reset(static_cast<char*>(std::aligned_alloc(16, up(shared, 16))));
+      std::memset(block.shared.get(), 0xff, shared);
+    }
+    fibers.resize(threads);
+    for (size_t i = 0; i < threads; i++) {
+      Fiber& f = fibers[i];
+      f.block = i / kThreads, f.thread = i % kThreads;
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = stacks + i * kStack, f.context.uc_stack.ss_size = kStack;
+      f.context.uc_link = nullptr;
+      makecontext(&f.context, enter, 0);
+    }
+    running() = this;
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0u);
+    for (size_t left = threads; left > 0;) {
+      for (size_t i = threads - 1; i > 0; i--) std::swap(order[i], order[random() % (i + 1)]);
+      bool moved = false;
+      for (unsigned i : order) {
+        Fiber& f = fibers[i];
+        if (f.done || f.waits()) continue;
+        moved = true;
+        f.word = nullptr;
+        current = &f;
+        threadIdx.x = f.thread, blockIdx.x = f.block;
+        swapcontext(&scheduler, &f.context);
+        left -= f.done;
+      }
+      if (!moved) throw std::runtime_error("emulation: deadlock of " + std::to_string(left) + " threads");
+    }
+    running() = nullptr;
+  }
+
+  void wait(const unsigned* word, unsigned value, bool reach) {
+    Fiber& f = *current;
+    f.word = word, f.value = value, f.reach = reach;
+    if (f.waits()) {
+      swapcontext(&f.context, &scheduler);
+    } else {
+      f.word = nullptr;
+    }
+  }
+  void meet(Barrier& barrier, unsigned count) {
+    const unsigned generation = barrier.generation;
+    if (++barrier.arrived == count) {
+      barrier.arrived = 0, barrier.generation++;
+    } else {
+      wait(&barrier.generation, generation, false);
+    }
+  }
+};
+
+inline Grid& grid() { return *Grid::running(); }
+inline Block& block() { return grid().blocks[grid().current->block]; }
+
+inline Machine& machine() {
+  static Machine machine;
+  return machine;
+}
+
+}  // namespace host
+
+inline char* shared_memory() { return host::block().shared.get(); }
+inline void arrive(unsigned* flag) { ++*flag; }
+inline void await(unsigned* flag, unsigned count) { host::grid().wait(flag, count, true); }
+
+// Lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns 2 q, 2 q, 2 q + 8, 2 q + 8 and their neighbours; b rows
+// 2 q and 2 q + 8 and neighbours at column g.
+template <class S>
+void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, S) {
+  host::Fiber& fiber = *host::grid().current;
+  host::Warp& warp = host::block().warps[fiber.thread / 32];
+  const int lane = fiber.thread % 32, turn = fiber.turn++ % 2;
+  warp.a[turn][lane] = a, warp.b[turn][lane][0] = b0, warp.b[turn][lane][1] = b1;
+  host::grid().meet(warp.barrier, 32);
+  const auto half = [](uint32_t word, int which) {
+    S value;
+    std::memcpy(static_cast<void*>(&value), reinterpret_cast<const char*>(&word) + 2 * which, 2);
+    return widen(value);
+  };
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const uint4& from = warp.a[turn][row % 8 * 4 + k % 8 / 2];
+      const uint32_t words[] = {from.x, from.y, from.z, from.w};
+      c[i] += half(words[row / 8 + k / 8 * 2], k % 2) * half(warp.b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+    }
+  }
+}
+
+// Kernels without barriers need no fibers.
+template <class Args>
+void launch(void (*kernel)(Args), const char*, const Args& args, int64_t work, Stream) {
+  gridDim.x = 3, blockDim.x = kThreads;
+  for (blockIdx.x = 0; work > 0 && blockIdx.x < gridDim.x; blockIdx.x++)
+    for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) kernel(args);
+}
+
+template <class Args>
+void launch_together(void (*kernel)(Args), const char*, const Args& args, Stream) {
+  static void (*body)(Args);
+  body = kernel;
+  host::Grid grid;
+  gridDim.x = args.plan.grid, blockDim.x = kThreads;
+  grid.body = [](const void* arguments) { body(*static_cast<const Args*>(arguments)); };
+  grid.arguments = &args;
+  grid.run(args.plan.grid, args.plan.shared);
+}
+
+template <class Args>
+Machine machine_for(void (*)(Args)) {
+  return host::machine();
+}
+
+}  // namespace seqkernels::cuda
+
+inline void __syncthreads() {
+  namespace host = seqkernels::cuda::host;
+  host::grid().meet(host::block().barrier, seqkernels::cuda::kThreads);
+}

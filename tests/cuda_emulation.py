@@ -1,0 +1,85 @@
+"""Builds the CUDA kernels and their bindings for the CPU (cuda/cuda_host.h): torch.ops.seqkernels_emulated.*"""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from seqkernels.ops import gru, lstm, rnn
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [
+    ROOT / "tests/cuda/emulated.cpp",
+    *sorted((ROOT / "csrc/ops").glob("*_cuda.cpp")),
+    *(ROOT / "csrc/ops" / name for name in ("recurrent.cpp", "tensor.cpp")),
+]
+TORCH = Path(torch.__file__).parent
+FLAGS = [
+    *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *(f"-I{ROOT / folder}" for folder in ("csrc", "tests/cuda")),
+    *("-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+    *("-DSEQKERNELS_GPU_LIBRARY=seqkernels_emulated", "-DSEQKERNELS_GPU_KEY=CPU"),
+]  # fmt: skip
+OPS = ("lstm_layer_fwd", "lstm_layer_bwd", "lstm_cell_fwd", "gru_layer_fwd", "gru_layer_bwd", "gru_cell_fwd") + (
+    *("rnn_layer_fwd", "rnn_layer_bwd", "rnn_cell_fwd", "rnn_pack"),
+)
+
+
+def build() -> Path:
+    """The library, compiled anew only when its sources changed."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    sources = [p for folder in ("csrc", "tests/cuda") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    state = hashlib.sha256(f"{torch.__version__} {compiler} {FLAGS}".encode())
+    for path in sorted(sources):
+        state.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda-emulation"
+    library = folder / f"{state.hexdigest()[:16]}.so"
+    if not library.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        objects = [str(folder / f"{s.stem}.o") for s in SOURCES]
+        for source, obj in zip(SOURCES, objects, strict=True):
+            run(compiler, *FLAGS, "-c", str(source), "-o", obj)
+        run(compiler, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ldl", "-o", str(library))
+    return library
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+
+
+@cache
+def load() -> ctypes.CDLL:
+    definitions = torch.library.Library("seqkernels_emulated", "DEF")
+    for name in OPS:
+        schema = str(getattr(torch.ops.seqkernels, name).default._schema)
+        definitions.define(re.sub("^seqkernels::", "", schema))
+    path = build()
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.definitions = definitions
+    library.seqkernels_emulate.argtypes = [ctypes.c_int, ctypes.c_int64]
+    return library
+
+
+@contextmanager
+def emulated_gpu(multiprocessors: int, shared: int = 227 << 10):
+    """Our layers and cells run on CUDA kernels, emulated; without multiprocessors step by step."""
+    load().seqkernels_emulate(multiprocessors, shared)
+    ops = torch.ops.seqkernels_emulated
+    with mock.patch.multiple(lstm, _layer_fwd=ops.lstm_layer_fwd.default, _layer_bwd=ops.lstm_layer_bwd.default,
+                             _cell_fwd=ops.lstm_cell_fwd.default), \
+         mock.patch.multiple(gru, _layer_fwd=ops.gru_layer_fwd.default, _layer_bwd=ops.gru_layer_bwd.default,
+                             _cell_fwd=ops.gru_cell_fwd.default), \
+         mock.patch.multiple(rnn, _layer_fwd=ops.rnn_layer_fwd.default, _layer_bwd=ops.rnn_layer_bwd.default,
+                             _cell_fwd=ops.rnn_cell_fwd.default):  # fmt: skip
+        yield
