@@ -49,7 +49,7 @@ def switches() -> str:
 
 
 def collect() -> dict[str, str]:
-    from seqkernels import _kernels
+    from seqkernels import _kernels, support
 
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -64,7 +64,7 @@ def collect() -> dict[str, str]:
         "torch threads": str(torch.get_num_threads()),
         "isa active": torch.ops.seqkernels.get_isa(),
         "isa supported": ", ".join(_kernels.supported_isas()),
-        "cuda kernels": "no (this version runs on CPUs)",
+        "cuda kernels": "yes" if support.has_cuda_kernels() else "no (built without nvcc >= 12.8)",
         "torch cuda": torch.version.cuda or "no",
         "gpu": gpus(),
         "environment": switches(),

@@ -83,7 +83,7 @@ def run(
     if why_torch:
         support.fall_back(why_torch)
         prepacked = None
-    elif torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+    elif torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype, *dtypes = _autocast_dtypes(cell, states, batch_sizes)
         x, states, weights = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in weights]
         prepacked = None
@@ -199,7 +199,9 @@ def _autocast_dtypes(
 
     Where torch runs a loop of single ops, a state blended with the one before takes the wider dtype.
     """
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(states[0].device.type)
+    if states[0].is_cuda:
+        return dtype, dtype, dtype
     projection = cell is LSTM and states[0].size(2) != states[1].size(2)
     ragged = batch_sizes is not None and int(batch_sizes[0]) > int(batch_sizes[-1])
     blends = cell is GRU or (cell is LSTM and (ragged or projection))

@@ -16,9 +16,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _told: set[str] = set()
 
 
+def has_cuda_kernels() -> bool:
+    """This build has the recurrent kernels for CUDA tensors; says nothing about devices."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("seqkernels::lstm_layer_fwd", "CUDA")
+
+
 def why_torch(x: Tensor) -> str | None:
     """None when the kernels run on inputs like `x`, else the reason, in words, why torch runs instead."""
-    if x.device.type != "cpu":
+    if x.device.type == "cuda":
+        if reason := _why_not_cuda(x.device.index):
+            return reason
+    elif x.device.type != "cpu":
         return f"there are kernels for cpu tensors, not for {x.device.type}"
     if x.dtype not in DTYPES:
         return f"there are no kernels for {x.dtype}"
@@ -76,6 +84,13 @@ def is_plain_call() -> bool:
     )
 
 
+def _why_not_cuda(index: int) -> str | None:
+    if not has_cuda_kernels():
+        return "this build has no CUDA kernels: there was no nvcc >= 12.8"
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"CUDA kernels need compute capability 8.0, this device has {major}.{minor}" if major < 8 else None
+
+
 def _exports_to_onnx() -> bool:
     """Without importing torch.onnx, which torch itself does only when somebody asks for it."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
@@ -92,5 +107,6 @@ def fall_back(reason: str) -> None:
 
 # What torch.compiler.assume_constant_result sets, so that these speak while torch.compile traces.
 # The decorator itself imports torch._dynamo, which takes as long as importing torch.
+_why_not_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -191,11 +191,12 @@ def _explain(module: Module, call: Call | None) -> str:
         return f"seqkernels.{cls.__name__}, but torch runs: {reason}"
     isa, dtype = torch.ops.seqkernels.get_isa(), str(x.dtype).removeprefix("torch.")
     if support.on_gpu(x):
-        return f"seqkernels.{cls.__name__} on {_on_gpu(module, call)}, {dtype}"
+        plan = _cuda_plan(module, x) if cls is not nn.MultiheadAttention else _attention_plan(module, call)
+        return f"seqkernels.{cls.__name__} on cuda, {dtype}, {plan}"
     return f"seqkernels.{cls.__name__} on {isa}, {dtype}, {torch.get_num_threads()} threads"
 
 
-def _on_gpu(module: nn.MultiheadAttention, call: Call) -> str:
+def _attention_plan(module: nn.MultiheadAttention, call: Call) -> str:
     """Whose kernels attend between our projections."""
     if "query" not in call:
         return "Triton kernels, or torch's where those are faster"
@@ -208,6 +209,15 @@ def _on_gpu(module: nn.MultiheadAttention, call: Call) -> str:
     mask = next((call[m] for m in ("attn_mask", "key_padding_mask") if call.get(m) is not None), None)
     reason = None if call.get("need_weights", True) else choice.why_torch(q, k, k, mask)
     return f"torch's attention kernels ({reason})" if reason else "Triton kernels"
+
+
+def _cuda_plan(module: Module, x: Tensor) -> str:
+    if isinstance(module, RNNCellBase):
+        return "one fused step"
+    gates = module.weight_hh_l0.size(0) // module.hidden_size
+    B = 1 if x.dim() == 2 else x.size(0 if module.batch_first else 1)
+    D = 2 if module.bidirectional else 1
+    return torch.ops.seqkernels.cuda_plan(x, gates, B, module.hidden_size, D, module.proj_size > 0)
 
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:
@@ -252,7 +262,8 @@ def _why_keep(module: Module) -> str | None:
         return "its forward is replaced on the instance"
     cls = _class(module)
     if cls in OURS:
-        return support.why_torch(next(module.parameters()))
+        why = support.why_torch_attends if cls is torch.nn.MultiheadAttention else support.why_torch
+        return why(next(module.parameters()))
     base = next((b for b in cls.__mro__ if b in OURS), None)
     if base is None or cls.forward is not base.forward:
         return f"{cls.__name__} has its own forward"

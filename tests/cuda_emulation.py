@@ -29,7 +29,7 @@ FLAGS = [
     *("-DSEQKERNELS_GPU_LIBRARY=seqkernels_emulated", "-DSEQKERNELS_GPU_KEY=CPU"),
 ]  # fmt: skip
 OPS = ("lstm_layer_fwd", "lstm_layer_bwd", "lstm_cell_fwd", "gru_layer_fwd", "gru_layer_bwd", "gru_cell_fwd") + (
-    *("rnn_layer_fwd", "rnn_layer_bwd", "rnn_cell_fwd", "rnn_pack"),
+    *("rnn_layer_fwd", "rnn_layer_bwd", "rnn_cell_fwd", "rnn_pack", "cuda_plan"),
 )
 
 
@@ -67,14 +67,14 @@ def load() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     library.definitions = definitions
-    library.seqkernels_emulate.argtypes = [ctypes.c_int, ctypes.c_int64]
+    library.seqkernels_emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint]
     return library
 
 
 @contextmanager
-def emulated_gpu(multiprocessors: int, shared: int = 227 << 10):
+def emulated_gpu(multiprocessors: int, shared: int = 227 << 10, seed: int = 1):
     """Our layers and cells run on CUDA kernels, emulated; without multiprocessors step by step."""
-    load().seqkernels_emulate(multiprocessors, shared)
+    load().seqkernels_emulate(multiprocessors, shared, seed)
     ops = torch.ops.seqkernels_emulated
     with mock.patch.multiple(lstm, _layer_fwd=ops.lstm_layer_fwd.default, _layer_bwd=ops.lstm_layer_bwd.default,
                              _cell_fwd=ops.lstm_cell_fwd.default), \

@@ -272,12 +272,12 @@ def test_explain():
             "(model): seqkernels.MultiheadAttention "
         )
 
-    assert said() == "on Triton kernels, or torch's where those are faster, bfloat16"
-    assert said(x[:, :99], x, x) == "on Triton kernels, bfloat16"
-    assert said(x[:, :8], x, x, need_weights=False) == "on Triton kernels, bfloat16"
+    assert said() == "on cuda, bfloat16, Triton kernels, or torch's where those are faster"
+    assert said(x[:, :99], x, x) == "on cuda, bfloat16, Triton kernels"
+    assert said(x[:, :8], x, x, need_weights=False) == "on cuda, bfloat16, Triton kernels"
     assert said(x[:, :99], x, x, need_weights=False) == (
-        "on torch's attention kernels (cuDNN and FlashAttention are faster at dense bfloat16 with head dims up "
-        "to 256), bfloat16"
+        "on cuda, bfloat16, torch's attention kernels (cuDNN and FlashAttention are faster at dense bfloat16 "
+        "with head dims up to 256)"
     )
 
 

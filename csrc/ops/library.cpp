@@ -51,6 +51,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "Tensor");
   // The weights of one layer of G = `gates` gates as the forward kernels read them, for `packed`.
   m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
+  // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
+  m.def("cuda_plan(Tensor x, int gates, int B, int H, int D, bool projected) -> str");
   // Shapes and meaning: kernels/attention.h. q [B,Hq,Tq,D], k, v by any strides but the last; with cu_q and
   // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
   // dv. rng: seed and offset of the dropout, which only some devices have. max_q, max_k: the longest

@@ -42,6 +42,30 @@ Tensor rnn_pack_nothing(Tensors weights, int64_t, bool) {
   return none_like(weights[0], ScalarType::Byte);
 }
 
+template <class Cell>
+std::string plan_of(const cuda::Layer& layer) {
+  const auto words = [](const cuda::Plan& p) {
+    if (p.members == 0) return std::string("stepwise");
+    return "persistent in " + std::to_string(p.grid) + " blocks, " + std::to_string(p.members) +
+           " to a group, of " + std::to_string(p.units) + " units x " + std::to_string(p.rows) + " rows";
+  };
+  return "forward " + words(cuda::Recurrence<Cell>::plan_fwd(layer)) + ", backward " +
+         words(cuda::Recurrence<Cell>::plan_bwd(layer));
+}
+
+std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, bool projected) {
+  const auto dtype = dtype_of(x.scalar_type());
+  STD_TORCH_CHECK(dtype && (gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
+                  "seqkernels::cuda_plan: expected a float tensor, 1, 3 or 4 gates, sizes and 1 or 2 directions");
+  const OnDevice on(x);
+  cuda::Layer layer;
+  layer.dtype = *dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;
+  layer.D = static_cast<int>(D);
+  return gates == 1   ? plan_of<cuda::Rnn>(layer)
+         : gates == 3 ? plan_of<cuda::Gru>(layer)
+                      : plan_of<cuda::Lstm>(layer);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
@@ -49,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
   m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
   m.impl("rnn_pack", TORCH_BOX(&rnn_pack_nothing));
+  m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
 }
 
 }  // namespace seqkernels::ops

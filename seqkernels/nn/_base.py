@@ -65,7 +65,7 @@ class Recurrent(RNNBase):
         x, weight = input.data if packed else input, getattr(self, self._flat_weights_names[0])
         if reason := support.why_torch(x):
             return None if extras else reason  # torch knows no extras: the reference stands in, on any device
-        casts = torch.is_autocast_enabled("cpu")
+        casts = torch.is_autocast_enabled(x.device.type)
 
         def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
             return t.shape == shape and t.device == weight.device and (casts or t.dtype == weight.dtype)
@@ -88,7 +88,7 @@ class Recurrent(RNNBase):
 
         That way takes 20 us of Python, as long as the kernels of a short call.
         """
-        plain = type(input) is Tensor and input.is_cpu and input.dim() == 3 and input.numel() > 0
+        plain = type(input) is Tensor and (input.is_cpu or input.is_cuda) and input.dim() == 3 and input.numel() > 0
         if not plain or self.num_layers > 1 or torch.is_grad_enabled() or not support.is_plain_call():
             return None
         cell, batch_first, parameters = self._cell(), self.batch_first, self._parameters
@@ -237,9 +237,9 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     elif unbatched:
         states = [s.unsqueeze(0) for s in states]
     weights, out_dtype = _cell_weights(cell), x.dtype
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        dtype = out_dtype = torch.get_autocast_dtype("cpu")
-        if not isinstance(cell, torch.nn.RNNCell):  # there torch blends the old state into the new one
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = out_dtype = torch.get_autocast_dtype(x.device.type)
+        if x.is_cpu and not isinstance(cell, torch.nn.RNNCell):  # there torch blends the old state into the new one
             out_dtype = torch.promote_types(dtype, states[-1].dtype)
         x, states = x.to(dtype), [s.to(dtype) for s in states]
         weights = [None if w is None else w.to(dtype) for w in weights]

@@ -97,8 +97,12 @@ struct Grid {
   ucontext_t scheduler;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
-  std::minstd_rand random{1};
+  std::minstd_rand random{seed()};
 
+  static unsigned& seed() {
+    static unsigned seed = 1;
+    return seed;
+  }
   static Grid*& running() {
     static Grid* grid = nullptr;
     return grid;

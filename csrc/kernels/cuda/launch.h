@@ -9,8 +9,11 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace seqkernels::cuda {
 
@@ -45,19 +48,24 @@ void launch_together(void (*kernel)(Args), const char* name, const Args& args, S
         name, plan.grid, plan.shared);
 }
 
-// The current device, asked once per device; shared memory is what one block of `kernel` may have on top of its
-// static share. No multiprocessors if the kernel cannot run there at all.
+// The current device, asked once per kernel: no multiprocessors if a block of the kernel with all shared memory that
+// one may have cannot be resident.
 template <class Args>
 Machine machine_for(void (*kernel)(Args)) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, Machine> known;
   int device = 0, count = 0, shared = 0, cooperative = 0, resident = 0;
   cudaGetDevice(&device);
+  const std::lock_guard lock(mutex);
+  const auto [at, fresh] = known.try_emplace({reinterpret_cast<const void*>(kernel), device});
+  if (!fresh) return at->second;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
   if (cooperative && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess)
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
   cudaGetLastError();
-  return {resident > 0 ? count : 0, shared};
+  return at->second = {resident > 0 ? count : 0, shared};
 }
 
 }  // namespace seqkernels::cuda

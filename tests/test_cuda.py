@@ -1,0 +1,282 @@
+"""CUDA kernels without a GPU: their own source runs on the CPU (cuda/cuda_host.h), and what the compiler made of it
+is read off the library. What needs a device is in test_cuda_device.py."""
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation import OPS, emulated_gpu, load
+from tolerances import assert_as_exact
+from torch.autograd import gradcheck
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+from twins import KINDS, run, run_exactly, states, twins
+
+import seqkernels
+from seqkernels import support
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+# Multiprocessors of the emulated GPU: one block does all, a few share, none fits: step by step.
+STEPWISE, ALONE, SHARED = 0, 1, 24
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALVES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    return load()
+
+
+def plan(kind: str, B: int, H: int, D: int = 1, dtype: torch.dtype = torch.bfloat16) -> str:
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+    return torch.ops.seqkernels_emulated.cuda_plan(torch.empty(0, dtype=dtype), gates, B, H, D, False)
+
+
+def check(kind: str, gpu: int, dtype: torch.dtype, T: int, B: int, H: int, lengths=None, **options) -> None:
+    """All outputs and gradients as exact as torch's."""
+    ours, theirs = twins(kind, 5, H, dtype=dtype, **options)
+    x, hx = torch.randn(T, B, 5).to(dtype), states(theirs, B)
+    if lengths is not None:
+        x = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    with emulated_gpu(gpu):
+        result = run(ours, x, hx, True)
+    assert_as_exact(result, run(theirs, x, hx, True), run_exactly(theirs, x, hx, True), dtype, pooled=True)
+
+
+# ---------------------------------------------------------------------------------------------- the kernels' source
+
+
+@kinds
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (20, 3, 7), (3, 40, 24), (2, 9, 70)], ids=str)
+def test_step_by_step(kind, dtype, T, B, H):
+    check(kind, STEPWISE, dtype, T, B, H, bidirectional=True)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (20, 3, 7), (6, 8, 32), (3, 17, 40)], ids=str)
+def test_persistent_in_one_block(kind, dtype, T, B, H):
+    with emulated_gpu(ALONE):
+        assert plan(kind, B, H, dtype=dtype).count("persistent in 1 ") == 2
+    check(kind, ALONE, dtype, T, B, H)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("dtype", "T", "B", "H"),
+    [
+        *itertools.product([torch.float32, *HALVES], [1], [1], [17]),
+        *itertools.product([torch.float32, *HALVES], [20], [3], [33]),
+        *itertools.product([torch.float32, *HALVES], [5], [19], [64]),
+        *itertools.product([torch.float32, torch.bfloat16], [3], [40], [100]),
+    ],
+    ids=str,
+)
+def test_persistent_in_blocks_that_exchange_states(kind, dtype, T, B, H):
+    ours, theirs = twins(kind, 5, H, dtype=dtype, bidirectional=True)
+    x, hx = torch.randn(T, B, 5).to(dtype), states(theirs, B)
+    with emulated_gpu(120, too_little_for_one_block(kind, B, H, 2, dtype)):
+        result = run(ours, x, hx, True)
+    assert_as_exact(result, run(theirs, x, hx, True), run_exactly(theirs, x, hx, True), dtype, pooled=True)
+
+
+def too_little_for_one_block(*layer) -> int:
+    """Shared memory with which forward and backward are both persistent in groups of several blocks."""
+    for shared in range(64 << 10, 4 << 10, -1 << 10):
+        with emulated_gpu(120, shared):
+            groups = [int(n) for n in re.findall(r"(\d+) to a group", plan(*layer))]
+        if len(groups) == 2 and min(groups) > 1:
+            return shared
+    raise AssertionError(f"no plan of several blocks for {layer}")
+
+
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, ALONE, SHARED])
+@pytest.mark.parametrize("lengths", [[1, 6, 3, 6, 2], [4] * 5, [6, 1, 1, 1, 1]], ids=str)
+def test_packed_sequences(kind, gpu, lengths):
+    check(kind, gpu, torch.float32, 6, 5, 20, lengths, bidirectional=True, num_layers=2)
+
+
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, SHARED])
+def test_many_rows_of_different_lengths(kind, gpu):
+    check(kind, gpu, torch.float32, 9, 40, 12, torch.randint(1, 10, (40,)).tolist(), bidirectional=True)
+
+
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, ALONE, SHARED])
+@pytest.mark.parametrize("extra", ["lengths", "resets"])
+def test_lengths_and_resets_as_on_the_cpu(kind, gpu, extra):
+    module = getattr(seqkernels, kind)(5, 18, bidirectional=True)
+    x, hx = torch.randn(7, 6, 5), states(module, 6)
+    value = {"lengths": torch.tensor([0, 7, 3, 1, 0, 5]), "resets": torch.rand(7, 6) < 0.4}[extra]
+    expected = run(module, x, hx, True, **{extra: value})
+    with emulated_gpu(gpu):
+        assert_close(run(module, x, hx, True, **{extra: value}), expected)
+
+
+@pytest.mark.parametrize("gpu", [STEPWISE, SHARED])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recompute_rebuilds_the_same_gates(kind, gpu, dtype):
+    module = getattr(seqkernels, kind)(5, 18, bidirectional=True).to(dtype)
+    x, hx = torch.randn(7, 6, 5).to(dtype), states(module, 6)
+    with emulated_gpu(gpu):
+        kept = run(module, x, hx, True)
+        module.recompute = True
+        rebuilt = run(module, x, hx, True)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    assert_close(rebuilt, kept, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [None, [2, 5, 4]], ids=str)
+@pytest.mark.filterwarnings("ignore:.*oneDNN")
+def test_projections_go_step_by_step(dtype, lengths):
+    check("LSTM", SHARED, dtype, 5, 3, 9, lengths, proj_size=4, bidirectional=True)
+
+
+@pytest.mark.parametrize("gpu", [STEPWISE, ALONE, SHARED])
+def test_cell_states_and_their_gradients(gpu):
+    module = seqkernels.LSTM(5, 18, bidirectional=True)
+    x, hx = torch.randn(7, 6, 5), states(module, 6)
+    expected = run(module, x, hx, True, return_cell_states=True)
+    with emulated_gpu(gpu):
+        assert_close(run(module, x, hx, True, return_cell_states=True), expected)
+
+
+@pytest.mark.parametrize("gpu", [STEPWISE, SHARED])
+@kinds
+def test_layouts_and_missing_states(kind, gpu):
+    module = getattr(seqkernels, kind)(5, 12, batch_first=True, bias=False)
+    x = torch.randn(3, 4, 5)
+    expected = run(module, x, None, True), run(module, x[:, ::2], None, True)
+    with emulated_gpu(gpu):
+        assert_close((run(module, x, None, True), run(module, x[:, ::2], None, True)), expected)
+        y, _ = module(torch.randn(0, 4, 5))
+    assert y.shape == (0, 4, 12)
+
+
+@kinds
+def test_relu_and_cells(kind):
+    module = getattr(seqkernels, f"{kind}Cell")(5, 9, **({"nonlinearity": "relu"} if kind == "RNN" else {}))
+    module = module.double()
+    x, h = torch.randn(4, 5).double().requires_grad_(), torch.randn(4, 9).double().requires_grad_()
+    hx = (h, torch.randn(4, 9).double().requires_grad_()) if kind == "LSTM" else (h,)
+
+    def step(x, *hx):
+        return module(x, hx if kind == "LSTM" else hx[0])
+
+    with emulated_gpu(STEPWISE):
+        assert gradcheck(step, (x, *hx))
+        ours = step(x, *hx)
+    assert_close(ours, step(x, *hx))
+    if kind == "RNN":
+        for gpu in (STEPWISE, SHARED):
+            check(kind, gpu, torch.float32, 5, 6, 20, nonlinearity="relu", bidirectional=True)
+
+
+@kinds
+def test_any_order_of_threads_gives_the_same_bits(kind):
+    module = getattr(seqkernels, kind)(5, 40, bidirectional=True)
+    x, hx = torch.randn(6, 10, 5), states(module, 10)
+    results = []
+    for seed in range(1, 6):
+        with emulated_gpu(SHARED, 48 << 10, seed=seed):
+            results.append(run(module, x, hx, True))
+    for other, name in itertools.product(results[1:], results[0]):
+        assert torch.equal(other[name], results[0][name]), name
+
+
+# ------------------------------------------------------------------------------------------------------------- plans
+
+
+@kinds
+@pytest.mark.parametrize(("gpu", "sms", "shared"), [("H200", 132, 227 << 10), ("A100", 108, 163 << 10)])
+def test_plans(kind, gpu, sms, shared):
+    """Which shapes stay on chip, as docs/cuda.md says."""
+    with emulated_gpu(sms, shared):
+        assert plan(kind, 1, 32).count("persistent in 1 ") == 2
+        for B, H in ((1, 128), (16, 256), (16, 512), (32, 1024)):
+            assert plan(kind, B, H).count("persistent") == 2, (B, H)
+        assert plan(kind, 64, 256, 2, torch.float32).count("persistent") == 2
+        assert plan(kind, 8, 8192).count("stepwise") == 2
+        assert plan(kind, 100_000, 64).count("stepwise") == 2
+        assert plan(kind, 8, 64, dtype=torch.float64).count("stepwise") == 2
+
+
+# ------------------------------------------------------------------------------------- what the compiler and torch see
+
+LIBRARY = Path(seqkernels.__file__).parent / "_ops.so"
+compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build has no CUDA kernels: no nvcc >= 12.8")
+
+
+# Registers of one thread, at most: 256 threads with up to 255 registers fit an SM, so that spills, which are zero, would
+# mean that an array is indexed at run time. Shared memory is chosen at launch (plan.h), one block per SM.
+REGISTERS = {
+    "persistent_fwd": 160,
+    "persistent_bwd": 128,
+    "step_fwd": 48,
+    "step_bwd": 64,
+    "project_fwd": 40,
+    "project_bwd": 40,
+    "previous": 40,
+    "upload": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[tuple[str, str, str, dict[str, int]]]:
+    """(architecture, kernel, cell and type, resources) of every compiled kernel."""
+    triton = pytest.importorskip("triton", reason="its cuobjdump reads the library")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.check_output([cuobjdump, "--dump-resource-usage", LIBRARY], text=True)
+    found, arch = [], ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\w+):", line):
+            name = match[1]
+        elif "REG:" in line:
+            kernel = re.search(r"\d(\w+?)_kernel(.*)", name)
+            counts = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+            found.append((arch, re.sub(r".*\d", "", kernel[1]), kernel[2], counts))
+    return found
+
+
+@compiled
+def test_registers_and_spills(resources):
+    assert {kernel for _, kernel, _, _ in resources} == REGISTERS.keys()
+    assert len({arch for arch, *_ in resources}) >= 1
+    for arch, kernel, variant, counts in resources:
+        assert counts["STACK"] == counts["LOCAL"] == 0, (arch, kernel, variant, counts)
+        assert counts["REG"] <= REGISTERS[kernel], (arch, kernel, variant, counts)
+
+
+@compiled
+def test_bf16_products_use_the_matrix_instruction():
+    triton = pytest.importorskip("triton", reason="its cuobjdump reads the library")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    sass = subprocess.check_output([cuobjdump, "--dump-sass", LIBRARY], text=True)
+    for function in re.split(r"Function : ", sass)[1:]:
+        if "persistent" in function[:200]:
+            halves = "bfloat16" in function[:200] or "6__half" in function[:200]
+            assert ("HMMA.16816.F32" in function) == halves, function[:200]
+
+
+@compiled
+@pytest.mark.parametrize("op", OPS)
+def test_bindings_are_registered(op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkernels::{op}", "CUDA")
+
+
+@compiled
+def test_import_needs_no_driver_and_does_not_initialise_cuda():
+    code = "import seqkernels, torch; print(torch.cuda.is_initialized())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == ("False\n", "")
