@@ -31,12 +31,12 @@ build: build/.installed
 lint: $(VENV)/.requirements
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(VENV)/.requirements
 	ruff check --fix .
 	ruff format .
-	clang-format -i $$(git ls-files '*.cpp' '*.h')
+	clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # The torch-free kernels and their C++ test driver under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.requirements

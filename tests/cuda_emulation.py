@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels and their bindings for the CPU (cuda/cuda_host.h): torch.ops.seqkernels_emulated.*"""
+"""Builds the CUDA kernels and bindings for the CPU (cuda/cuda_host.h): torch.ops.seqkernels_emulated.*"""
 
 import ctypes
 import hashlib
@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -23,12 +23,14 @@ SOURCES = [
 ]
 TORCH = Path(torch.__file__).parent
 FLAGS = [
-    *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *(f"-I{ROOT / folder}" for folder in ("csrc", "tests/cuda")),
     *("-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"),
     *("-DSEQKERNELS_GPU_LIBRARY=seqkernels_emulated", "-DSEQKERNELS_GPU_KEY=CPU"),
 ]  # fmt: skip
-OPS = ("lstm_layer_fwd", "lstm_layer_bwd", "lstm_cell_fwd", "gru_layer_fwd", "gru_layer_bwd", "gru_cell_fwd") + (
+OPS = (
+    *("lstm_layer_fwd", "lstm_layer_bwd", "lstm_cell_fwd", "gru_layer_fwd", "gru_layer_bwd", "gru_cell_fwd"),
     *("rnn_layer_fwd", "rnn_layer_bwd", "rnn_cell_fwd", "rnn_pack", "cuda_plan"),
 )
 
@@ -76,10 +78,9 @@ def emulated_gpu(multiprocessors: int, shared: int = 227 << 10, seed: int = 1):
     """Our layers and cells run on CUDA kernels, emulated; without multiprocessors step by step."""
     load().seqkernels_emulate(multiprocessors, shared, seed)
     ops = torch.ops.seqkernels_emulated
-    with mock.patch.multiple(lstm, _layer_fwd=ops.lstm_layer_fwd.default, _layer_bwd=ops.lstm_layer_bwd.default,
-                             _cell_fwd=ops.lstm_cell_fwd.default), \
-         mock.patch.multiple(gru, _layer_fwd=ops.gru_layer_fwd.default, _layer_bwd=ops.gru_layer_bwd.default,
-                             _cell_fwd=ops.gru_cell_fwd.default), \
-         mock.patch.multiple(rnn, _layer_fwd=ops.rnn_layer_fwd.default, _layer_bwd=ops.rnn_layer_bwd.default,
-                             _cell_fwd=ops.rnn_cell_fwd.default):  # fmt: skip
+    with ExitStack() as stack:
+        for module, cell in ((lstm, "lstm"), (gru, "gru"), (rnn, "rnn")):
+            for step in ("layer_fwd", "layer_bwd", "cell_fwd"):
+                op = getattr(ops, f"{cell}_{step}").default
+                stack.enter_context(mock.patch.object(module, f"_{step}", op))
         yield

@@ -213,7 +213,9 @@ def test_plans(kind, gpu, sms, shared):
 # ------------------------------------------------------------------------------------- what the compiler and torch see
 
 LIBRARY = Path(seqkernels.__file__).parent / "_ops.so"
-compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build has no CUDA kernels: no nvcc >= 12.8")
+compiled = pytest.mark.skipif(
+    not support.has_cuda_kernels(), reason="this build has no CUDA kernels: no nvcc >= 12.8"
+)
 
 
 # Registers of one thread, at most: 256 threads with up to 255 registers fit an SM, so that spills, which are zero, would

@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
   p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
   p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
   auto gradients = new_gradients(call, h0, {}, weights, need_dx);
-  GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false).backward(p, saved, dhn, {}, gradients);
+  GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false)
+      .backward(p, saved, dhn, {}, gradients);
   return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, gradients.weights};
 }
 

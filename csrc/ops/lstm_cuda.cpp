@@ -41,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
   p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
   auto gradients = new_gradients(call, h0, c0, weights, need_dx);
-  GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).backward(p, saved, dhn, dcn, gradients);
+  GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false)
+      .backward(p, saved, dhn, dcn, gradients);
   return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, *gradients.dc0,
           gradients.weights};
 }

@@ -86,9 +86,10 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
 
 void LayerCall::check(const Tensor& t, const char* name, std::vector<int64_t> shape,
                       bool accumulation) const {
-  STD_TORCH_CHECK(same_device(t, *x) && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
-                  "seqkernels::", op, ": expected ", name, accumulation ? " (accumulation type)" : "",
-                  " of the dtype and device of x");
+  STD_TORCH_CHECK(
+      same_device(t, *x) && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
+      "seqkernels::", op, ": expected ", name, accumulation ? " (accumulation type)" : "",
+      " of the dtype and device of x");
   STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
                   ", got ", text(shape_of(t)));
   STD_TORCH_CHECK(t.is_contiguous(), "seqkernels::", op, ": expected ", name, " contiguous");

@@ -23,7 +23,8 @@ void* current_stream(int32_t device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return reinterpret_cast<Get>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
   }();
-  STD_TORCH_CHECK(get, "seqkernels: libtorch_cuda.so is not loaded or has no aoti_torch_get_current_cuda_stream: ",
+  STD_TORCH_CHECK(get,
+                  "seqkernels: libtorch_cuda.so is not loaded or has no aoti_torch_get_current_cuda_stream: ",
                   "CUDA tensors need a CUDA build of torch >= 2.11");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
@@ -64,8 +65,8 @@ Tensor matrix(const Tensor& t, int64_t n, int64_t columns) {
   return torch::stable::reshape(t, {n, columns});
 }
 
-Gradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0, const Tensors& weights,
-                        bool need_dx) {
+Gradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0,
+                        const Tensors& weights, bool need_dx) {
   const Tensor& x = *call.x;
   Gradients g{{}, torch::stable::new_empty(x, h0.sizes()), {}, {}};
   if (need_dx) g.dx = torch::stable::new_empty(x, call.tokens_by(call.I));

@@ -1,6 +1,6 @@
 // The layer ops for CUDA tensors. Products of all tokens at once go to torch's GEMM, the recurrence to
-// kernels/cuda: persistent where a plan fits the GPU, else step by step with a GEMM of torch for each. No Python in
-// the loop, nothing waits for the device, and a CUDA graph can record every call.
+// kernels/cuda: persistent where a plan fits the GPU, else step by step with a GEMM of torch for each. No
+// Python in the loop, nothing waits for the device, and a CUDA graph can record every call.
 #pragma once
 
 #include "kernels/cuda/cells.h"
@@ -26,8 +26,8 @@ class OnDevice {
   cuda::Stream stream_ = nullptr;
 };
 
-// out = a b; variants with `out` are what autocast and autograd leave alone. Nothing here adds to a product, because
-// the stable ABI cannot pass the scalars of addmm.
+// out = a b; variants with `out` are what autocast and autograd leave alone. Nothing here adds to a product,
+// because the stable ABI cannot pass the scalars of addmm.
 void multiply(const Tensor& a, const Tensor& b, Tensor out);
 void sum_rows(const Tensor& a, Tensor out);
 Tensor transposed(const Tensor& matrix);
@@ -47,8 +47,8 @@ struct Gradients {
   OptionalTensor dc0;
   Tensors weights;
 };
-Gradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0, const Tensors& weights,
-                        bool need_dx);
+Gradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0,
+                        const Tensors& weights, bool need_dx);
 
 template <class Cell>
 class GpuLayer {
@@ -76,7 +76,8 @@ class GpuLayer {
       const int64_t* n = batch_sizes->const_data_ptr<int64_t>();
       for (int64_t t = 0; t < call.T; t++) first.push_back(first.back() + n[t]);
       offsets_ = torch::stable::new_empty(x, {call.T + 1}, ScalarType::Long);
-      cuda::upload(first.data(), call.T + 1, static_cast<int64_t*>(offsets_->mutable_data_ptr()), on.stream());
+      cuda::upload(first.data(), call.T + 1, static_cast<int64_t*>(offsets_->mutable_data_ptr()),
+                   on.stream());
       base.offsets = offsets_->const_data_ptr<int64_t>();
     }
   }
@@ -246,7 +247,8 @@ class GpuLayer {
       step.rows = 0;
       if (call.projected) cuda::project_bwd(step, on.stream());
       cuda::Recurrence<Cell>::step_bwd(step, on.stream());
-      if (call.projected) multiply(transposed(dh_all), m_all, to.weights[(d + 1) * to.weights.size() / call.D - 1]);
+      if (call.projected)
+        multiply(transposed(dh_all), m_all, to.weights[(d + 1) * to.weights.size() / call.D - 1]);
     }
   }
 
@@ -272,8 +274,8 @@ class GpuLayer {
     return all;
   }
 
-  // What no step waits for: dx, dW and db from the gate gradients of all tokens. dW_ih is one GEMM for gates whose
-  // slots lie together.
+  // What no step waits for: dx, dW and db from the gate gradients of all tokens. dW_ih is one GEMM for gates
+  // whose slots lie together.
   void products(const Tensor& dG, const Tensor& h_prev, Gradients& to) const {
     const Tensor inputs = matrix(x, call.N, call.I);
     const size_t per = to.weights.size() / call.D;

@@ -5,7 +5,8 @@ namespace seqkernels::ops {
 namespace {
 
 std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, OptionalTensor batch_sizes,
-                                         OptionalTensor resets, OptionalTensor, bool bidirectional, bool relu) {
+                                         OptionalTensor resets, OptionalTensor, bool bidirectional,
+                                         bool relu) {
   const LayerCall call("rnn_layer_fwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
   Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = torch::stable::new_empty(x, h0.sizes());
@@ -55,8 +56,9 @@ std::string plan_of(const cuda::Layer& layer) {
 
 std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, bool projected) {
   const auto dtype = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(dtype && (gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
-                  "seqkernels::cuda_plan: expected a float tensor, 1, 3 or 4 gates, sizes and 1 or 2 directions");
+  STD_TORCH_CHECK(
+      dtype && (gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
+      "seqkernels::cuda_plan: expected a float tensor, 1, 3 or 4 gates, sizes and 1 or 2 directions");
   const OnDevice on(x);
   cuda::Layer layer;
   layer.dtype = *dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;

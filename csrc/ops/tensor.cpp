@@ -33,7 +33,8 @@ std::optional<DType> dtype_of(ScalarType type) {
 }
 
 bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
+         a.get_device_index() == b.get_device_index();
 }
 
 Parallel torch_threads() {

@@ -88,7 +88,12 @@ class Recurrent(RNNBase):
 
         That way takes 20 us of Python, as long as the kernels of a short call.
         """
-        plain = type(input) is Tensor and (input.is_cpu or input.is_cuda) and input.dim() == 3 and input.numel() > 0
+        plain = (
+            type(input) is Tensor
+            and (input.is_cpu or input.is_cuda)
+            and input.dim() == 3
+            and input.numel() > 0
+        )
         if not plain or self.num_layers > 1 or torch.is_grad_enabled() or not support.is_plain_call():
             return None
         cell, batch_first, parameters = self._cell(), self.batch_first, self._parameters
@@ -239,7 +244,7 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     weights, out_dtype = _cell_weights(cell), x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = out_dtype = torch.get_autocast_dtype(x.device.type)
-        if x.is_cpu and not isinstance(cell, torch.nn.RNNCell):  # there torch blends the old state into the new one
+        if x.is_cpu and not isinstance(cell, torch.nn.RNNCell):  # torch's blends old and new
             out_dtype = torch.promote_types(dtype, states[-1].dtype)
         x, states = x.to(dtype), [s.to(dtype) for s in states]
         weights = [None if w is None else w.to(dtype) for w in weights]

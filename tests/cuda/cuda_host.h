@@ -1,7 +1,7 @@
-// CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that block and
-// warp barriers, flags between blocks and the matrix instruction run as the kernels' source has them. Fibers take
-// turns in random order: what a missing barrier would allow happens here too. If all wait, that is a deadlock and an
-// error. Shared memory and accumulators start as NaN.
+// CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that
+// block and warp barriers, flags between blocks and the matrix instruction run as the kernels' source has
+// them. Fibers take turns in random order: what a missing barrier would allow happens here too. If all wait,
+// that is a deadlock and an error. Shared memory and accumulators start as NaN.
 #pragma once
 
 #include <stdint.h>
@@ -193,8 +193,8 @@ inline char* shared_memory() { return host::block().shared.get(); }
 inline void arrive(unsigned* flag) { ++*flag; }
 inline void await(unsigned* flag, unsigned count) { host::grid().wait(flag, count, true); }
 
-// Lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns 2 q, 2 q, 2 q + 8, 2 q + 8 and their neighbours; b rows
-// 2 q and 2 q + 8 and neighbours at column g.
+// Lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns 2 q, 2 q, 2 q + 8, 2 q + 8 and their neighbours; b
+// rows 2 q and 2 q + 8 and neighbours at column g.
 template <class S>
 void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, S) {
   host::Fiber& fiber = *host::grid().current;
@@ -212,7 +212,8 @@ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, S) {
     for (int k = 0; k < 16; k++) {
       const uint4& from = warp.a[turn][row % 8 * 4 + k % 8 / 2];
       const uint32_t words[] = {from.x, from.y, from.z, from.w};
-      c[i] += half(words[row / 8 + k / 8 * 2], k % 2) * half(warp.b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+      c[i] +=
+          half(words[row / 8 + k / 8 * 2], k % 2) * half(warp.b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
     }
   }
 }

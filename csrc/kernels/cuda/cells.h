@@ -1,5 +1,5 @@
-// Gate arithmetic of LSTM, GRU and RNN for one unit of one row: the same source in every CUDA kernel and, on the
-// CPU, in the tests. Equations, gate order and saved activations: kernels/{lstm,gru,rnn}.h.
+// Gate arithmetic of LSTM, GRU and RNN for one unit of one row: the same source in every CUDA kernel and, on
+// the CPU, in the tests. Equations, gate order and saved activations: kernels/{lstm,gru,rnn}.h.
 #pragma once
 
 #include <math.h>
@@ -25,11 +25,10 @@ struct Past {
   T y;          // RNN
 };
 
-// forward(x, h, state, c, saved): x and h are both sides of each gate with their biases; state goes from h_{t-1}
-// to h_t, c from c_{t-1} to c_t.
-// backward(saved, past, dh, dc, dG): dh and dc go from gradients of h_t and c_t to what reaches h_{t-1} past the
-// recurrent product and c_{t-1}; dG are the gradients of the gates, in slots: W_ih meets kInputSlot[g], W_hh meets
-// kGates slots from kRecurrentSlot on.
+// forward(x, h, state, c, saved): x and h are both sides of each gate with their biases; state goes from
+// h_{t-1} to h_t, c from c_{t-1} to c_t. backward(saved, past, dh, dc, dG): dh and dc go from gradients of
+// h_t and c_t to what reaches h_{t-1} past the recurrent product and c_{t-1}; dG are the gradients of the
+// gates, in slots: W_ih meets kInputSlot[g], W_hh meets kGates slots from kRecurrentSlot on.
 struct Lstm {
   static constexpr int kGates = 4, kSaved = 4, kSlots = 4, kRecurrentSlot = 0;
   static constexpr int kInputSlot[] = {0, 1, 2, 3};

@@ -1,5 +1,5 @@
-// What the kernels ask of the machine. Tests put an emulation of it (cuda_host.h) in its place and run the same
-// kernels on the CPU.
+// What the kernels ask of the machine. Tests put an emulation of it (cuda_host.h) in its place and run the
+// same kernels on the CPU.
 #pragma once
 
 #include <stdint.h>
@@ -41,7 +41,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, 
 }
 
 // A flag in global memory that blocks count up. Release and acquire at GPU scope: with a block barrier before
-// arrive() and after await(), all that the arriving blocks wrote is seen by ordinary loads of the waiting one.
+// arrive() and after await(), all that the arriving blocks wrote is seen by ordinary loads of the waiting
+// one.
 __device__ __forceinline__ void arrive(unsigned* flag) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory");
 }

@@ -8,8 +8,8 @@ namespace seqkernels::cuda {
 
 // state: h_{t-1} to h_t as it is stored, rounded; c: c_{t-1} to c_t. y and the saved activations are written.
 template <class Cell, class S>
-__device__ __forceinline__ void forward_unit(const FwdLayer& p, int d, int64_t token, int64_t u, const Acc<S>* x,
-                                             const Acc<S>* h, Acc<S>& state, Acc<S>& c) {
+__device__ __forceinline__ void forward_unit(const FwdLayer& p, int d, int64_t token, int64_t u,
+                                             const Acc<S>* x, const Acc<S>* h, Acc<S>& state, Acc<S>& c) {
   Acc<S> saved[Cell::kSaved + 1];
   Cell::forward(x, h, state, c, saved, p.relu);
   const int64_t at = token * p.D + d;
@@ -24,8 +24,8 @@ __device__ __forceinline__ void forward_unit(const FwdLayer& p, int d, int64_t t
 
 // dh, dc: see cells.h. Gate gradients go to dG and to slots.
 template <class Cell, class S>
-__device__ __forceinline__ void backward_unit(const BwdLayer& p, int d, int64_t t, int64_t b, int64_t u, Acc<S>& dh,
-                                              Acc<S>& dc, Acc<S>* slots) {
+__device__ __forceinline__ void backward_unit(const BwdLayer& p, int d, int64_t t, int64_t b, int64_t u,
+                                              Acc<S>& dh, Acc<S>& dc, Acc<S>* slots) {
   using A = Acc<S>;
   const int64_t token = first_token(p, t) + b, at = token * p.D + d;
   A saved[Cell::kSaved + 1];

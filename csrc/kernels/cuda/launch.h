@@ -25,7 +25,8 @@ inline void check(cudaError_t error, const char* what, int64_t grid, int64_t sha
                            " bytes of shared memory): " + cudaGetErrorString(error));
 }
 
-// Enough threads for `work` items, and never more than 2^31 - 1 blocks: the kernels walk in strides of the grid.
+// Enough threads for `work` items, and never more than 2^31 - 1 blocks: the kernels walk in strides of the
+// grid.
 template <class Args>
 void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t work, Stream stream) {
   if (work == 0) return;
@@ -41,15 +42,16 @@ template <class Args>
 void launch_together(void (*kernel)(Args), const char* name, const Args& args, Stream stream) {
   const Plan& plan = args.plan;
   void* arguments[] = {const_cast<Args*>(&args)};
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared)),
         name, plan.grid, plan.shared);
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.grid), dim3(kThreads),
                                     arguments, plan.shared, static_cast<cudaStream_t>(stream)),
         name, plan.grid, plan.shared);
 }
 
-// The current device, asked once per kernel: no multiprocessors if a block of the kernel with all shared memory that
-// one may have cannot be resident.
+// The current device, asked once per kernel: no multiprocessors if a block of the kernel with all shared
+// memory that one may have cannot be resident.
 template <class Args>
 Machine machine_for(void (*kernel)(Args)) {
   static std::mutex mutex;
@@ -62,7 +64,8 @@ Machine machine_for(void (*kernel)(Args)) {
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-  if (cooperative && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess)
+  if (cooperative &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess)
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
   cudaGetLastError();
   return at->second = {resident > 0 ? count : 0, shared};

@@ -1,21 +1,22 @@
 // The whole sequence in one launch.
 //
-// A block keeps its slice of the recurrent weights in shared memory: all gates of `units` hidden units forward, the
-// columns of `units` states backward, rearranged once into the fragments of the matrix instruction. Every step it
-// multiplies the slice with what its group exchanged (states h forward, gate gradients dG backward: `rows` rows of
-// `pitch` elements), its warps sharing tiles and, where tiles are few, parts of K; the partial sums meet in shared
-// memory in fixed order, and each thread does the gates of its units. Cell states, and backward the gradients that
-// bypass the product, stay in shared memory in float.
+// A block keeps its slice of the recurrent weights in shared memory: all gates of `units` hidden units
+// forward, the columns of `units` states backward, rearranged once into the fragments of the matrix
+// instruction. Every step it multiplies the slice with what its group exchanged (states h forward, gate
+// gradients dG backward: `rows` rows of `pitch` elements), its warps sharing tiles and, where tiles are few,
+// parts of K; the partial sums meet in shared memory in fixed order, and each thread does the gates of its
+// units. Cell states, and backward the gradients that bypass the product, stay in shared memory in float.
 //
-// Exchange: two slots per group in global memory (L2), written and read in turn; a counter per group, which each
-// block raises once a step. A slot is written again only after every member has announced the step that read it. A
-// group of one block exchanges through its own shared memory, with block barriers alone. Groups never meet.
-// Limit: hop through L2 of some 0.65 us a step, or 128 bytes of weights per clock from shared memory (plan.h).
+// Exchange: two slots per group in global memory (L2), written and read in turn; a counter per group, which
+// each block raises once a step. A slot is written again only after every member has announced the step that
+// read it. A group of one block exchanges through its own shared memory, with block barriers alone. Groups
+// never meet. Limit: hop through L2 of some 0.65 us a step, or 128 bytes of weights per clock from shared
+// memory (plan.h).
 //
-// A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles (GRU's last
-// quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the product rows g and g + 8,
-// columns 2 q and 2 q + 1 (PTX's mma.m16n8k16). K may be permuted as long as both operands agree: a lane reads 8
-// neighbouring elements at once, 16 bytes, and they serve two instructions.
+// A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles
+// (GRU's last quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the
+// product rows g and g + 8, columns 2 q and 2 q + 1 (PTX's mma.m16n8k16). K may be permuted as long as both
+// operands agree: a lane reads 8 neighbouring elements at once, 16 bytes, and they serve two instructions.
 #pragma once
 
 #include "gates.cuh"
@@ -23,8 +24,8 @@
 
 namespace seqkernels::cuda {
 
-// Where an element of a tile's weights lies, and the product of a tile with 8 rows. `kChunk` elements of K make one
-// step; a chunk of weights is 16 * kTiles * kChunk elements.
+// Where an element of a tile's weights lies, and the product of a tile with 8 rows. `kChunk` elements of K
+// make one step; a chunk of weights is 16 * kTiles * kChunk elements.
 template <class S, int kTiles>
 struct Tile {  // bf16, f16
   static constexpr int kChunk = 32;
@@ -34,8 +35,8 @@ struct Tile {  // bf16, f16
     return ((((k / 32 * kTiles + m / 16) * 2 + e / 4) * 32 + lane) * 4 + word) * 2 + e % 2;
   }
 
-  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const S* weights, const S* rows, int pitch,
-                                                  int64_t begin, int64_t end) {
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const S* weights, const S* rows,
+                                                  int pitch, int64_t begin, int64_t end) {
     const int lane = threadIdx.x % 32;
     const uint4* a = reinterpret_cast<const uint4*>(weights) + lane;
     const S* b = rows + lane / 4 * pitch + lane % 4 * 8;
@@ -59,8 +60,8 @@ struct Tile<float, kTiles> {
     return ((((k / 8 * kTiles + m / 16) * 2 + m % 16 / 8) * 2 + k % 8 / 4) * 8 + m % 8) * 4 + k % 4;
   }
 
-  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const float* weights, const float* rows,
-                                                  int pitch, int64_t begin, int64_t end) {
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const float* weights,
+                                                  const float* rows, int pitch, int64_t begin, int64_t end) {
     const int lane = threadIdx.x % 32;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
     const float* b = rows + lane % 4 * 2 * pitch;
@@ -277,7 +278,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
     }
     block.each_unit([&](int i, int u, int r) {
       const int64_t b = row0 + r;
-      float dh = dh_state[i] + (s > 0 ? block.sum(0, u, r) : 0.0f), dc = Cell::kCellState ? dc_state[i] : 0.0f;
+      float dh = dh_state[i] + (s > 0 ? block.sum(0, u, r) : 0.0f),
+            dc = Cell::kCellState ? dc_state[i] : 0.0f;
       if (p.resets && s > 0 && p.resets[done * p.B + b]) {
         dh_reset[i] += dh, dh = 0.0f;
         if (Cell::kCellState) dc_reset[i] += dc, dc = 0.0f;

@@ -1,5 +1,5 @@
-// How a layer's recurrence is spread over a GPU, or that it does not fit. A *group* of blocks serves some rows of
-// one direction; its *members* share the hidden units and exchange their states every step.
+// How a layer's recurrence is spread over a GPU, or that it does not fit. A *group* of blocks serves some
+// rows of one direction; its *members* share the hidden units and exchange their states every step.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
   int groups = 0;   // per direction
   int units = 0, rows = 0;
-  int parts = 1;           // of K, among the warps of a block
-  int pitch = 0;           // elements of an exchanged row
-  int grid = 0;            // blocks, all resident at the same time
-  int64_t shared = 0;      // bytes per block
+  int parts = 1;       // of K, among the warps of a block
+  int pitch = 0;       // elements of an exchanged row
+  int grid = 0;        // blocks, all resident at the same time
+  int64_t shared = 0;  // bytes per block
   int64_t exchange_bytes = 0, flags = 0;
   double clocks = 0;  // of a step, estimated
 };
@@ -27,9 +27,9 @@ struct Machine {
 
 // A block multiplies its slice [units * lanes, K] of weights with the rows' K exchanged elements.
 struct Work {
-  int64_t B, H, K;    // K: H forward, G * H backward
+  int64_t B, H, K;  // K: H forward, G * H backward
   int D;
-  int gates;          // rows of weights per unit: G forward, 1 backward
+  int gates;            // rows of weights per unit: G forward, 1 backward
   int element, states;  // bytes of an element; floats kept per unit and row
 };
 

@@ -35,7 +35,8 @@ struct FwdLayer : Layer {
   const void* xw[2] = {};                   // x W_ih^T, [tokens, G*H], without bias
   const void *b_ih[2] = {}, *b_hh[2] = {};  // or null
   void* y = nullptr;                        // [tokens, D*P]
-  void* hn = nullptr;     // [D, B, P]; stepwise it is also the state: it starts as h0. Null: one step from h0 to y
+  void* hn =
+      nullptr;  // [D, B, P]; stepwise it is also the state: it starts as h0. Null: one step from h0 to y
   void* cn = nullptr;     // [D, B, H]
   void* c = nullptr;      // stepwise: acc [D, B, H], the state; starts as c0. Null: one step from c0 to cn
   void* cells = nullptr;  // acc, or null
@@ -59,9 +60,9 @@ struct BwdLayer : Layer {
   const void* cells = nullptr;
   const void* h_prev[2] = {};  // [tokens, P], by previous()
   const void *dy = nullptr, *dhn = nullptr, *dcn = nullptr, *dcells = nullptr;
-  void* dG = nullptr;                    // [tokens, D*slots*H]
-  void *dh0 = nullptr, *dc0 = nullptr;   // [D, B, P], [D, B, H]
-  void *dh = nullptr, *dc = nullptr;     // stepwise: acc [D, B, P], [D, B, H]; start as dhn and dcn, or zeros
+  void* dG = nullptr;                   // [tokens, D*slots*H]
+  void *dh0 = nullptr, *dc0 = nullptr;  // [D, B, P], [D, B, H]
+  void *dh = nullptr, *dc = nullptr;    // stepwise: acc [D, B, P], [D, B, H]; start as dhn and dcn, or zeros
   void *dh_reset = nullptr, *dc_reset = nullptr;  // stepwise with resets: acc zeros like dh and dc
 };
 
@@ -69,12 +70,12 @@ struct BwdStep : BwdLayer {
   int d = 0;
   int64_t t = 0, rows = 0;
   int64_t token = 0;
-  int64_t next = -1;             // the step that was done before this one, or -1
-  const void* product = nullptr; // [product_rows, P]: dG W_hh of that step
+  int64_t next = -1;              // the step that was done before this one, or -1
+  const void* product = nullptr;  // [product_rows, P]: dG W_hh of that step
   int64_t product_rows = 0;
-  void* dh_now = nullptr;        // with projection: [rows, P], gradient of h_t
-  const void* dm = nullptr;      // with projection: [rows, H], dh_now W_hr
-  void* m = nullptr;             // with projection: [rows, H], o tanh(c) again
+  void* dh_now = nullptr;    // with projection: [rows, P], gradient of h_t
+  const void* dm = nullptr;  // with projection: [rows, H], dh_now W_hr
+  void* m = nullptr;         // with projection: [rows, H], o tanh(c) again
 };
 
 template <class Cell>
@@ -93,8 +94,8 @@ void project_fwd(const FwdStep&, const void* product, Stream);
 void project_bwd(const BwdStep&, Stream);
 // h_{t-1} of every token: to[d] [tokens, P].
 void previous(const Layer&, const void* y, void* const (&to)[2], Stream);
-// `count` integers of the host to `to`, as arguments of launches: no copy to wait for, and CUDA graphs can record
-// it.
+// `count` integers of the host to `to`, as arguments of launches: no copy to wait for, and CUDA graphs can
+// record it.
 void upload(const int64_t* from, int64_t count, int64_t* to, Stream);
 
 }  // namespace seqkernels::cuda

@@ -1,7 +1,6 @@
 // What surrounds the recurrence of every cell.
 
 #include "sequence.cuh"
-
 #include "step.cuh"
 
 namespace seqkernels::cuda {
@@ -52,8 +51,9 @@ __global__ void previous_kernel(const Previous p) {
     const int d = static_cast<int>(i % row / p.P);
     if (b >= rows_at(p, t)) continue;
     const int64_t before = d ? t + 1 : t - 1;
-    const S* from = starts(p, d, t, b) ? static_cast<const S*>(p.h0) + (d * p.B + b) * p.P
-                                       : static_cast<const S*>(p.y) + ((first_token(p, before) + b) * p.D + d) * p.P;
+    const S* from = starts(p, d, t, b)
+                        ? static_cast<const S*>(p.h0) + (d * p.B + b) * p.P
+                        : static_cast<const S*>(p.y) + ((first_token(p, before) + b) * p.D + d) * p.P;
     static_cast<S*>(p.to[d])[(first_token(p, t) + b) * p.P + u] = from[u];
   }
 }
@@ -73,9 +73,8 @@ __global__ void upload_kernel(const Integers p) {
 
 void project_fwd(const FwdStep& step, const void* product, Stream stream) {
   const ProjectFwd p{step, product};
-  with_type(p.dtype, [&](auto s) {
-    launch(project_fwd_kernel<decltype(s)>, "project_fwd", p, p.rows * p.P, stream);
-  });
+  with_type(p.dtype,
+            [&](auto s) { launch(project_fwd_kernel<decltype(s)>, "project_fwd", p, p.rows * p.P, stream); });
 }
 
 void project_bwd(const BwdStep& p, Stream stream) {

@@ -1,7 +1,7 @@
-// One step: after the caller's GEMM, all else in one kernel. A thread takes one unit of one row; everything is read
-// and written once, neighbours in a warp are neighbours in memory. Forward reads per unit and row 2 G elements of
-// products and writes h twice (y, state), so the limit is launches (2 to 3 us for GEMM and kernel) up to some
-// B * H = 10^5, then bandwidth.
+// One step: after the caller's GEMM, all else in one kernel. A thread takes one unit of one row; everything
+// is read and written once, neighbours in a warp are neighbours in memory. Forward reads per unit and row 2 G
+// elements of products and writes h twice (y, state), so the limit is launches (2 to 3 us for GEMM and
+// kernel) up to some B * H = 10^5, then bandwidth.
 #pragma once
 
 #include "gates.cuh"
@@ -48,8 +48,8 @@ __global__ void step_fwd_kernel(const FwdStep p) {
   }
 }
 
-// The gradient of h_t (state by state like dh) from all later steps. Where step `next` was reset, it belongs to the
-// initial state.
+// The gradient of h_t (state by state like dh) from all later steps. Where step `next` was reset, it belongs
+// to the initial state.
 template <class S>
 __device__ __forceinline__ Acc<S> arriving(const BwdStep& p, int64_t b, int64_t u) {
   using A = Acc<S>;
@@ -120,9 +120,8 @@ auto with_type(DType dtype, const F& of) {
 
 template <class Cell>
 void Recurrence<Cell>::step_fwd(const FwdStep& p, Stream stream) {
-  with_type(p.dtype, [&](auto s) {
-    launch(step_fwd_kernel<Cell, decltype(s)>, "step_fwd", p, p.rows * p.H, stream);
-  });
+  with_type(p.dtype,
+            [&](auto s) { launch(step_fwd_kernel<Cell, decltype(s)>, "step_fwd", p, p.rows * p.H, stream); });
 }
 template <class Cell>
 void Recurrence<Cell>::step_bwd(const BwdStep& p, Stream stream) {
