@@ -1,5 +1,5 @@
-"""CUDA kernels without a GPU: their own source runs on the CPU (cuda/cuda_host.h), and what the compiler made of it
-is read off the library. What needs a device is in test_cuda_device.py."""
+"""CUDA kernels without a GPU: their own source runs on the CPU (cuda/cuda_host.h), and what the compiler made
+of it is read off the library. What needs a device is in test_cuda_device.py."""
 
 import itertools
 import re
@@ -47,7 +47,7 @@ def check(kind: str, gpu: int, dtype: torch.dtype, T: int, B: int, H: int, lengt
     assert_as_exact(result, run(theirs, x, hx, True), run_exactly(theirs, x, hx, True), dtype, pooled=True)
 
 
-# ---------------------------------------------------------------------------------------------- the kernels' source
+# --------------------------------------------------------------------------------------- the kernels' source
 
 
 @kinds
@@ -193,7 +193,7 @@ def test_any_order_of_threads_gives_the_same_bits(kind):
         assert torch.equal(other[name], results[0][name]), name
 
 
-# ------------------------------------------------------------------------------------------------------------- plans
+# ----------------------------------------------------------------------------------------------------- plans
 
 
 @kinds
@@ -210,16 +210,14 @@ def test_plans(kind, gpu, sms, shared):
         assert plan(kind, 8, 64, dtype=torch.float64).count("stepwise") == 2
 
 
-# ------------------------------------------------------------------------------------- what the compiler and torch see
+# --------------------------------------------------------------------------- what the compiler and torch see
 
 LIBRARY = Path(seqkernels.__file__).parent / "_ops.so"
-compiled = pytest.mark.skipif(
-    not support.has_cuda_kernels(), reason="this build has no CUDA kernels: no nvcc >= 12.8"
-)
+compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build has no CUDA kernels")
 
 
-# Registers of one thread, at most: 256 threads with up to 255 registers fit an SM, so that spills, which are zero, would
-# mean that an array is indexed at run time. Shared memory is chosen at launch (plan.h), one block per SM.
+# Registers of one thread, at most: 256 threads with up to 255 fit an SM, so one persistent block is always
+# resident. Spills would mean that an array is indexed at run time.
 REGISTERS = {
     "persistent_fwd": 160,
     "persistent_bwd": 128,
