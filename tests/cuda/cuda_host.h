@@ -1,7 +1,7 @@
 // CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that
 // block and warp barriers, flags between blocks and the matrix instruction run as the kernels' source has
-// them. Fibers take turns in random order: what a missing barrier would allow happens here too. If all wait,
-// that is a deadlock and an error. Shared memory and accumulators start as NaN.
+// them. Fibers take turns in random order and some blocks are slower than others: what a missing barrier would
+// allow happens here too. If all wait, that is a deadlock and an error. Shared memory starts as NaN.
 #pragma once
 
 #include <stdint.h>
@@ -142,13 +142,18 @@ struct Grid {
     running() = this;
     std::vector<unsigned> order(threads);
     std::iota(order.begin(), order.end(), 0u);
+    std::vector<unsigned> haste(count);  // of 8 rounds a block takes part in so many
+    for (unsigned& h : haste) h = 1 + random() % 8;
+    std::vector<char> awake(count);
     for (size_t left = threads; left > 0;) {
+      for (unsigned b = 0; b < count; b++) awake[b] = random() % 8 < haste[b];
       for (size_t i = threads - 1; i > 0; i--) std::swap(order[i], order[random() % (i + 1)]);
       bool moved = false;
       for (unsigned i : order) {
         Fiber& f = fibers[i];
         if (f.done || f.waits()) continue;
         moved = true;
+        if (!awake[f.block]) continue;
         f.word = nullptr;
         current = &f;
         threadIdx.x = f.thread, blockIdx.x = f.block;
