@@ -1,7 +1,7 @@
 // CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that
 // block and warp barriers, flags between blocks and the matrix instruction run as the kernels' source has
-// them. Fibers take turns in random order and some blocks are slower than others: what a missing barrier would
-// allow happens here too. If all wait, that is a deadlock and an error. Shared memory starts as NaN.
+// them. Fibers take turns in random order and some blocks are slower than others: what a missing barrier
+// would allow happens here too. If all wait, that is a deadlock and an error. Shared memory starts as NaN.
 #pragma once
 
 #include <stdint.h>
