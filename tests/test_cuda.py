@@ -220,7 +220,7 @@ compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build
 # resident. Spills would mean that an array is indexed at run time.
 REGISTERS = {
     "persistent_fwd": 160,
-    "persistent_bwd": 128,
+    "persistent_bwd": 136,
     "step_fwd": 48,
     "step_bwd": 64,
     "project_fwd": 40,
