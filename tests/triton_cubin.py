@@ -42,6 +42,7 @@ FLOATS = {"scale", "softcap", "factor", "dscale"}
 class Resources:
     registers: int
     spilled: int  # bytes of stack
+    spills_in_loops: int  # instructions
     shared: int
     wgmma: bool
 
@@ -62,9 +63,28 @@ def features(D: int, dtype: str, DV: int | None = None, **flags) -> Features:
     )
 
 
-RICH = {"MASK": 2, "MASK_UNIT": True, "MASK_ALIGN": 8} | dict.fromkeys(
-    ("DROPOUT", "SOFTCAP", "ALIBI", "LEFT", "RIGHT", "BOTTOM_RIGHT", "LEN_K"), True
-)
+POSITIONS = dict.fromkeys(("LEFT", "RIGHT", "BOTTOM_RIGHT", "LEN_K"), True)
+MASK = {"MASK": 2, "MASK_UNIT": True, "MASK_ALIGN": 8} | POSITIONS
+TIERS: dict[str, dict[str, dict]] = {
+    "plain": {
+        "window": POSITIONS,
+        "all": {},
+        "causal": {"RIGHT": True},
+        "ragged": {"VARLEN": True, "RIGHT": True},
+    },
+    "one": {
+        "mask": MASK,
+        "dropout": POSITIONS | {"DROPOUT": True},
+        "softcap": POSITIONS | {"SOFTCAP": True},
+        "alibi": POSITIONS | {"ALIBI": True},
+        "bool": {"MASK": 1, "MASK_UNIT": True, "MASK_ALIGN": 8, "RIGHT": True},
+    },
+    "rich": {
+        "everything": MASK | dict.fromkeys(("DROPOUT", "SOFTCAP", "ALIBI"), True),
+        "mask_dropout": MASK | {"DROPOUT": True},
+        "softcap_alibi": POSITIONS | {"SOFTCAP": True, "ALIBI": True},
+    },
+}
 
 
 def compile_for(name: str, f: Features, dtype: str, tile: Tile, arch: int) -> Resources:
@@ -90,8 +110,24 @@ def compile_for(name: str, f: Features, dtype: str, tile: Tile, arch: int) -> Re
         file.write(built.asm["cubin"])
         file.flush()
         text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
-    registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
-    return Resources(registers, stack, built.metadata.shared, "wgmma" in built.asm["ptx"])
+        registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
+        in_loops = spills_in_loops(file.name) if stack else 0
+    return Resources(registers, stack, in_loops, built.metadata.shared, "wgmma" in built.asm["ptx"])
+
+
+def spills_in_loops(cubin: str) -> int:
+    """Loads and stores of local memory in innermost loops, which run per block of keys or queries.
+
+    ptxas also spills addresses from the start of a kernel to its end, a few bytes, which costs nothing.
+    """
+    sass = subprocess.check_output([CUOBJDUMP, "-sass", cubin], text=True)
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S.*?);", sass)]
+    branches = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code)
+    loops = [(int(to[1], 16), at) for at, to in branches if to]
+    loops = [loop for loop in loops if loop[1] - loop[0] > 1024]  # 64 instructions: shorter ones only wait
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b for c, d in loops if (c, d) != (a, b))]
+    local = [at for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= at <= last for first, last in inner) for at in local)
 
 
 def absent_pointers(f: Features) -> set[str]:
