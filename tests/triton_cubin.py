@@ -1,8 +1,12 @@
-"""Compiles a kernel for a GPU that is not there; reads registers, spills and shared memory off the cubin."""
+"""Compiles a kernel for a GPU that is not there; reads registers, spills and shared memory off the cubin.
+
+`PYTHONPATH=. python tests/triton_cubin.py` prints the table of docs/attention-gpu.md.
+"""
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqkernels.triton import backward, forward, weights
+from seqkernels.triton import backward, forward, tables, weights
 from seqkernels.triton.common import Features
 from seqkernels.triton.launch import WIDEST
 from seqkernels.triton.tables import DKDV, DQ, FORWARD, TILES, Tile
@@ -23,16 +27,8 @@ KERNELS = {
     TILES: (backward.attention_dmask, {"SUM_Q": False, "SUM_K": False}),
     "weights": (weights.attention_weights, {}),
 }
-FLOAT32 = {
-    "Out",
-    "OutLse",
-    "DLse",
-    "Lse",
-    "Statistics",
-    "DMask",
-    "Alibi",
-    "Sinks",
-}  # Out where there are parts
+# Out where there are parts
+FLOAT32 = {"Out", "OutLse", "DLse", "Lse", "Statistics", "DMask", "Alibi", "Sinks"}
 INT64 = {"CuQ", "CuK", "LenK", "Rng"}
 LENGTHS = {"Tq", "Tk", "Tp"}
 FLOATS = {"scale", "softcap", "factor", "dscale"}
@@ -146,3 +142,27 @@ def pointer_type(name: str, f: Features, dtype: str) -> str:
     if name == "Table":
         return "i32"
     return "i64" if name in INT64 else "fp32" if name in FLOAT32 else dtype
+
+
+def resource_table() -> Iterator[str]:
+    """Registers / KB of shared memory of the plain, one and rich tiles, with the first flags of each tier."""
+    yield "| kernel | head dim | sm_80 | sm_90 | sm_100 | float32, sm_80 |"
+    yield "|---|---|---|---|---|---|"
+    for kernel in (FORWARD, DKDV, DQ, TILES):
+        columns = [(arch, "bf16", tables.HALF[kernel, arch]) for arch in (80, 90, 100)]
+        columns.append((80, "fp32", tables.FLOAT32[kernel]))
+        for dim in sorted({row.dim for _, _, rows in columns for row in rows}):
+            cells = [kernel, str(dim)]
+            for arch, dtype, rows in columns:
+                row = next((row for row in rows if row.dim == dim), None)
+                found = [
+                    compile_for(kernel, features(dim, dtype, **flags), dtype, getattr(row, tier), arch)
+                    for tier, (flags, *_) in ((tier, [*sets.values()]) for tier, sets in TIERS.items() if row)
+                ]
+                cells.append(", ".join(f"{x.registers} / {x.shared / 1024:.0f}" for x in found))
+            yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    for line in resource_table():
+        print(line, flush=True)
