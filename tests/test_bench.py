@@ -31,7 +31,7 @@ TINY = Case(cell="lstm", T=5, B=3, I=8, H=16)
 def test_names_are_unique_and_filters_find_them():
     chosen = cases.select("all")
     assert len({case.name for _, case in chosen}) == len(chosen)
-    assert {suite for suite, _ in chosen} == set(SUITES) - {"quick"}
+    assert {suite for suite, _ in chosen} == set(SUITES) - {"quick", cases.GPU_SUITE}
     only_gru = cases.select("train", "gru")
     assert only_gru
     assert all(case.cell == "gru" for _, case in only_gru)
