@@ -7,7 +7,8 @@
 
 #include "attention.inl.h"
 
-constexpr int64_t kAhead = 64;  // rows of K and V to prefetch: a block, so that memory has the time of one
+constexpr int64_t kRowsAhead =
+    64;  // rows of K and V to prefetch: a block, so that memory has the time of one
 
 // Sums of products along D of W / rows keys and `rows` rows of Q, by one tree of W sums: x[row][key].
 template <class S, int rows>
@@ -23,14 +24,14 @@ static void dots(const S* k, int64_t ldk, int64_t nk, const Operand<S>* q, int64
   if constexpr (sizeof(Operand<S>) == 2)
     for (; d + 2 * W <= D; d += 2 * W) SEQ_UNROLL for (int i = 0; i < keys; i++) {
         const __m512bh v = (__m512bh)_mm512_loadu_si512(row[i] + d);
-        __builtin_prefetch(row[i] + d + kAhead * ldk);
+        __builtin_prefetch(row[i] + d + kRowsAhead * ldk);
         SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r * keys + i] = (Vec<T>)_mm512_dpbf16_ps(
             (__m512)acc[r * keys + i], v, (__m512bh)_mm512_loadu_si512(q + r * ldq + d));
       }
 #endif
   for (; d + W <= D; d += W) SEQ_UNROLL for (int i = 0; i < keys; i++) {
       const Vec<T> v = load(row[i] + d);
-      __builtin_prefetch(row[i] + d + kAhead * ldk);
+      __builtin_prefetch(row[i] + d + kRowsAhead * ldk);
       SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r * keys + i] += v * load(q + r * ldq + d);
     }
   if (d < D)
@@ -53,7 +54,7 @@ static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, in
   const bool whole = features >= NV * W;
   _Pragma("GCC unroll 1") for (int64_t k = 0; k < nk; k++, v += ldv) {
     SEQ_UNROLL for (int i = 0; i < NV; i++) {
-      __builtin_prefetch(v + kAhead * ldv + i * W);
+      __builtin_prefetch(v + kRowsAhead * ldv + i * W);
       const Vec<T> x = whole              ? load(v + i * W)
                        : i * W < features ? load(v + i * W, features - i * W)
                                           : Vec<T>{};
