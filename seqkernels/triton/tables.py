@@ -114,14 +114,14 @@ HALF: dict[tuple[str, int], tuple[Row, ...]] = {
 FLOAT32: dict[str, tuple[Row, ...]] = {
     FORWARD: (
         Row(32, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        Row(64, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        Row(128, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        Row(64, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        Row(128, Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(64, 32, 8, 2)),
         Row(256, Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
     ),
     DKDV: (
         Row(32, Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         Row(64, Tile(32, 64, 8, 2, True), Tile(32, 64, 8, 2, True), Tile(16, 32, 4, 2)),
-        Row(128, Tile(16, 32, 4, 2, True), Tile(16, 32, 4, 2, True), Tile(16, 16, 8, 2)),
+        Row(128, Tile(16, 32, 4, 2, True), Tile(16, 32, 4, 2, True), Tile(16, 16, 4, 2)),
         Row(256, Tile(16, 16, 8, 2, True), Tile(16, 16, 8, 2, True), Tile(16, 16, 8, 2, True)),
     ),
     DQ: (
@@ -131,8 +131,8 @@ FLOAT32: dict[str, tuple[Row, ...]] = {
         Row(256, Tile(16, 16, 4, 2), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
     ),
     TILES: (
-        Row(64, Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-        Row(128, Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        Row(64, Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        Row(128, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
         Row(256, Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
     ),
 }
