@@ -2,108 +2,14 @@
 // AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize): each buffer is a heap allocation of
 // exactly its size, outputs and scratch memory start as NaN, inputs must come back unchanged, equal calls
 // must give equal bits.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <map>
-#include <memory>
-#include <random>
-#include <string>
-#include <thread>
 #include <utility>
-#include <vector>
 
-#include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/table.h"
+#include "support.h"
 
 namespace {
 
 using namespace seqkernels;
-using Values = std::vector<double>;
-
-// Buffers
-// -----------------------------------------------------------------------------------------------------
-
-constexpr const char* kDTypeNames[] = {"f32", "f64", "bf16", "f16"};
-constexpr double kEps[] = {0x1p-23, 0x1p-52, 0x1p-7, 0x1p-10};
-constexpr int64_t kBytes[] = {4, 8, 2, 2};
-
-// bf16 and f16: mantissa bits and exponent bias.
-struct Half {
-  int mantissa, bias;
-};
-Half half_of(DType type) { return type == DType::bf16 ? Half{7, 127} : Half{10, 15}; }
-
-double decode(uint16_t bits, Half h) {
-  const int exponent = (bits & 0x7fff) >> h.mantissa, fraction = bits & ((1 << h.mantissa) - 1);
-  if (exponent == 2 * h.bias + 1) return fraction ? NAN : bits >> 15 ? -INFINITY : INFINITY;
-  const double value =
-      std::ldexp(fraction + (exponent ? 1 << h.mantissa : 0), std::max(exponent, 1) - h.bias - h.mantissa);
-  return bits >> 15 ? -value : value;
-}
-// A mantissa that rounds up to the next power of two carries into the exponent, as it should.
-uint16_t encode(double value, Half h) {
-  const int exponent = value == 0 ? 1 : std::max(std::ilogb(value) + h.bias, 1);
-  const long fraction = std::lrint(std::ldexp(std::fabs(value), h.mantissa + h.bias - exponent));
-  return uint16_t(((exponent - 1) << h.mantissa) + fraction + (std::signbit(value) ? 0x8000 : 0));
-}
-
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(DType type, int64_t n) : type_(type), n_(n), data_(new unsigned char[size_t(bytes())]) {
-    std::memset(data_.get(), 0xff, size_t(bytes()));  // NaN in every type
-  }
-  Buffer(DType type, const Values& values) : Buffer(type, int64_t(values.size())) {
-    for (int64_t i = 0; i < n_; i++) set(i, values[size_t(i)]);
-    original_.assign(data_.get(), data_.get() + bytes());
-  }
-
-  void* data() const { return data_.get(); }
-  int64_t bytes() const { return n_ * kBytes[int(type_)]; }
-  bool unchanged() const {
-    return bytes() == 0 || std::memcmp(data_.get(), original_.data(), size_t(bytes())) == 0;
-  }
-  bool same_bits(const Buffer& other) const {
-    return n_ == other.n_ && (n_ == 0 || std::memcmp(data(), other.data(), size_t(bytes())) == 0);
-  }
-  Values values() const {
-    Values out;
-    for (int64_t i = 0; i < n_; i++) out.push_back(get(i));
-    return out;
-  }
-
- private:
-  double get(int64_t i) const {
-    if (type_ == DType::f32) return static_cast<const float*>(data())[i];
-    if (type_ == DType::f64) return static_cast<const double*>(data())[i];
-    return decode(static_cast<const uint16_t*>(data())[i], half_of(type_));
-  }
-  void set(int64_t i, double value) {
-    if (type_ == DType::f32)
-      static_cast<float*>(data())[i] = float(value);
-    else if (type_ == DType::f64)
-      static_cast<double*>(data())[i] = value;
-    else
-      static_cast<uint16_t*>(data())[i] = encode(value, half_of(type_));
-  }
-
-  DType type_ = DType::f32;
-  int64_t n_ = 0;
-  std::unique_ptr<unsigned char[]> data_;
-  std::vector<unsigned char> original_;
-};
-
-using Buffers = std::map<std::string, Buffer>;
-using Truth = std::map<std::string, Values>;
-
-void* pointer(const Buffers& buffers, const std::string& name) {
-  const auto found = buffers.find(name);
-  return found == buffers.end() ? nullptr : found->second.data();
-}
+using namespace seqkernels::test;
 
 // Cases
 // -------------------------------------------------------------------------------------------------------
@@ -124,6 +30,7 @@ struct Case {
   std::vector<int64_t> sizes;  // of the batch at each step
   std::vector<uint8_t> reset;  // [T, B] or empty
 
+  DType rounding(const std::string&) const { return dtype; }  // of an output
   bool lstm() const { return cell == kLstm || cell == kLstmProjected; }
   int gates() const { return lstm() ? 4 : cell == kGru ? 3 : 1; }
   DType acc() const { return dtype == DType::f64 ? DType::f64 : DType::f32; }
@@ -159,24 +66,6 @@ struct Case {
         int(P), D, threads, bias, save_gates, prepacked, resets, want_dx, dy, dhn, dcn, dcells);
     return line;
   }
-};
-
-class Random {
- public:
-  int64_t below(int64_t n) { return int64_t(bits_() % uint64_t(n)); }
-  bool one_in(int64_t n) { return below(n) == 0; }
-  template <class T>
-  T of(const std::vector<T>& choices) {
-    return choices[size_t(below(int64_t(choices.size())))];
-  }
-  Values values(int64_t n, double scale) {  // uniform in [-scale, scale)
-    Values v;
-    for (int64_t i = 0; i < n; i++) v.push_back(scale * (double(bits_() >> 11) * 0x1p-52 - 1));
-    return v;
-  }
-
- private:
-  std::mt19937_64 bits_;
 };
 
 // Lengths of rows and places of resets, once the sizes are settled.
@@ -407,42 +296,6 @@ struct Reference {
 // Kernels
 // -----------------------------------------------------------------------------------------------------
 
-using Body = void (*)(void* arg, int64_t begin, int64_t end);
-
-std::map<std::string, int> seen;  // how often, by property
-
-Parallel threads(int n) {
-  return {n,
-          [](void*, int64_t count, Body body, void* arg) {
-            seen["team of " + std::to_string(count)]++;
-            std::vector<std::thread> others;
-            for (int64_t i = 1; i < count; i++) others.emplace_back(body, arg, i, i + 1);
-            body(arg, 0, 1);
-            for (auto& thread : others) thread.join();
-          },
-          nullptr};
-}
-// A busy pool: two threads share the ids, unevenly.
-Parallel busy(int n) {
-  return {n,
-          [](void*, int64_t count, Body body, void* arg) {
-            seen["two threads for " + std::to_string(count)]++;
-            std::thread other(body, arg, count - 1, count);
-            body(arg, 0, count - 1);
-            other.join();
-          },
-          nullptr};
-}
-// What a pool does within its own tasks: one callback gets the whole range.
-Parallel nested(int n) {
-  return {n,
-          [](void*, int64_t count, Body body, void* arg) {
-            seen["one thread for " + std::to_string(count)]++;
-            body(arg, 0, count);
-          },
-          nullptr};
-}
-
 // What all calls of one case share.
 void fill(LayerParams& p, const Case& c, const Buffers& in, const Parallel& parallel) {
   p.dtype = c.dtype;
@@ -542,51 +395,6 @@ Buffers backward(const Case& c, const Buffers& in, const Buffers& given, const B
   return out;
 }
 
-// Checks
-// ------------------------------------------------------------------------------------------------------
-
-int failures = 0, calls = 0;
-std::map<std::string, double> worst;  // errors in eps, by dtype and pass
-
-void fail(const std::string& what, const Case& c) {
-  if (++failures <= 20)
-    std::printf("FAILED %s: %s: %s\n", isa_name(active_isa()), c.text().c_str(), what.c_str());
-}
-
-double largest(const Values& values) {
-  double most = 0;
-  for (const double v : values) most = std::max(most, std::fabs(v));
-  return most;
-}
-
-// Errors in eps of the tensor's largest value, or of a tenth of all tensors' largest: a sum of many terms may
-// cancel.
-void expect_close(const Buffers& got, const Truth& truth, const char* pass, const Case& c) {
-  const bool half = kBytes[int(c.dtype)] == 2, is_forward = pass == std::string("forward");
-  const double bound = !half ? 64 : is_forward ? 2 : 6;
-  double of_all = 0;
-  for (const auto& [name, exact] : truth) of_all = std::max(of_all, largest(exact));
-  for (const auto& [name, exact] : truth) {
-    const Values values = got.at(name).values();
-    double error = values.size() == exact.size() ? 0 : INFINITY;
-    for (size_t i = 0; i < exact.size() && std::isfinite(error); i++)
-      error = std::isfinite(values[i]) ? std::max(error, std::fabs(values[i] - exact[i])) : INFINITY;
-    const double scale = std::max(largest(exact), of_all / 10);
-    const double in_eps = error == 0 ? 0 : error / (kEps[int(c.dtype)] * scale);
-    double& most = worst[kDTypeNames[int(c.dtype)] + std::string(" ") + pass];
-    most = std::max(most, in_eps);
-    if (!(in_eps <= bound)) fail(name + ": error of " + std::to_string(in_eps) + " eps", c);
-  }
-}
-void expect_same_bits(const Buffers& got, const Buffers& expected, const char* why, const Case& c) {
-  for (const auto& [name, buffer] : got)
-    if (!buffer.same_bits(expected.at(name))) fail(name + ": other bits, " + why, c);
-}
-void expect_unchanged(const Buffers& inputs, const Case& c) {
-  for (const auto& [name, buffer] : inputs)
-    if (!buffer.unchanged()) fail(name + ": an input was written to", c);
-}
-
 void check(const Case& c, const std::vector<const char*>& isas, Random& random) {
   Buffers in;
   const auto input = [&](const std::string& name, int64_t n, double scale = 1, bool acc = false) {
@@ -681,6 +489,7 @@ int main() {
       empty.sizes.assign(size_t(empty.T), 0);
       check(empty, isas, random);
     }
+  check_attention(isas);
 
   std::printf("%d calls;", calls);
   for (const auto& [what, n] : seen) std::printf(" %s: %d,", what.c_str(), n);
