@@ -193,7 +193,7 @@ void expect_close(const Buffers& got, const Truth& truth, const char* pass, cons
   for (const auto& [name, exact] : truth) {
     const Values values = got.at(name).values();
     const DType type = c.rounding(name);
-    const double bound = kBytes[int(type)] > 2 ? 64 : std::strstr(pass, "backward") ? 6 : 2;
+    const double bound = kBytes[int(type)] > 2 ? Case::kBound : std::strcmp(pass, "backward") ? 2 : 6;
     double error = values.size() == exact.size() ? 0 : INFINITY;
     for (size_t i = 0; i < exact.size() && std::isfinite(error); i++)
       if (values[i] != exact[i] && !(std::isnan(values[i]) && std::isnan(exact[i])))

@@ -32,6 +32,7 @@ struct Case {
   int64_t left, right;
   std::vector<int64_t> cu_q, cu_k, len_k;
 
+  static constexpr double kBound = 256;  // of errors of f32 and f64, in eps: of logits up to 100
   DType acc() const { return dtype == DType::f64 ? DType::f64 : DType::f32; }
   DType rounding(const std::string& name) const {
     return name == "lse" || name == "dmask" || name == "dsinks" ? acc() : dtype;
@@ -68,7 +69,10 @@ struct Case {
            (turn ? j * queries + i : i * keys + j);
   }
   int64_t mask_size() const {
-    return B && Hq && Tq && Tk ? mask_at(B - 1, Hq - 1, Tq - 1, Tk - 1, false) + 1 : 0;
+    const int64_t full[] = {B, Hq, Tq, Tk};
+    int64_t n = 1;
+    for (int i = 0; i < 4; i++) n *= broadcast[i] ? 1 : full[i];
+    return n;
   }
 
   std::string text() const {
@@ -99,6 +103,8 @@ Case finish(Case c, Random& random) {
   }
   if (c.packed) c.Tq = longest_q, c.Tk = longest_k, c.mask = MaskKind::none;
   c.want_dmask &= c.mask == MaskKind::additive || c.mask == MaskKind::additive_acc;
+  // Without it all dS of a query add up to zero, and only their rounding would be left.
+  c.dlse |= c.broadcast[3] || c.left == 0 || c.Tk == 1;
   return c;
 }
 
@@ -242,7 +248,7 @@ struct Reference {
   }
 
   Truth weights(const Values& lse) const {
-    Values all(size_t(c.B * (c.mean ? 1 : c.Hq) * c.Tq * c.Tk), 0.0);
+    Values all(size_t(c.B * (c.mean ? 1 : c.Hq) * c.Tq * c.Tk), c.mean && c.Hq == 0 ? NAN : 0.0);
     queries([&](int64_t b, int64_t h, int64_t i) {
       const double total = lse[size_t(c.lse().at(b, h, i))];
       double* to = all.data() + ((c.mean ? b : b * c.Hq + h) * c.Tq + i) * c.Tk;

@@ -30,6 +30,7 @@ struct Case {
   std::vector<int64_t> sizes;  // of the batch at each step
   std::vector<uint8_t> reset;  // [T, B] or empty
 
+  static constexpr double kBound = 64;                        // of errors of f32 and f64, in eps
   DType rounding(const std::string&) const { return dtype; }  // of an output
   bool lstm() const { return cell == kLstm || cell == kLstmProjected; }
   int gates() const { return lstm() ? 4 : cell == kGru ? 3 : 1; }

@@ -136,12 +136,15 @@ struct BackwardWeights {
     for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++)
       pack_rows(w, shape, slot, j, 0, shape.K, out + shape.offset(j));
   }
-  // Rows [k0, k1) of panel j. Gate g's rows are the K range of its slot, counted from the first slot.
+  // Rows [k0, k1) of panel j. Gate g's rows are the K range of its slot, counted from the first slot. In the
+  // order of k: the second row of a pair is added to the first.
   void pack_rows(const S* w, const Panels<O>& shape, const int (&slot)[G], int64_t j, int64_t k0, int64_t k1,
                  O* to) const {
     const int64_t N = shape.N, column = j * NR<O>;
-    for (int g = 0; g < G; g++) {
-      const int64_t first = (slot[g] - first_slot(slot)) * p.H, begin = k0 > first ? k0 : first,
+    for (int n = 0; n < G; n++) {
+      int g = 0;
+      while (slot[g] != first_slot(slot) + n) g++;
+      const int64_t first = n * p.H, begin = k0 > first ? k0 : first,
                     end = k1 < first + p.H ? k1 : first + p.H;
       const S* from = w + (g * p.H - first) * N + column;
       for (int64_t k = begin; k < end; k++) {
