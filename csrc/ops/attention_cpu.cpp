@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   AttentionCall call("attention_fwd", q, k, &v, cu_q, cu_k);
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
   call.modifiers(mask, len_k, alibi, sinks);
-  Tensor out = torch::stable::new_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
+  Tensor out = large_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
   Tensor lse = torch::stable::new_empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
   auto p = params_of<AttentionFwdParams>(call);
   p.out = call.by_tokens(out);
@@ -199,11 +199,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
         mask->size(d) == 1 || mask->stride(d) != 0, "seqkernels::attention_bwd",
         ": expected a mask whose gradient is wanted to be of size 1 where it is broadcast, got size ",
         mask->size(d), " with stride 0 in dimension ", d, ": call contiguous() on it");
-  Tensor dq = torch::stable::new_empty(q, {call.rows, tokens_q, p.Hq, p.D});
-  Tensor dk = torch::stable::new_empty(q, {call.rows, tokens_k, p.Hk, p.D});
-  Tensor dv = torch::stable::new_empty(q, {call.rows, tokens_k, p.Hk, p.Dv});
-  Tensor dmask =
-      need_dmask ? torch::stable::new_empty(q, mask->sizes(), call.acc()) : none_like(q, call.acc());
+  Tensor dq = large_empty(q, {call.rows, tokens_q, p.Hq, p.D});
+  Tensor dk = large_empty(q, {call.rows, tokens_k, p.Hk, p.D});
+  Tensor dv = large_empty(q, {call.rows, tokens_k, p.Hk, p.Dv});
+  Tensor dmask = need_dmask ? large_empty(q, mask->sizes(), call.acc()) : none_like(q, call.acc());
   Tensor dsinks = sinks ? torch::stable::new_empty(*sinks, {p.Hq}) : none_like(q, call.acc());
   p.dq = call.by_tokens(dq), p.dk = call.by_tokens(dk), p.dv = call.by_tokens(dv);
   if (need_dmask) p.dmask = dmask.mutable_data_ptr();
@@ -221,7 +220,7 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, Op
   auto p = params_of<AttentionWeightsParams>(call);
   std::vector<int64_t> shape{p.B, p.Tq, p.Tk};
   if (!mean) shape.insert(shape.begin() + 1, p.Hq);
-  Tensor weights = torch::stable::new_empty(q, shape);
+  Tensor weights = large_empty(q, shape);
   p.lse = call.read(lse, "lse", {p.B, p.Hq, p.Tq});
   p.weights = weights.mutable_data_ptr();
   p.mean = mean;

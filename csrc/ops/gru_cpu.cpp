@@ -12,10 +12,10 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   GruFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
   if (packed) p.packed = packed_panels(call, *packed);
-  Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.H));
+  Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = torch::stable::new_empty(x, h0.sizes());
-  Tensor gates = save_gates ? torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H))
-                            : none_like(x, x.scalar_type());
+  Tensor gates =
+      save_gates ? large_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
   if (save_gates) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
   }
   p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
   p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
-  Tensor dx = need_dx ? torch::stable::new_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
+  Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
   Tensor dh0 = torch::stable::new_empty(x, h0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);
   if (need_dx) p.dx = dx.mutable_data_ptr();

@@ -15,13 +15,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   LstmFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
   if (packed) p.packed = packed_panels(call, *packed);
-  Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.P));
+  Tensor y = large_empty(x, call.tokens_by(call.D * call.P));
   Tensor hn = torch::stable::new_empty(x, h0.sizes()), cn = torch::stable::new_empty(x, c0.sizes());
-  Tensor cells = save_cells
-                     ? torch::stable::new_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())
-                     : none_like(x, call.accumulation_type());
-  Tensor gates = save_gates ? torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H))
-                            : none_like(x, x.scalar_type());
+  Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())
+                            : none_like(x, call.accumulation_type());
+  Tensor gates =
+      save_gates ? large_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.c0 = c0.const_data_ptr();
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr(), p.cn = cn.mutable_data_ptr();
   if (save_cells) p.cells = cells.mutable_data_ptr();
@@ -51,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
   p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.P});
   p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
-  Tensor dx = need_dx ? torch::stable::new_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
+  Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
   Tensor dh0 = torch::stable::new_empty(x, h0.sizes()), dc0 = torch::stable::new_empty(x, c0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);
   if (need_dx) p.dx = dx.mutable_data_ptr();

@@ -37,7 +37,7 @@ Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
   call.fill(p, h, weights, std::nullopt, std::nullopt);
   const auto pack = gates == 4 ? kernels().lstm_pack : gates == 3 ? kernels().gru_pack : kernels().rnn_pack;
   const std::vector<int64_t> bytes{pack(p, nullptr) + static_cast<int64_t>(sizeof(PackedHeader))};
-  Tensor out = torch::stable::new_empty(weights[0], bytes, ScalarType::Byte);
+  Tensor out = large_empty(weights[0], bytes, ScalarType::Byte);
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const PackedHeader header = header_of(call);
   std::memcpy(data, &header, sizeof header);

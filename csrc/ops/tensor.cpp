@@ -2,6 +2,10 @@
 
 #include <sstream>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace seqkernels::ops {
 
 std::string text(const std::vector<int64_t>& shape) {
@@ -43,6 +47,20 @@ Parallel torch_threads() {
             torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(arg, begin, end); });
           },
           nullptr};
+}
+
+Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                   std::optional<ScalarType> dtype) {
+  Tensor out = torch::stable::new_empty(t, sizes, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(out.numel()) * out.element_size();
+  // Whole huge pages only: what lies around belongs to others.
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+#endif
+  return out;
 }
 
 Tensor none_like(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, {0}, dtype); }

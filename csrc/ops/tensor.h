@@ -29,6 +29,12 @@ bool same_device(const Tensor& a, const Tensor& b);
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 
+// An uninitialised CPU tensor of the device and (unless given) dtype of `t`, one row per token or weight: if
+// it is large, in huge pages. Fresh memory costs 0.4 ms a MiB in pages of 4 KiB (Zen 5 in a virtual machine)
+// and 0.05 ms in huge ones; a training step spent 13 % in page faults.
+Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                   std::optional<ScalarType> dtype = std::nullopt);
+
 // A size-0 tensor where an output is not wanted: the arity of an op never changes.
 Tensor none_like(const Tensor& t, ScalarType dtype);
 

@@ -38,9 +38,13 @@ static double fma_peak(int64_t n) {
 #endif
 #if defined(__AVX512BF16__)
   if constexpr (kPair<Operand<S>> == 2) {
-    __m512 sums[kChains] = {};
+    __m512 sums[kChains];
     __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     __asm__ volatile("" : "+v"(ones));
+    SEQ_UNROLL for (int i = 0; i < kChains; i++) {  // or the compiler sees that all chains are the same one
+      sums[i] = _mm512_setzero_ps();
+      __asm__ volatile("" : "+v"(sums[i]));
+    }
     for (int64_t k = 0; k < n; k++) {
       SEQ_UNROLL for (int i = 0; i < kChains; i++) sums[i] = _mm512_dpbf16_ps(sums[i], ones, ones);
     }

@@ -55,6 +55,7 @@ struct LayerFwd {
   using Params = typename Cell::FwdParams;
   static constexpr int G = Cell::kGates;
   static constexpr int64_t kChunkTokens = 128, kChunkBytes = 1 << 20, kDirectTokens = 8;
+  static constexpr int64_t kMostChunks = 8;
 
   const Params& p;
   Sequence seq;
@@ -64,6 +65,7 @@ struct LayerFwd {
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
   int team;
+  int64_t chunk_tokens;  // of a projection, at most
 
   // Shared, one of each per direction.
   O *state[2], *m[2];
@@ -88,6 +90,7 @@ struct LayerFwd {
         past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
                    p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),
         team(1),
+        chunk_tokens(0),
         ldx(round_up(I, 32) + kLanes<T>),
         ldh(round_up(P, 32) + kLanes<T>),
         ldm(round_up(H, 32) + kLanes<T>),
@@ -110,9 +113,16 @@ struct LayerFwd {
     }
     everyone = a.take<Barrier>(1);
     row_barriers = a.take<Barrier>(2 * team);
-    c_size = B * (G * NR<T>) > kChunkBytes / int64_t(sizeof(T)) ? B * (G * NR<T>)
-                                                                : kChunkBytes / int64_t(sizeof(T));
-    x_size = x_in_place() || direct ? 0 : (B > kChunkTokens ? B : kChunkTokens) * ldx;
+    // Each chunk reads all input weights once. Where a thread's share of them comes from L3 or memory, C is
+    // half as large: H = 1024 +4 to 6 %.
+    const int64_t half = G * weights.in.size() * int64_t(sizeof(O)) / (2 * team) / kChunkBytes,
+                  chunks = half < 1             ? 1
+                           : half > kMostChunks ? kMostChunks
+                                                : half;
+    chunk_tokens = chunks * kChunkTokens;
+    c_size = chunks * kChunkBytes / int64_t(sizeof(T));
+    if (c_size < B * (G * NR<T>)) c_size = B * (G * NR<T>);
+    x_size = x_in_place() || direct ? 0 : (B > chunk_tokens ? B : chunk_tokens) * ldx;
     C = a.take<T>(team * c_size);
     Q = a.take<T>(team * B * NR<T>);
     X = a.take<O>(team * x_size);
@@ -184,7 +194,7 @@ struct LayerFwd {
           X(layer.X + id * layer.x_size),
           packed_block(layer.block + id * layer.block_size) {
       const int64_t fits = f.c_size / (G * width + kLanes<T>),
-                    tokens = fits < kChunkTokens ? fits : kChunkTokens;
+                    tokens = fits < f.chunk_tokens ? fits : f.chunk_tokens;
       steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
       by_block = steps == 1;
       gate = by_block ? NR<T> : width;
