@@ -173,23 +173,18 @@ SEQ_INLINE void prepare_tiles() {
 // -------------------------------------------------------------------------------------------------------
 
 template <class T>
-using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as a lane
-
-template <class T>
-struct Exp2;  // magic rounds to integer when added and leaves the biased exponent in the low bits
+struct Exp2;
 
 template <>
 struct Exp2<float> {
-  static constexpr float kMagic = 12582912.0f + 127, kLowest = kMagic - 126;
-  static constexpr int kShift = 23;
+  static constexpr float kMagic = Exp<float>::kMagic, kLowest = kMagic - 126;
   // Minimax on |r| <= 1/2, exact at 0: relative error 9.1e-8.
   static constexpr float kC[] = {0.00132647269f, 0.00967151266f, 0.0555073374f,
                                  0.240222421f,   0.693146978f,   1.0f};
 };
 template <>
 struct Exp2<double> {
-  static constexpr double kMagic = 6755399441055744.0 + 1023, kLowest = kMagic - 1022;
-  static constexpr int kShift = 52;
+  static constexpr double kMagic = Exp<double>::kMagic, kLowest = kMagic - 1022;
   static constexpr double kC[] = {1.3691488853904128e-12, 2.5678435993488206e-11,
                                   4.4455382718708116e-10, 7.054911620801123e-09,
                                   1.01780860092397e-07,   1.321548679014431e-06,
@@ -207,10 +202,7 @@ template <class T>
 SEQ_INLINE Vec<T> exp2_of(Vec<T> s, Vec<T> c, Vec<T> ref) {
   using E = Exp2<T>;
   const Vec<T> magic = E::kMagic - ref, z = s * c + magic, r = s * c - (z - magic);
-  Vec<T> y = splat(E::kC[0]);
-  SEQ_UNROLL
-  for (int i = 1; i < int(sizeof(E::kC) / sizeof(T)); i++) y = y * r + E::kC[i];
-  y *= (Vec<T>)((Vec<Word<T>>)z << E::kShift);
+  const Vec<T> y = polynomial<T>(r, E::kC) * power_of_2<T>(z);
   return z < E::kLowest ? Vec<T>{} : y;
 }
 // The nearest integer of |x| < kFar.

@@ -20,8 +20,8 @@ constexpr int MR = 6;  // 16
 template <class D>
 constexpr int NR = 2 * kLanes<Acc<D>>;
 constexpr int64_t KC = 256;
-// Rows of B prefetched: 2 KiB, some 150 cycles; +10 % where panels come from L3.
-constexpr int64_t kAhead = 16;
+// Rows of B prefetched: 4 KiB, some 300 cycles, as long as L3 takes.
+constexpr int64_t kAhead = 32;
 
 SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -37,10 +37,11 @@ template <class D>
 constexpr int kDepth = kPair<D>;
 #endif
 
-// One tile of `rows` x NV vectors. init rows step by ldi (0: the same bias for all rows; null: zero).
+// One tile of `rows` x NV vectors. init rows step by ldi (0: the same bias for all rows; null: zero). `next`
+// is read after b: fetch it.
 template <class D>
-using TileFn = void (*)(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, const Acc<D>* init,
-                        int64_t ldi, Acc<D>* c, int64_t ldc);
+using TileFn = void (*)(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, const D* next,
+                        const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc);
 
 template <class T>
 SEQ_INLINE void multiply_add(Vec<T>& acc, const T* a, const T* b) {
@@ -57,7 +58,7 @@ SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
 
 template <class D, int rows, int NV, bool first>
 static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restrict b, int64_t ldb,
-                 const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc) {
+                 const D* next, const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc) {
   using T = Acc<D>;
   constexpr int W = kLanes<T>,
                 KU = rows == 1   ? 4
@@ -69,9 +70,12 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restr
   // Three rows share one base pointer: x86 addresses base, base + lda and base + 2 lda for free.
   const D* base[kBases];
   SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * lda;
+  constexpr bool fetch = first && rows >= 5;  // with fewer rows the loads themselves run ahead
+  const D* ahead = b + kAhead * ldb * pair;
   auto step = [&](int u) __attribute__((always_inline)) {
-    if constexpr (first && rows >= 5) {  // with fewer rows the loads themselves run ahead
-      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + (kAhead * ldb + v * W) * pair);
+    if constexpr (fetch) {
+      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * W * pair);
+      ahead += ldb * pair;
     }
     SEQ_UNROLL for (int r = 0; r < rows; r++) {
       SEQ_UNROLL for (int v = 0; v < NV; v++)
@@ -85,6 +89,10 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restr
     for (; k + KU * pair <= K; k += KU * pair) {
       SEQ_UNROLL for (int u = 0; u < KU; u++) step(u);
     }
+  }
+  if constexpr (fetch) {
+    _Pragma("GCC unroll 1") for (; k < K - kAhead * pair; k += pair) step(0);
+    ahead = next;
   }
   _Pragma("GCC unroll 1") for (; k < K; k += pair) step(0);
   SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++) {
@@ -181,10 +189,11 @@ SEQ_INLINE void release_tiles() {}
 #endif
 
 // C [M, width] = init + A panel. `width` is the panel's: NR, or half of it for the last panel. K is a
-// multiple of kDepth, both A and the panel padded with zeros.
+// multiple of kDepth, both A and the panel padded with zeros. `next` is the panel that comes after this one,
+// null: the one behind it.
 template <class D>
 static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb,
-                       const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc) {
+                       const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc, const D* next = nullptr) {
 #if defined(__AMX_BF16__)
   if constexpr (sizeof(D) == 2) return amx_panel(M, width, K, a, lda, b, ldb, init, ldi, c, ldc);
 #endif
@@ -192,11 +201,12 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
   int64_t k0 = 0;
   do {
     const int64_t k = K - k0 < kc ? K - k0 : kc;
+    const D* then = next && k0 + k == K ? next : b + (k0 + k) * ldb;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
       const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
       tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), i == 0, std::make_integer_sequence<int, MR>{})(
-          k, a + m * lda + k0, lda, b + k0 * ldb, ldb, from, k0 ? ldc : ldi, c + m * ldc, ldc);
+          k, a + m * lda + k0, lda, b + k0 * ldb, ldb, then, from, k0 ? ldc : ldi, c + m * ldc, ldc);
     }
     k0 += k;
   } while (k0 < K);

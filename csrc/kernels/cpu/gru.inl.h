@@ -16,21 +16,28 @@ struct Gru {
   static constexpr int kSlots = 4, kInputSlot[] = {1, 2, 0}, kRecurrentSlot[] = {1, 2, 3};
   static constexpr bool kDirect = true;  // h_t = ... + z h_{t-1}
 
+  // In two passes, what n's tanh takes and then h_t: see Lstm::fwd.
   template <class S>
   static void fwd(const FwdTile<S>& t) {
     using T = Acc<S>;
     constexpr int W = kLanes<T>;
     for (int64_t b = 0; b < t.rows; b++) {
+      T* C = t.C + b * t.ldc;
+      for (int64_t u = 0; u < t.units; u += W) {
+        const Vec<T> r = sigmoid<T>(load(C + u)), q = load(t.q + b * t.ldq + u);
+        store(C + 2 * t.gate + u, load(C + 2 * t.gate + u) + r * q);
+        if (t.gates) t.save(b, 0, u, r), t.save(b, 3, u, q);
+      }
+    }
+    for (int64_t b = 0; b < t.rows; b++) {
       const T* C = t.C + b * t.ldc;
       for (int64_t u = 0; u < t.units; u += W) {
         const int64_t m = t.units - u;
-        const Vec<T> q = load(t.q + b * t.ldq + u), h_prev = load(t.h_prev + b * t.ldh_prev + u);
-        const Vec<T> r = sigmoid<T>(load(C + u)), z = sigmoid<T>(load(C + t.gate + u));
-        const Vec<T> n = tanh<T>(load(C + 2 * t.gate + u) + r * q);
-        const Vec<T> h = n + z * (h_prev - n);
+        const Vec<T> z = sigmoid<T>(load(C + t.gate + u)), n = tanh<T>(load(C + 2 * t.gate + u));
+        const Vec<T> h = n + z * (load(t.h_prev + b * t.ldh_prev + u) - n);
         store(t.h + b * t.ldh + u, h, m);
         if (t.y) store(t.y + b * t.ldy + u, h, m);
-        if (t.gates) t.save(b, 0, u, r), t.save(b, 1, u, z), t.save(b, 2, u, n), t.save(b, 3, u, q);
+        if (t.gates) t.save(b, 1, u, z), t.save(b, 2, u, n);
       }
     }
   }

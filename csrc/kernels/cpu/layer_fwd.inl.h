@@ -20,7 +20,7 @@ struct FwdTile {
   using T = Acc<S>;
   using O = Operand<S>;
   int64_t rows, units, H;
-  const T* C;  // pre-activations, gate g at column g * gate
+  T* C;  // pre-activations, gate g at column g * gate; may be overwritten
   int64_t ldc, gate;
   const T* q;  // GRU: W_hn h + b_hn
   int64_t ldq;
@@ -209,6 +209,12 @@ struct LayerFwd {
       return f.once ? packed_block + (G * weights.in.depth() + g * weights.rec.depth()) * NR<T>
                     : weights.recurrent(d, g, j);
     }
+    // What step s reads after this panel; at its end, what the next step reads first.
+    const O* next_panel(int64_t s, int g, int64_t j) const {
+      const int64_t first = j0 * G, last = j1 * G - 1, n = j * G + g + (s % 2 ? -1 : 1);
+      const int64_t at = n < first ? first : n > last ? last : n;
+      return recurrent_panel(int(at % G), at / G);
+    }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
 
     void run() {
@@ -326,15 +332,15 @@ struct LayerFwd {
           if (by_block) project(t, t + 1, j, j + 1);
           T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
           const int64_t w = weights.rec.width(j);
-          for (int i = 0; i < G; i++) {
-            const int g = s % 2 ? G - 1 - i : i;
-            const O* panel = recurrent_panel(g, j);
+          for (int k = 0; k < G; k++) {
+            const int g = s % 2 ? G - 1 - k : k;
+            const O *panel = recurrent_panel(g, j), *next = next_panel(s, g, j);
             if (g == Cell::kSplitGate)
               gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q,
-                         NR<T>);
+                         NR<T>, next);
             else
               gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, block + g * gate, ldc,
-                         block + g * gate, ldc);
+                         block + g * gate, ldc, next);
           }
           epilogue(s, t, n, j, block);
         }
@@ -373,7 +379,7 @@ struct LayerFwd {
       }
     }
 
-    void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, const T* block) {
+    void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, T* block) {
       const int64_t u = j * NR<T>, token = seq.token(t) + r0, D = p.D;
       FwdTile<S> tile{};
       tile.rows = n, tile.units = f.H - u < NR<T> ? f.H - u : NR<T>, tile.H = f.H;

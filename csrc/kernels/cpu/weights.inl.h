@@ -32,9 +32,12 @@ struct ForwardWeights {
         proj{P, H} {}
 
   int64_t size() const { return G * (in.size() + rec.size()) + (projected ? proj.size() : 0); }
-  O* input(int d, int g, int64_t j) const { return panels[d] + g * in.size() + in.offset(j); }
+  // All gates of a block of units lie side by side: one stream for the prefetchers.
+  O* input(int d, int g, int64_t j) const {
+    return panels[d] + G * in.offset(j) + g * in.depth() * in.width(j);
+  }
   O* recurrent(int d, int g, int64_t j) const {
-    return panels[d] + G * in.size() + g * rec.size() + rec.offset(j);
+    return panels[d] + G * (in.size() + rec.offset(j)) + g * rec.depth() * rec.width(j);
   }
   O* projection(int d, int64_t j) const { return panels[d] + G * (in.size() + rec.size()) + proj.offset(j); }
 
@@ -55,10 +58,8 @@ struct ForwardWeights {
   // Neighbouring units go to one thread: with units split over all threads they are its own.
   void pack_panels(int d, int rank, int size) const {
     const Weights<const void*>& w = p.w[d];
-    for (int g = 0; g < G; g++) {
-      for (int64_t j = in.count() * rank / size; j < in.count() * (rank + 1) / size; j++)
-        pack_block(d, g, j, input(d, g, j), recurrent(d, g, j));
-    }
+    for (int64_t j = in.count() * rank / size; j < in.count() * (rank + 1) / size; j++)
+      for (int g = 0; g < G; g++) pack_block(d, g, j, input(d, g, j), recurrent(d, g, j));
     for (int64_t j = rank; projected && j < proj.count(); j += size)
       pack_panel(static_cast<const S*>(w.w_hr) + j * NR<O> * H, H, P - j * NR<O>, H, projection(d, j),
                  proj.width(j));
