@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
+from threading import Lock
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def swap_(
         raise ValueError(f"on_unsupported must be 'keep' or 'raise', got {on_unsupported!r}")
     decisions = []
     for name, module in _modules(model):
-        if _class(module) in TORCHS:
+        if _kind_of_ours(module):
             continue
         reason = _why_keep(module)
         if filter_fn is not None and not filter_fn(name, module):
@@ -99,6 +100,10 @@ def unswap_(model: Module) -> Module:
     return model
 
 
+_patching = Lock()
+_patches: list[Callable[[], None]] = []  # what undoes it, once for each patch() that is active
+
+
 @contextmanager
 def patch() -> Iterator[None]:
     """Inside, in the whole process, torch.nn.LSTM, GRU, RNN, cells and MultiheadAttention become ours when
@@ -108,17 +113,30 @@ def patch() -> Iterator[None]:
     Our LSTM, GRU and RNN are no instances of torch.nn's: code that asks isinstance for those does not see
     them; then build the model first and `swap_` it afterwards.
     """
+    with _patching:
+        _patches.append(_patches[0] if _patches else _patch())
+    try:
+        yield
+    finally:
+        with _patching:
+            undo = _patches.pop()
+            if not _patches:  # whoever came first: threads end in any order
+                undo()
+
+
+def _patch() -> Callable[[], None]:
     constructors = {cls: cls.__init__ for cls in (*OURS, TransformerEncoderLayer, TransformerEncoder)}
     sdpa = F.scaled_dot_product_attention
     for cls, init in constructors.items():
         cls.__init__ = _swapping(cls, init)
     F.scaled_dot_product_attention = attention.scaled_dot_product_attention
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         F.scaled_dot_product_attention = sdpa
         for cls, init in constructors.items():
             cls.__init__ = init
+
+    return undo
 
 
 def _swapping(cls: type[Module], init: Callable[..., None]) -> Callable[..., None]:
@@ -159,7 +177,7 @@ def explain(module: Module, *inputs, **kwargs) -> str:
             for hook in hooks:
                 hook.remove()
     else:
-        seen = {name: {"input": next(m.parameters())} for name, m in modules.items()}
+        seen = {name: _call_with(_weight(m)) for name, m in modules.items()}
     lines = [f"{name or '(model)'}: {_explain(m, seen.get(name))}" for name, m in modules.items()]
     return "\n".join(lines) if lines else f"there is nothing to swap in {type(module).__name__}"
 
@@ -167,8 +185,9 @@ def explain(module: Module, *inputs, **kwargs) -> str:
 def _recorder(seen: dict[str, Call], name: str) -> Callable:
     def record(module: Module, args: tuple, kwargs: dict) -> None:
         attends = isinstance(module, torch.nn.MultiheadAttention)
-        input = args[0] if args else kwargs["query" if attends else "input"]
-        call = {"input": input.data if isinstance(input, PackedSequence) else input}
+        input = args[0] if args else kwargs.get("query" if attends else "input")
+        input = input.data if isinstance(input, PackedSequence) else input
+        call = _call_with(input if isinstance(input, Tensor) else _weight(module))
         if _class(module) is nn.MultiheadAttention:
             call |= signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
         seen[name] = call
@@ -176,10 +195,19 @@ def _recorder(seen: dict[str, Call], name: str) -> Callable:
     return record
 
 
+def _call_with(input: Tensor) -> Call:
+    device, dtype = input.device.type, input.dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return {"input": input, "dtype": str(dtype).removeprefix("torch.")}
+
+
 def _explain(module: Module, call: Call | None) -> str:
-    cls = _class(module)
-    if cls not in TORCHS:
-        return f"torch's {cls.__name__}, " + (_why_keep(module) or "not swapped yet: seqkernels.swap_(model)")
+    cls = _kind_of_ours(module)
+    if cls is None:
+        reason = _why_keep(module) or "not swapped yet: seqkernels.swap_(model)"
+        return f"torch's {_class(module).__name__}, {reason}"
     if call is None:
         return f"seqkernels.{cls.__name__}, not called"
     x = call["input"]
@@ -189,7 +217,7 @@ def _explain(module: Module, call: Call | None) -> str:
         reason = support.why_torch(x)
     if reason:
         return f"seqkernels.{cls.__name__}, but torch runs: {reason}"
-    isa, dtype = torch.ops.seqkernels.get_isa(), str(x.dtype).removeprefix("torch.")
+    isa, dtype = torch.ops.seqkernels.get_isa(), call["dtype"]
     if support.on_gpu(x):
         plan = _cuda_plan(module, x) if cls is not nn.MultiheadAttention else _attention_plan(module, call)
         return f"seqkernels.{cls.__name__} on cuda, {dtype}, {plan}"
@@ -247,12 +275,25 @@ def _class(module: Module) -> type[Module]:
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
+def _kind_of_ours(module: Module) -> type[Module] | None:
+    """The class of ours that `module` is of, maybe by a subclass that somebody derived."""
+    return next((cls for cls in type(module).__mro__ if cls in TORCHS), None)
+
+
 def _change_class(module: Module, to: Classes) -> None:
     cls = to[_class(module)]
-    if is_parametrized(module):
-        type(module).__bases__ = (cls,)
-    else:
-        module.__class__ = cls
+    if is_parametrized(module):  # a copy of the class between, because copies of the module share it
+        between = {name: v for name, v in vars(type(module)).items() if name not in _OF_THE_TYPE}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), between)
+    module.__class__ = cls
+
+
+_OF_THE_TYPE = ("__dict__", "__weakref__", "__doc__")
+
+
+def _weight(module: Module) -> Tensor:
+    """A parameter that says the dtype and device, as good as any; tensors may have taken the place of all."""
+    return next(module.parameters(), torch.empty(0))
 
 
 def _why_keep(module: Module) -> str | None:
@@ -263,7 +304,7 @@ def _why_keep(module: Module) -> str | None:
     cls = _class(module)
     if cls in OURS:
         why = support.why_torch_attends if cls is torch.nn.MultiheadAttention else support.why_torch
-        return why(next(module.parameters()))
+        return why(_weight(module))
     base = next((b for b in cls.__mro__ if b in OURS), None)
     if base is None or cls.forward is not base.forward:
         return f"{cls.__name__} has its own forward"

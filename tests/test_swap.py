@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import GRU as GRU_IMPORTED_BY_NAME
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import seqkernels
@@ -196,6 +196,51 @@ def test_parametrized_modules_swap():
     assert torch.equal(model(x)[0], expected[0])
 
 
+def test_copies_of_a_parametrized_module_swap_each_for_itself():
+    """They share the class that the parametrization made."""
+    x, plain = torch.randn(5, 2, 3), parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0")
+    model = nn.ModuleList([copy.deepcopy(plain), copy.deepcopy(plain)])
+    expected = plain(x)
+    assert len(seqkernels.swap_(model).swapped) == 2
+    assert isinstance(plain, nn.GRU)
+    assert all(isinstance(m, seqkernels.GRU) for m in model)
+    seqkernels.unswap_(model[0])
+    assert [isinstance(m, nn.GRU) for m in model] == [True, False]
+    parametrize.remove_parametrizations(model[1], "weight_hh_l0")
+    assert type(model[1]) is seqkernels.GRU
+    for module in (plain, *model):
+        assert_close(module(x), expected)
+
+
+class OursDerived(seqkernels.LSTM):
+    pass
+
+
+class OurCellDerived(seqkernels.GRUCell):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+def test_what_is_derived_from_ours_is_ours():
+    model = nn.ModuleList([OursDerived(3, 4), OurCellDerived(3, 4)])
+    assert not seqkernels.swap_(model, on_unsupported="raise")
+    assert explain_kinds(model) == ["seqkernels.LSTM", "seqkernels.GRUCell"]
+    seqkernels.unswap_(model)
+    assert [type(m) for m in model] == [OursDerived, OurCellDerived]
+    assert explain_kinds(seqkernels.LSTMCell(3, 4)) == ["seqkernels.LSTMCell"]
+
+
+def test_modules_whose_weights_are_plain_tensors_swap():
+    model, x = nn.RNN(3, 4, bias=False), torch.randn(5, 2, 3)
+    expected = model(x)
+    for name, parameter in dict(model.named_parameters()).items():
+        delattr(model, name)
+        setattr(model, name, parameter.detach())
+    assert len(seqkernels.swap_(model).swapped) == 1
+    assert explain_kinds(model) == ["seqkernels.RNN"]
+    assert_close(model(x), expected)
+
+
 def explain_kinds(model: nn.Module) -> list[str]:
     return [line.split(": ")[1].split(" on ")[0] for line in seqkernels.explain(model).splitlines()]
 
@@ -220,6 +265,18 @@ def test_patch():
     assert [type(m) for m in outside] == [nn.LSTM, nn.GRU, nn.GRUCell]
 
 
+def test_patches_may_end_in_any_order():
+    """As those of several threads do."""
+    first, second = seqkernels.patch(), seqkernels.patch()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert type(nn.LSTM(3, 4)) is seqkernels.LSTM
+    second.__exit__(None, None, None)
+    assert type(nn.LSTM(3, 4)) is nn.LSTM
+    assert nn.functional.scaled_dot_product_attention is not seqkernels.scaled_dot_product_attention
+
+
 def test_patch_keeps_the_initial_weights_and_ends_with_an_exception():
     torch.manual_seed(0)
     plain = nn.LSTM(3, 4)
@@ -240,6 +297,10 @@ def test_explain():
         "theirs: torch's GRU, not swapped yet: seqkernels.swap_(model)",
         "own: torch's OwnForward, OwnForward has its own forward",
     ]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert seqkernels.explain(model["ours"], torch.zeros(5, 2, 3)).split(", ")[1] == "bfloat16"
+    named = seqkernels.explain(model["own"], x=torch.zeros(5, 2, 3))
+    assert named == "(model): torch's OwnForward, OwnForward has its own forward"
     assert seqkernels.explain(nn.Linear(1, 1)) == "there is nothing to swap in Linear"
 
 
