@@ -470,6 +470,13 @@ def test_an_older_run_that_cannot_be_read_is_told_before_measuring(tmp_path, cap
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_measuring(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "run_cases", None)
+    assert main(arguments(tmp_path / "file")) == 2
+    assert f"--out {tmp_path / 'file'}: " in capsys.readouterr().out
+
+
 def test_an_empty_choice_says_so(capsys):
     assert main(["--filter", "transformer"]) == 2
     assert "transformer" in capsys.readouterr().out
@@ -477,7 +484,18 @@ def test_an_empty_choice_says_so(capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(cases.select("all"))
 
 
-@pytest.mark.parametrize("bad", [["--threads", "0"], ["--budget", "-1"], ["--suite", "everything"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--threads", "0"],
+        ["--threads", "99999999999"],
+        ["--budget", "-1"],
+        ["--budget", "nan"],
+        ["--budget", "inf"],
+        ["--suite", "everything"],
+    ],
+    ids=" ".join,
+)
 def test_bad_arguments(bad, capsys):
     with pytest.raises(SystemExit) as stop:
         command.parse(bad)

@@ -25,6 +25,7 @@ EXTRAS = {
     "onnx": "ONNX Runtime in the comparison",
     "onnxruntime": "ONNX Runtime in the comparison",
 }
+MOST = 10_000  # threads, or seconds a case; nan and inf are more
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def positive(kind: type) -> type:
     def convert(text: str) -> float:
         value = kind(text)
-        if value <= 0:
+        if not 0 < value <= MOST:
             raise ValueError
         return value
 
@@ -73,11 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # before hours of measuring, not after
         print(f"--compare {args.compare}: {error}")
         return 2
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    folder = args.out or Path("bench-reports") / started.replace(":", "").replace(" ", "-")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {folder}: {error}")
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
 
     console = Console()
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
     command = (
         f"seqkernels bench --suite {args.suite} --threads {torch.get_num_threads()} --budget {args.budget:g}"
     )
@@ -99,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.summary(report)
     console.changes(report)
 
-    folder = args.out or Path("bench-reports") / started.replace(":", "").replace(" ", "-")
     console.print()
     for file in write(report, folder, page=not on_gpu):
         console.print(f"wrote {file}")
