@@ -21,7 +21,7 @@ class Ragged:
 
     def pad(self, packed: Tensor) -> Tensor:
         """Zeros beyond each length."""
-        rows = packed.new_zeros(self.shape.numel(), packed.size(1))
+        rows = packed.new_zeros(self.shape[0] * self.shape[1], packed.size(1))  # numel() fixes dynamic sizes
         return rows.index_copy(0, self.tokens, packed).unflatten(0, self.shape)
 
     def sort(self, state: Tensor) -> Tensor:
@@ -31,11 +31,15 @@ class Ragged:
         return state.index_select(1, self.order.argsort())
 
 
+def _counts(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def from_lengths(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged | None:
     """None when every row is as long as the padding, so that the dense path serves."""
     shape = padded.shape[:2]
     B, T = shape if batch_first else shape[::-1]
-    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if lengths.shape != (B,) or not _counts(lengths.dtype):
         raise ValueError(
             f"lengths must be integers of shape [{B}], got {lengths.dtype} of shape {list(lengths.shape)}"
         )

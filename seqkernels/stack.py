@@ -68,8 +68,12 @@ def run(
 
     why_torch: the reason, if there are no kernels for x.
     """
+    for name, extra in (("batch_sizes", batch_sizes), ("lengths", lengths), ("resets", resets)):
+        if not (extra is None or isinstance(extra, Tensor)):
+            raise TypeError(f"{name} must be a tensor, got {type(extra).__name__}")
     if sum(a is not None for a in (batch_sizes, lengths, resets)) > 1:
         raise ValueError("packed input, lengths= and resets= exclude each other, got more than one of them")
+    _check_counts(cell, config, states, weights)
     batch_first = config.batch_first and batch_sizes is None
     if batch_sizes is None and x.size(1 if batch_first else 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -90,6 +94,9 @@ def run(
 
     rows = None if lengths is None else ragged.from_lengths(lengths, x, batch_first)
     if rows is not None:
+        if any(s.size(1) != lengths.size(0) for s in states):
+            got = [s.size(1) for s in states]
+            raise ValueError(f"expected states of {lengths.size(0)} rows, as many as lengths, got {got}")
         x, states, batch_sizes = rows.pack(x), [rows.sort(s) for s in states], rows.batch_sizes
     elif batch_first:
         x = x.transpose(0, 1)
@@ -112,6 +119,18 @@ def run(
     return outputs, finals
 
 
+def _check_counts(cell: Cell, config: Config, states: States | None, weights: Sequence[Tensor]) -> None:
+    if config.num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {config.num_layers}")
+    if states is not None and len(states) != cell.states:
+        raise ValueError(f"expected {cell.states} initial states, got {len(states)}")
+    D = 2 if config.bidirectional else 1
+    if len(weights) < 2 * D * config.num_layers or len(weights) % (config.num_layers * D):
+        raise ValueError(
+            f"expected equally many weights for {config.num_layers} x {D} layers, got {len(weights)} tensors"
+        )
+
+
 def _native_layer(cell: Cell, config: Config, return_cells: bool) -> Callable:
     if cell is LSTM:
         return partial(cell.layer, recompute=config.recompute, return_cells=return_cells)
@@ -130,10 +149,6 @@ def _layers(
 ) -> tuple[list[Tensor], States]:
     D = 2 if config.bidirectional else 1
     per_layer = len(weights) // config.num_layers
-    if per_layer < 2 * D or len(weights) % (config.num_layers * D):
-        raise ValueError(
-            f"expected equally many weights for {config.num_layers} x {D} layers, got {len(weights)} tensors"
-        )
     if any(s.size(0) != config.num_layers * D for s in states):
         rows = [s.size(0) for s in states]
         raise ValueError(f"expected states of {config.num_layers} x {D} layers, got {rows}")

@@ -101,10 +101,11 @@ def test_lengths_of_an_unbatched_input(kind):
         (torch.tensor([[1, 2, 3, 4]]), r"got torch.int64 of shape \[1, 4\]"),
         (torch.tensor([1.0, 2.0, 3.0, 4.0]), r"got torch.float32"),
         (torch.ones(4, dtype=torch.bool), r"got torch.bool"),
+        (torch.ones(4, dtype=torch.complex64), r"got torch.complex64"),
         (torch.tensor([1, 2, 7, 3]), r"lengths must lie between 0 and T = 6, got values from 1 to 7"),
         (torch.tensor([1, -2, 3, 3]), r"got values from -2 to 3"),
     ],
-    ids=["too few", "2-D", "float", "bool", "too long", "negative"],
+    ids=["too few", "2-D", "float", "bool", "complex", "too long", "negative"],
 )
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_bad_lengths(lengths, message, batch_first):
@@ -175,6 +176,32 @@ def test_resets_of_an_unbatched_input(kind):
 def test_bad_resets(resets):
     with pytest.raises(ValueError, match=r"resets must be torch.bool of shape \[6, 4\], got"):
         module_of("LSTM")(padded(False), resets=resets)
+
+
+@pytest.mark.parametrize("extra", [{"lengths": [6, 5, 4, 1]}, {"lengths": 3}, {"resets": [[True]]}], ids=str)
+def test_extras_are_tensors(extra):
+    name, value = next(iter(extra.items()))
+    for x in (padded(False), padded(False)[:, 0]):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(value).__name__}"):
+            module_of("GRU")(x, **extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"lengths": torch.tensor([3])},
+            r"lengths of an unbatched input must have the shape \[\], got \[1\]",
+        ),
+        ({"resets": torch.tensor(True)}, r"resets of an unbatched input must have the shape \[6\], got \[\]"),
+        ({"resets": torch.zeros(T, 1, dtype=torch.bool)}, r"must have the shape \[6\], got \[6, 1\]"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_bad_extras_of_an_unbatched_input(extra, message, batch_first):
+    with pytest.raises(ValueError, match=message):
+        module_of("GRU", batch_first=batch_first)(padded(False)[:, 0], **extra)
 
 
 @kinds
@@ -302,6 +329,9 @@ def changes():
     def assigned(module):
         module.load_state_dict({n: p * 3 for n, p in module.state_dict().items()}, assign=True)
 
+    def elsewhere(module):
+        module.weight_hh_l0.data = torch.randn_like(module.weight_hh_l0)
+
     def parameter(module):
         module.weight_ih_l1 = nn.Parameter(torch.randn_like(module.weight_ih_l1))
 
@@ -311,7 +341,7 @@ def changes():
     def reset(module):
         module.reset_parameters()
 
-    return [in_place, optimizer, state, assigned, parameter, dtype, reset]
+    return [in_place, optimizer, state, assigned, elsewhere, parameter, dtype, reset]
 
 
 @kinds
@@ -353,6 +383,15 @@ def test_packed_weights_are_left_out_of_calls_that_cannot_use_them(kind):
         result = torch.func.functional_call(module, weights, (x,))[0]
         module.load_state_dict(weights)
         assert_close(module(x)[0], result)
+
+
+def test_weights_that_do_not_lie_contiguously_are_packed():
+    module, x = seqkernels.GRU(I, H), torch.randn(T, B, I)
+    module.weight_hh_l0 = nn.Parameter(torch.stack([module.weight_hh_l0.detach()] * 2, -1)[..., 0])
+    with torch.no_grad():
+        expected = module(x)[0]
+        assert torch.equal(module.prepack_()(x)[0], expected)
+    assert module._prepacked is not None
 
 
 def test_copies_are_without_packed_weights():

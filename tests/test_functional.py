@@ -87,9 +87,17 @@ def test_mistakes_are_told(kind):
     for error, match, args, kwargs in (
         (ValueError, counts(1, 0), (x, hx, []), {}),
         (ValueError, counts(3, len(weights)), (x, hx, weights), {"num_layers": 3}),
+        (ValueError, "num_layers must be greater than zero, got 0", (x, hx, weights), {"num_layers": 0}),
         (ValueError, r"expected states of 1 x 1 layers, got \[2", (x, twice, weights), {}),
         (RuntimeError, "larger than 0", (x[:0], hx, weights), {}),
         (RuntimeError, "same batch size", (x[:, :2], hx, weights), {}),
+        (
+            ValueError,
+            r"states of 2 rows, as many as lengths, got \[3",
+            (x[:, :2], hx, weights),
+            {"lengths": torch.tensor([1, 2])},
+        ),
+        (TypeError, "batch_sizes must be a tensor, got list", (x[0], hx, weights), {"batch_sizes": [3]}),
         (RuntimeError, "expected", (x, narrow, weights), {}),
         (RuntimeError, "expected", (x[..., :4], hx, weights), {}),
         (RuntimeError, "dtype", (x.double(), hx, weights), {}),
@@ -97,6 +105,13 @@ def test_mistakes_are_told(kind):
     ):
         with pytest.raises(error, match=match):
             function(kind, *args, **kwargs)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_wrong_number_of_states(count):
+    hx = (torch.zeros(1, 3, 7),) * count
+    with pytest.raises(ValueError, match=f"expected 2 initial states, got {count}"):
+        functional.lstm(torch.randn(4, 3, 5), hx, nn.LSTM(5, 7)._flat_weights)
 
 
 def test_unknown_nonlinearity():

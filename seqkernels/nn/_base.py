@@ -33,7 +33,7 @@ class Recurrent(RNNBase):
     """Layers of one kind of cell. Serves as the `stack.Config` of its own call."""
 
     recompute = False
-    _prepacked: tuple[list[tuple[Tensor, int]], list[Tensor]] | None = None
+    _prepacked: tuple[list[tuple[Tensor, list[int]]], list[Tensor]] | None = None
 
     _torch: type[RNNBase]
 
@@ -63,9 +63,10 @@ class Recurrent(RNNBase):
         """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, self._flat_weights_names[0])
-        if reason := support.why_torch(x):
-            return None if extras else reason  # torch knows no extras: the reference stands in, on any device
-        casts = torch.is_autocast_enabled(x.device.type)
+        if not extras and (reason := support.why_torch(x)):
+            return reason  # torch knows no extras: there the reference stands in, on any device
+        device = x.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
         def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
             return t.shape == shape and t.device == weight.device and (casts or t.dtype == weight.dtype)
@@ -128,12 +129,12 @@ class Recurrent(RNNBase):
         batch_dim = 0 if self.batch_first else 1
         unbatched = not packed and x.dim() == 2
         if unbatched:
+            lengths = _of_one_row("lengths", lengths, [], 0)
+            resets = _of_one_row("resets", resets, [x.size(0)], batch_dim)
             x = x.unsqueeze(batch_dim)
-            states = states and [s.unsqueeze(1) for s in states]
-            lengths = None if lengths is None else lengths.unsqueeze(0)
-            resets = None if resets is None else resets.unsqueeze(batch_dim)
-        if order is not None:
-            states = states and [s.index_select(1, order) for s in states]
+            states = None if states is None else [s.unsqueeze(1) for s in states]
+        if order is not None and states is not None:
+            states = [s.index_select(1, order) for s in states]
         outputs, states = stack.run(
             self._cell(),
             self,
@@ -160,15 +161,17 @@ class Recurrent(RNNBase):
 
         The packs serve calls that want no gradients, outside autocast and torch.compile. A call that wants
         gradients of the weights drops them; so do `unprepack_()`, `.to()`, load_state_dict, and any change
-        of a weight that torch's version counter sees. Writing to `weight.data` is not seen: unprepack first.
+        of a weight that torch's version counter sees. Writing into `weight.data`, or into weights made in
+        inference mode, is not seen: unprepack first.
         Copies and pickles of the module are without packs.
         """
         weights = self._weights()
         per_layer = len(weights) // self.num_layers
         gates, bidirectional = self._cell().gates, self.bidirectional
         with torch.no_grad():
+            rows = [w.contiguous() for w in weights]
             packs = [
-                torch.ops.seqkernels.rnn_pack(weights[i : i + per_layer], gates, bidirectional)
+                torch.ops.seqkernels.rnn_pack(rows[i : i + per_layer], gates, bidirectional)
                 for i in range(0, len(weights), per_layer)
             ]
         self._prepacked = [(w, _version(w)) for w in weights], packs
@@ -180,9 +183,10 @@ class Recurrent(RNNBase):
         return self
 
     def _fresh_packs(self) -> list[Tensor] | None:
-        if self._prepacked is None or torch.compiler.is_compiling():
+        prepacked = self._prepacked  # read once: another thread may drop them
+        if prepacked is None or torch.compiler.is_compiling():
             return None
-        packed_from, packs = self._prepacked
+        packed_from, packs = prepacked
         trains = torch.is_grad_enabled() and any(w.requires_grad for w in self._flat_weights)
         same = all(
             w is was and _version(w) == version
@@ -203,8 +207,18 @@ class Recurrent(RNNBase):
         return state
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _version(weight: Tensor) -> list[int]:
+    """Changes with the contents, and where they lie: `weight.data = other` counts as no new version."""
+    return [0 if weight.is_inference() else weight._version, weight.data_ptr()]
+
+
+def _of_one_row(name: str, extra: Tensor | None, shape: list[int], batch_dim: int) -> Tensor | None:
+    """What comes with an unbatched input of the given shape, as that of a batch of one row."""
+    if not isinstance(extra, Tensor):
+        return extra  # None, or what `stack.run` refuses
+    if list(extra.shape) != shape:
+        raise ValueError(f"{name} of an unbatched input must have the shape {shape}, got {list(extra.shape)}")
+    return extra.unsqueeze(batch_dim)
 
 
 def leave_to_torch(
