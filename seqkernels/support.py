@@ -41,7 +41,7 @@ def _why_torch_alone() -> str | None:
         return "torch.jit.trace, and the ONNX export on top of it, know torch's operators only"
     if forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivatives"
-    return None
+    return "the kernels do not know torch.vmap" if _inside_vmap() else None
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -58,9 +58,7 @@ def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) ->
         return reason
     if dropout_p and not on_gpu(query):
         return "the attention kernels for cpu tensors have no dropout"
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return None
-    return "the attention kernels do not know torch.vmap" if _inside_vmap() else None
+    return None
 
 
 def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
@@ -69,6 +67,8 @@ def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 
 
 def _inside_vmap() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
     vmap = torch._C._functorch.TransformType.Vmap
     return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
 

@@ -326,7 +326,7 @@ def test_transforms_of_functions(monkeypatch):
     with sdpa_kernel(SDPBackend.MATH):
         assert_close(tangent, torch.func.jvp(b, (x[0],), (y[0],)))
     monkeypatch.setattr(support, "_told", set())
-    with pytest.warns(UserWarning, match="the attention kernels do not know torch.vmap"):
+    with pytest.warns(UserWarning, match="the kernels do not know torch.vmap"):
         torch.func.vmap(a)(x)
 
 

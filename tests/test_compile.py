@@ -81,6 +81,22 @@ def test_dropout_in_one_graph(kind):
     assert_close(compiled(x), module(x))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *CELLS])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_torch_func_grad_in_one_graph(kind, frozen):
+    """Dynamo forgets that the argument itself wants a gradient."""
+    module = getattr(seqkernels, kind)(5, 7).requires_grad_(not frozen)
+    x = torch.randn(*((3, 5) if kind in CELLS else (4, 3, 5)))
+    gradient = torch.func.grad(lambda x: tree_leaves(module(x))[0].sin().sum())
+    assert_close(in_one_graph(gradient)(x), gradient(x))
+
+
+def test_torch_func_grad_of_attention_in_one_graph():
+    attend = seqkernels.scaled_dot_product_attention
+    gradient, x = torch.func.grad(lambda x: attend(x, x, x).sin().sum()), torch.randn(2, 3, 4, 5)
+    assert_close(in_one_graph(gradient)(x), gradient(x))
+
+
 @cells
 def test_cells_train_in_one_graph(kind):
     module = getattr(seqkernels, kind)(5, 7)
@@ -172,8 +188,12 @@ class WithLengths(nn.Module):
 @kinds
 def test_export_with_lengths(kind):
     module = WithLengths(getattr(seqkernels, kind)(5, 7))
-    x = torch.randn(4, 3, 5)
-    program = export(module, (x, torch.tensor([4, 0, 2])))
-    for lengths in ([1, 3, 4], [4, 4, 4]):
-        lengths = torch.tensor(lengths)
+    time, rows = Dim("time"), Dim("rows")
+    program = export(
+        module,
+        (torch.randn(4, 3, 5), torch.tensor([4, 0, 2])),
+        dynamic_shapes={"x": {0: time, 1: rows}, "lengths": {0: rows}},
+    )
+    for T, lengths in ((4, [1, 3, 4]), (4, [4, 4, 4]), (7, [2, 0, 7, 1, 5])):
+        x, lengths = torch.randn(T, len(lengths), 5), torch.tensor(lengths)
         assert_close(program.module()(x, lengths), module(x, lengths))

@@ -196,6 +196,23 @@ def test_torch_func_grad(kind):
     assert_close(torch.func.grad(ours, every)(*problem.inputs), expected)
 
 
+@pytest.mark.parametrize("grads", [1, 3])
+@kinds
+def test_batched_gradients(kind, grads):
+    """is_grads_batched, as torch.autograd.functional.jacobian(vectorize=True) asks for it."""
+    problem, inputs = Problem(kind, bidirectional=True), cell_inputs(kind)
+    for function, leaves in (
+        (partial(problem.call, LAYERS[kind][0]), problem.inputs),
+        (CELLS[kind][0], inputs),
+    ):
+        output = function(*leaves)
+        output = output if isinstance(output, Tensor) else output[0]
+        slopes = torch.randn(grads, *output.shape, dtype=output.dtype)
+        batched = torch.autograd.grad(output, leaves, slopes, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(output, leaves, slope, retain_graph=True) for slope in slopes]
+        assert_close(batched, tuple(torch.stack(g) for g in zip(*single, strict=True)))
+
+
 def native_calls(kind: str, shape: dict, dtype: torch.dtype):
     """(op, args) of forward and backward of a layer, as the autograd.Function makes them."""
     problem = Problem(kind, **shape)

@@ -1,6 +1,7 @@
 """What the kernels cannot do is done by torch, and said."""
 
 import io
+import re
 import warnings
 from unittest import mock
 
@@ -100,6 +101,33 @@ def test_forward_mode_derivatives(kind):
     assert tangents[0].abs().max() > 0
     assert_close(*tangents)
     assert_close(*(torch.func.jvp(lambda x, m=m: m(x)[0], (x,), (direction,)) for m in (ours, theirs)))
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(kind):
+    """Gradients of single samples: what torch can do of it, which is the LSTM, and else its errors."""
+    ours, theirs = twins(kind, 3, 4)
+    names = [name for name, _ in ours.named_parameters()]
+    x = torch.randn(6, *sample(kind).shape)
+
+    def gradients(module: nn.Module):
+        def loss(weights, x):
+            output = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
+            return output[0].sin().sum()
+
+        weights = [w.detach() for w in module.parameters()]
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+
+    try:
+        expected = gradients(theirs)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            gradients(ours)
+        return
+    with pytest.warns(UserWarning, match="falls back to torch: the kernels do not know torch.vmap"):
+        result = gradients(ours)
+    assert_close(result, expected)
 
 
 @every_kind

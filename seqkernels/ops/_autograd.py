@@ -29,7 +29,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def unit_last_stride(x: Tensor) -> Tensor:
     """The kernels walk time and batch by strides and read features as they lie: no copy of a transposed x."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    if x.stride(-1) != 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    # Dynamo believes that the argument of a torch.func.grad wants no gradient; what an op returns does.
+    return x.view_as(x) if torch._C._are_functorch_transforms_active() else x
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -61,9 +64,16 @@ def keep_none_grads(ctx) -> None:
         ctx.set_materialize_grads(False)
 
 
-def create_graph() -> bool:
-    """In backward: the gradients will themselves be differentiated, which native calls do not allow."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def beyond_native(*grads: Tensor | None) -> bool:
+    """In backward: the gradients will themselves be differentiated, or come in batches (is_grads_batched)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(g is not None and _is_batched(g) for g in grads)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
 
 def differentiate(

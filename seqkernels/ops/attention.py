@@ -43,7 +43,8 @@ def attention(
     Query i sees key j when -left <= j - i - offset <= right; offset is 0, or the number of keys less that of
     queries if bottom_right. Gradients of out and lse for q, k, v, a float mask and sinks.
     """
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+    apart = q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1
+    if apart or torch._C._are_functorch_transforms_active():
         q, k, v = map(ag.unit_last_stride, (q, k, v))
     if mask is not None:
         mask = _readable(mask, q)
@@ -118,7 +119,7 @@ class _Attention(ag.Function):
         q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks = tensors
         dropout, max_q, max_k = ctx.options
         need_dmask = ctx.needs_input_grad[3]
-        if ag.create_graph():
+        if ag.beyond_native(dout, dlse):
             if dropout:
                 raise RuntimeError("attention with dropout can be differentiated once only")
             dq, dk, dv, dmask, dsinks = _differentiate(ctx, tensors, (dout, dlse), need_dmask)

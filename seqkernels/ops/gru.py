@@ -58,7 +58,8 @@ class _Layer(ag.Function):
 
     @staticmethod
     def backward(ctx, dy, dhn, _):
-        saved, inputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        tensors = ctx.saved_tensors  # once: non-reentrant checkpoints allow no second look
+        saved, inputs = tensors[:4], tensors[4:]
         dx, dh0, *dweights = _gradients(ctx, (dy, dhn), inputs, saved, ctx.bidirectional)
         return dx, dh0, None, None, None, None, *dweights
 
@@ -84,7 +85,7 @@ class _Cell(ag.Function):
 
 def _gradients(ctx, grads, inputs, saved, bidirectional=False):
     """d(x, h0, *weights) from d(y, hn); saved: y, gates, batch_sizes, resets."""
-    if ag.create_graph():
+    if ag.beyond_native(*grads):
 
         def layer(x, h0, *weights):
             return reference.gru_layer(

@@ -70,7 +70,8 @@ class _Layer(ag.Function):
 
     @staticmethod
     def backward(ctx, dy, dhn):
-        saved, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        tensors = ctx.saved_tensors  # once: non-reentrant checkpoints allow no second look
+        saved, inputs = tensors[:3], tensors[3:]
         dx, dh0, *dweights = _gradients(ctx, (dy, dhn), inputs, saved, ctx.relu, ctx.bidirectional)
         return dx, dh0, None, None, None, None, *dweights
 
@@ -96,7 +97,7 @@ class _Cell(ag.Function):
 
 def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
     """d(x, h0, *weights) from d(y, hn); saved: y, batch_sizes, resets."""
-    if ag.create_graph():
+    if ag.beyond_native(*grads):
 
         def layer(x, h0, *weights):
             return reference.rnn_layer(
