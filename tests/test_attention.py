@@ -302,6 +302,13 @@ def test_autocast():
             assert ours(q.double(), k.double(), v.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_tensors_without_memory_are_refused(name):
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(RuntimeError, match="expected one device for all tensors, got"):
+        ours(q, q, q, **{name: torch.zeros(2, device="meta")})
+
+
 def test_double_backward_matches_torchs_math():
     leaves = [torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     results = []

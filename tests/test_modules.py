@@ -339,6 +339,20 @@ def test_malformed_packed_sequences_are_refused(kind, batch_sizes):
             module(x)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *(f"{kind}Cell" for kind in KINDS)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_weights_without_memory_are_refused(kind, grad):
+    """On the meta device, as where nobody has loaded them; inputs too may be elsewhere than weights."""
+    ours, theirs = (getattr(library, kind)(3, 5, device="meta") for library in (seqkernels, nn))
+    here = getattr(seqkernels, kind)(3, 5)
+    x = torch.zeros((2, 3) if "Cell" in kind else (4, 2, 3))
+    hidden = (torch.zeros(2, 5, device="meta") if "Cell" in kind else h.to("meta"),) * 2
+    hx = hidden if "LSTM" in kind else hidden[0]
+    with torch.set_grad_enabled(grad):
+        assert outcome(ours, x) == outcome(theirs, x) != None  # noqa: E711
+        assert outcome(here, x, hx)[0] is RuntimeError
+
+
 @kinds
 def test_wrong_weights_are_refused(kind):
     module = getattr(seqkernels, kind)(3, 5)

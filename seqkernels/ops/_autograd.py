@@ -94,6 +94,17 @@ def new_like(*tensors: Tensor) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in tensors]
 
 
+def check_devices(*tensors: Tensor | None) -> None:
+    """For fakes: one tensor on the meta device calls them, with whatever the others are.
+
+    From tensors on the CPU `new_empty` would make a result of what happens to be in memory.
+    """
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        names = sorted(map(str, devices))
+        raise RuntimeError(f"seqkernels: expected one device for all tensors, got {names}")
+
+
 def gradient_of_x(x: Tensor, needed: bool) -> Tensor:
     """For fakes: what is not needed has size 0."""
     return x.new_empty(x.shape if needed else 0)

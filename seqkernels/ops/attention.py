@@ -191,6 +191,7 @@ class _Weights(ag.Function):
 @torch.library.register_fake("seqkernels::attention_fwd")
 @torch.library.register_fake("seqkernels::paged_attention_fwd")
 def _(q, k, v, *args):
+    ag.check_devices(q, k, v, *(a for a in args if isinstance(a, Tensor)))
     B, Hq, Tq, _ = q.shape
     return q.new_empty(B, Tq, Hq, v.size(3)), _accumulated(q, (B, Hq, Tq))
 

@@ -101,6 +101,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 
 @torch.library.register_fake("seqkernels::gru_layer_fwd")
 def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
+    ag.check_devices(x, h0, *weights)
     tokens, (D, _, H) = x.shape[:-1], h0.shape
     gates = x.new_empty((*tokens, D * 4 * H) if save_gates else 0)
     return x.new_empty(*tokens, D * H), *ag.new_like(h0), gates
@@ -113,4 +114,5 @@ def _(dy, dhn, x, h0, weights, y, gates, batch_sizes, resets, bidirectional, nee
 
 @torch.library.register_fake("seqkernels::gru_cell_fwd")
 def _(x, h, w_ih, w_hh, b_ih, b_hh, save):
+    ag.check_devices(x, h, w_ih, w_hh, b_ih, b_hh)
     return *ag.new_like(h), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

@@ -122,6 +122,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 
 @torch.library.register_fake("seqkernels::lstm_layer_fwd")
 def _(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
+    ag.check_devices(x, h0, c0, *weights)
     tokens, D, H = x.shape[:-1], h0.size(0), c0.size(2)
     hn, cn = ag.new_like(h0, c0)
     cells = x.new_empty((*tokens, D * H) if save_cells else 0, dtype=ag.accumulation_dtype(x.dtype))
@@ -152,4 +153,5 @@ def _(
 
 @torch.library.register_fake("seqkernels::lstm_cell_fwd")
 def _(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    ag.check_devices(x, h, c, w_ih, w_hh, b_ih, b_hh)
     return *ag.new_like(h, c), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

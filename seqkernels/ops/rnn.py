@@ -121,6 +121,7 @@ def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
 
 @torch.library.register_fake("seqkernels::rnn_layer_fwd")
 def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
+    ag.check_devices(x, h0, *weights)
     return x.new_empty(*x.shape[:-1], h0.size(0) * h0.size(2)), *ag.new_like(h0)
 
 
@@ -131,4 +132,5 @@ def _(dy, dhn, x, h0, weights, y, batch_sizes, resets, bidirectional, relu, need
 
 @torch.library.register_fake("seqkernels::rnn_cell_fwd")
 def _(x, h, w_ih, w_hh, b_ih, b_hh, relu):
+    ag.check_devices(x, h, w_ih, w_hh, b_ih, b_hh)
     return x.new_empty(h.shape)
