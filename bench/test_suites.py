@@ -10,12 +10,13 @@ calls them all in turn; here each runs alone, and a machine that slows down in b
 import pytest
 import torch
 
-from seqkernels.bench.cases import SUITES
+from seqkernels.bench.cases import GPU_SUITES, SUITES
 from seqkernels.bench.contestants import CONTESTANTS, contestants_for, make_problem
 
 RUNS = [
     pytest.param(case, name, id=f"{suite}-{name}-{case.name}")
     for suite, cases in SUITES.items()
+    if suite not in GPU_SUITES
     for case in cases
     for name in contestants_for(case)
 ]

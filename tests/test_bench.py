@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,9 +19,25 @@ import pytest
 import torch
 
 from seqkernels import selftest
-from seqkernels.bench import cases, check, command, contestants, engine, main, memory, plots, report, timing
+from seqkernels.bench import (
+    cases,
+    check,
+    command,
+    console,
+    contestants,
+    engine,
+    gpu,
+    gpu_attention,
+    gpu_recurrence,
+    main,
+    memory,
+    plots,
+    report,
+    timing,
+)
 from seqkernels.bench.cases import CELLS, SUITES, Case
 from seqkernels.bench.contestants import ORT, OURS, TORCH, Contestant
+from seqkernels.bench.gpu_recurrence import TORCH_TF32
 
 TINY = Case(cell="lstm", T=5, B=3, I=8, H=16)
 
@@ -31,7 +48,7 @@ TINY = Case(cell="lstm", T=5, B=3, I=8, H=16)
 def test_names_are_unique_and_filters_find_them():
     chosen = cases.select("all")
     assert len({case.name for _, case in chosen}) == len(chosen)
-    assert {suite for suite, _ in chosen} == set(SUITES) - {"quick", cases.GPU_SUITE}
+    assert {suite for suite, _ in chosen} == set(SUITES) - {"quick", *cases.GPU_SUITES}
     only_gru = cases.select("train", "gru")
     assert only_gru
     assert all(case.cell == "gru" for _, case in only_gru)
@@ -501,6 +518,179 @@ def test_bad_arguments(bad, capsys):
         command.parse(bad)
     assert stop.value.code == 2
     assert bad[0] in capsys.readouterr().err
+
+
+# --- suites for GPUs, on CPU tensors here
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """CPU tensors and the CPU's clock in place of the device's, rates of an imaginary GPU."""
+    monkeypatch.setattr(gpu, "device_seconds", timing._turn)
+    monkeypatch.setattr(gpu, "matrix_rate", lambda dtype, tf32=False: 8e14 if tf32 else 1e14)
+    monkeypatch.setattr(gpu, "reread_rate", lambda size: 3e13)
+    monkeypatch.setattr(gpu_attention, "ready", functools.partial(gpu_attention.ready, device="cpu"))
+    monkeypatch.delitem(gpu_attention.CONTESTANTS, "FlexAttention")  # whose compiler takes its time
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def on_cpu(case):
+    return dataclasses.replace(case, device="cpu")
+
+
+def test_the_gpu_suite_has_the_shapes_that_others_published():
+    suite = SUITES["gpu"]
+    assert len({case.name for case in suite}) == len(suite) <= 220  # half a second each, and the checks
+    assert {case.device for case in suite} == {"cuda"}
+    modes = {"forward", "train"}
+    for cell in CELLS:
+        flash = {
+            (c.dtype, c.mode) for c in suite if (c.cell, c.T, c.B, c.I, c.H) == (cell, 1024, 16, 768, 768)
+        }
+        assert flash == {(d, m) for d in ("float16", "bfloat16", "float32") for m in modes}
+        assert {c.mode for c in suite if c.cell == cell and c.bidirectional and c.layers == 2} == modes
+    for cell in ("lstm", "gru"):
+        haste = {(c.dtype, c.mode, c.B, c.I) for c in suite if c.cell == cell and c.T == 50}
+        assert len(haste) == 2 * 2 * 4 * 4
+        assert {c.resets for c in suite if (c.cell, c.T, c.B, c.H) == (cell, 128, 128, 256)} == {None, 0.03}
+        assert {c.H for c in suite if c.cell == cell} >= {512, 768, 1024, 1536}
+        assert {c.B for c in suite if c.cell == cell} >= {1, 256, 512}
+    assert {c.T for c in suite if c.fill is not None} == {10, 100, 1000, 4000}
+    assert {(c.T, c.B) for c in suite if (c.cell, c.H, c.layers) == ("gru", 512, 1)} >= {(100, 64)}
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_torch_computes_resets_by_segments(cell, mode):
+    case = Case(cell=cell, T=9, B=5, I=6, H=7, mode=mode, resets=0.3)
+    problem = contestants.make_problem(case)
+    assert 0 < problem.resets.sum() < problem.resets.numel()
+    with torch.set_grad_enabled(mode == "train"):
+        theirs, ours = contestants.torch_contestant(problem), contestants.seqkernels_contestant(problem)
+        torch.testing.assert_close(ours.outputs(ours.run()), theirs.outputs(theirs.run()))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_segments_of_no_resets_and_of_nothing_else(share):
+    problem = contestants.make_problem(Case(cell="gru", T=4, B=3, I=6, H=7, resets=share))
+    theirs, ours = contestants.torch_contestant(problem), contestants.seqkernels_contestant(problem)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.outputs(ours.run()), theirs.outputs(theirs.run()))
+
+
+def test_resets_are_measured_where_torch_can_compute_them():
+    with pytest.raises(ValueError, match="one direction"):
+        Case(cell="gru", resets=0.1, bidirectional=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "train"}, {"fill": 0.5, "layers": 2}, {"resets": 0.2}], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recurrent_gpu_case(no_gpu, dtype, options):
+    case = dataclasses.replace(TINY, dtype=dtype, **options)
+    rows = engine.run_gpu_recurrence("gpu", case, 0.02)
+    names = [OURS, TORCH] + [TORCH_TF32] * (dtype == "float32")
+    assert [(row.contestant, row.check) for row in rows] == [(name, "ok") for name in names]
+    for row in rows:
+        assert row.limit in ("matrix", "weights")
+        limit = gpu_recurrence.limit(case, row.contestant == TORCH_TF32)
+        assert row.limit_share == pytest.approx(1e3 * limit.seconds / row.ms)
+    assert rows[0].peak_gflops == 1e5
+
+
+def test_a_limit_is_the_longer_of_two_times(no_gpu):
+    few, many = (Case(cell="lstm", T=10, B=B, I=512, H=512, dtype="bfloat16") for B in (1, 4096))
+    assert gpu_recurrence.limit(few) == gpu_recurrence.Limit("weights", 10 * 4 * 512 * 512 * 2 / 3e13)
+    assert gpu_recurrence.limit(many) == gpu_recurrence.Limit("matrix", many.flops / 1e14)
+    twice = dataclasses.replace(few, mode="train", bidirectional=True)
+    assert gpu_recurrence.limit(twice).seconds == pytest.approx(4 * gpu_recurrence.limit(few).seconds)
+
+
+@pytest.mark.parametrize("room", [1.0, gpu_recurrence.TF32_ROOM])
+def test_who_computes_in_tf32_is_given_room(room):
+    def roughly(problem):
+        return dataclasses.replace(wrong_by(1e-4)(problem), room=room)
+
+    makers = {OURS: contestants.torch_contestant, TORCH: contestants.torch_contestant, "rough": roughly}
+    assert run(makers)["rough"].check == ("ok" if room > 1 else "failed")
+
+
+def test_cudnn_takes_part_in_both_precisions(monkeypatch):
+    seen = []
+
+    def spy(problem):
+        honest = contestants.torch_contestant(problem)
+
+        def run():
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return honest.run()
+
+        return Contestant(run, honest.outputs)
+
+    monkeypatch.setitem(contestants.CONTESTANTS, TORCH, spy)
+    before = torch.backends.cudnn.allow_tf32
+    makers = gpu_recurrence.contestants(TINY)
+    for name in (TORCH, TORCH_TF32):
+        makers[name](contestants.make_problem(TINY)).run()
+    assert seen == [False, True]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_a_wrong_gpu_result_has_no_speed(no_gpu, monkeypatch):
+    monkeypatch.setitem(contestants.CONTESTANTS, OURS, off_by_one)
+    rows = engine.run_gpu_recurrence("gpu", TINY, 0.02)
+    assert rows[0].check == "failed"
+    assert [row.ms for row in rows] == [None] * 3
+    assert "no speed: error of" in console.gpu_line(rows, 40)[0]
+
+
+def test_a_lost_device_does_not_lose_the_other_rows(no_gpu, monkeypatch):
+    def lost(run, look):
+        raise RuntimeError("CUDA error: unspecified launch failure\nand many lines of advice")
+
+    monkeypatch.setattr(gpu, "device_seconds", lost)
+    rows = engine.run_gpu_recurrence("gpu", TINY, 0.02)
+    assert {(row.check, row.note) for row in rows} == {
+        ("error", "RuntimeError: CUDA error: unspecified launch failure")
+    }
+    assert "unspecified launch failure" in console.gpu_line(rows, 40)[0]
+
+
+def test_an_attention_case_of_the_gpu_suite(no_gpu):
+    case = gpu_attention._square(1, 2, 2, 16, 8, dtype="float32")
+    rows = {row.contestant: row for row in engine.run_gpu_attention("gpu-attention", case, 0.02)}
+    assert rows[TORCH].check == rows["torch without cuDNN"].check == "ok"
+    assert rows[TORCH].tb_s > 0
+    assert rows[OURS].check == "error"  # Triton's kernels want a GPU
+    assert console.gpu_attention_line(list(rows.values()), 40)[1] == ""
+
+
+def test_the_whole_command_on_a_gpu(no_gpu, tmp_path, capsys, monkeypatch):
+    small = [Case(cell="gru", T=5, B=3, I=8, H=16, mode=mode, resets=0.2) for mode in ("forward", "train")]
+    monkeypatch.setitem(cases.SUITES, "gpu", tuple(small))
+    assert main(["--suite", "gpu", "--budget", "0.05", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(case.title in out for case in small)
+    assert out.count("resets=20%") >= 2
+    assert re.search(r"seqkernels +torch +torch in TF32", out)
+    assert re.search(r"\d% +(matrix|weights) ", out)
+    assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.json"}
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["contestant"] for row in rows] == [OURS, TORCH, TORCH_TF32] * 2
+
+
+@pytest.mark.parametrize("suite", cases.GPU_SUITES)
+def test_a_gpu_suite_without_a_gpu_says_so(suite, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert main(["--suite", suite]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_budgets(capsys):
+    assert command.parse(["--suite", "gpu"]).budget == 0.5
+    assert command.parse(["--suite", "gpu-attention"]).budget == command.parse([]).budget == 3.0
 
 
 # --- selftest

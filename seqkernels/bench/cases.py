@@ -6,8 +6,10 @@ The letters are those of the whole package: T time steps, B batch rows, I input 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from . import attention, gpu_attention
 from .attention import AttentionCase
@@ -31,8 +33,12 @@ class Case:
     fill: float | None = None  # a PackedSequence of mean length fill * T; None: dense [T, B, I]
     step: bool = False  # nn.LSTMCell and its kin: one step, no time loop
     recompute: bool = False  # module.recompute of ours: less memory, the gates are rebuilt in backward
+    resets: float | None = None  # share of the tokens at which a row starts anew; torch.nn: segments.py
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.resets is not None and (self.step or self.bidirectional or self.fill is not None):
+            raise ValueError(f"resets are measured on dense sequences in one direction, got {self}")
         if self.step and (self.T, self.layers, self.bidirectional, self.fill) != (1, 1, False, None):
             raise ValueError(f"a cell makes one step of one layer in one direction, got {self}")
 
@@ -52,6 +58,7 @@ class Case:
         words += ["bidirectional"] if self.bidirectional else []
         words += [f"fill={self.fill:g}"] if self.fill is not None else []
         words += ["recompute"] if self.recompute else []
+        words += [f"resets={self.resets:.0%}"] if self.resets is not None else []
         return " ".join(words)
 
     @property
@@ -142,7 +149,38 @@ def _quick() -> list[Case]:
     ]
 
 
-GPU_SUITE = "gpu-attention"  # needs a CUDA device
+def _gpu() -> list[Case]:
+    """Shapes that others have published, cuDNN's best among them, and some without a fast kernel there."""
+    two, modes, floats = ("lstm", "gru"), ("forward", "train"), ("float32", "bfloat16")
+
+    def cases(cells: Iterable[str], dtypes: Iterable[str], **sizes: Any) -> list[Case]:
+        sizes = {"I": sizes["H"]} | sizes
+        kinds = product(cells, modes, dtypes)
+        return [Case(cell=c, mode=mode, dtype=d, device="cuda", **sizes) for c, mode, d in kinds]
+
+    return [
+        *cases(CELLS, ("float16", *floats), T=1024, B=16, H=768),  # NX-AI/flashrnn
+        *(  # lmnt-com/haste, where each number of inputs goes with many of units
+            case
+            for B, I in product((1, 32, 64, 128), (64, 128, 256, 512))  # noqa: E741
+            for case in cases(two, floats, T=50, B=B, I=I, H=2 * I)
+        ),
+        *cases(two, floats, T=128, B=128, H=256),
+        *cases(two, floats, T=128, B=128, H=256, resets=0.03),  # pytorch/rl
+        *(  # pytorch/pytorch#149194: lengths from 1 to T
+            case
+            for T in (10, 100, 1000, 4000)
+            for case in cases(("lstm",), floats, T=T, B=32, H=256, layers=2, fill=0.5)
+        ),
+        *cases(("gru",), floats, T=100, B=64, H=512),  # flagos-ai/FlagGems
+        *cases(("lstm",), floats, T=128, B=16, H=256, layers=2),
+        *cases(CELLS, ("bfloat16",), T=512, B=32, H=512, layers=2, bidirectional=True),
+        *(case for H in (1024, 1536) for case in cases(two, ("bfloat16",), T=256, B=32, H=H)),
+        *(case for B in (256, 512) for case in cases(two, ("bfloat16",), T=128, B=B, H=1024)),
+    ]
+
+
+GPU_SUITES = ("gpu", "gpu-attention")  # need a CUDA device
 SUITES: dict[str, tuple[Case | AttentionCase | GpuCase, ...]] = {
     "quick": tuple(_quick()),
     "rnn": tuple(_rnn()),
@@ -152,13 +190,14 @@ SUITES: dict[str, tuple[Case | AttentionCase | GpuCase, ...]] = {
     "bf16": tuple(_bf16()),
     "memory": tuple(_memory()),
     "attention": attention.cases(),
-    GPU_SUITE: gpu_attention.suite(),
+    "gpu": tuple(_gpu()),
+    "gpu-attention": gpu_attention.suite(),
 }
 
 
 def select(suite: str, name_contains: str = "") -> list[tuple[str, Case | AttentionCase | GpuCase]]:
     """(suite, case) pairs, each case once, those of one title together. "all": on the CPU, without quick."""
-    suites = [name for name in SUITES if name not in ("quick", GPU_SUITE)] if suite == "all" else [suite]
+    suites = [name for name in SUITES if name not in ("quick", *GPU_SUITES)] if suite == "all" else [suite]
     chosen: dict[Case | AttentionCase | GpuCase, str] = {}
     for name in suites:
         titles = list(dict.fromkeys(case.title for case in SUITES[name]))

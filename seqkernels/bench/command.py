@@ -12,7 +12,7 @@ import torch
 from seqkernels import info
 
 from . import timing
-from .cases import GPU_SUITE, SUITES, select
+from .cases import GPU_SUITES, SUITES, select
 from .console import Console
 from .contestants import OURS
 from .engine import run_cases, run_gpu_cases
@@ -40,9 +40,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (torch's number)")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed since that run")
     parser.add_argument("--filter", default="", metavar="SUBSTR", help='only cases whose name has it ("GRU")')
-    parser.add_argument("--budget", type=positive(float), default=3.0, metavar="SECONDS", help="per case (3)")
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="per case (3; gpu: 0.5)")
     parser.add_argument("--list", action="store_true", help="only print the names of the cases")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.budget = args.budget or (0.5 if args.suite == "gpu" else 3.0)
+    return args
 
 
 def positive(kind: type) -> type:
@@ -65,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(case.name for _, case in cases))
         return 0
-    on_gpu = args.suite == GPU_SUITE
+    on_gpu = args.suite in GPU_SUITES
     if on_gpu and not torch.cuda.is_available():
-        print(f"suite {GPU_SUITE} needs a CUDA device, and torch sees none")
+        print(f"suite {args.suite} needs a CUDA device, and torch sees none")
         return 2
     try:
         older = read_older(args.compare) if args.compare else None
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command += f' --filter "{args.filter}"' if args.filter else ""
     report = Report(info.collect(), command, started, cases_planned=len(cases), busy=timing.busy())
-    console.header(report)
+    console.header(report, on_gpu)
     interrupted = False
     start = time.perf_counter()
     try:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from . import gpu_attention
 from .cases import Case
 from .contestants import ORT, OURS, TORCH
 from .engine import Row
+from .gpu_attention import GpuCase
+from .gpu_recurrence import TORCH_TF32
 from .report import (
     Report,
     error_ratio,
@@ -36,6 +38,13 @@ COLOURS = {
 }
 
 
+def speedup(row: Row | None) -> str:
+    """Of ours over the contestant of this row."""
+    if row is None or row.speedup is None:
+        return "" if row is None else row.check
+    return f"{row.speedup:5.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+
+
 def head(width: int) -> str:
     """Two lines over the table, whose first column has this width."""
     return (
@@ -54,38 +63,73 @@ def line(rows: list[Row], width: int) -> tuple[str, str]:
     if ours.check != "ok":
         return f"{name:<{width}} no speed: {reason(ours)}", "failed"
 
-    def speedup(peer: str) -> str:
-        row = peers.get(peer)
-        if row is None or row.speedup is None:
-            return "" if row is None else row.check
-        return f"{row.speedup:5.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
-
     torch_ms = milliseconds(peers[TORCH].ms) if TORCH in peers and peers[TORCH].ms else ""
     memory = ""
     if ours.peak_mib is not None and peers[TORCH].peak_mib is not None:
         memory = f"{peers[TORCH].peak_mib:.1f} → {ours.peak_mib:.1f}"
     verdict = case_verdict(rows)
     text = (
-        f"{name:<{width}}{torch_ms:>9}{milliseconds(ours.ms):>12}   {speedup(TORCH):<20}{speedup(ORT):<20}"
+        f"{name:<{width}}{torch_ms:>9}{milliseconds(ours.ms):>12}   "
+        f"{speedup(peers.get(TORCH)):<20}{speedup(peers.get(ORT)):<20}"
         f"{ours.peak_share:>8.0%}{error_ratio(ours):>8}{memory:>16}  {verdict}"
     )
     return text, verdict.partition(" (")[0]
 
 
 def gpu_head(width: int) -> str:
+    names, columns = (OURS, TORCH, TORCH_TF32), f"{'ms':>9}{'of limit':>10}"
+    return (
+        f"{'':{width}}{''.join(f'{name:>19}' for name in names)}{'':11}"
+        f"{'against torch':<20}{'against TF32':<20}{'error':>8}\n"
+        f"{'':{width}}{columns * len(names)}   limit   "
+        f"{'speed-up (95 % CI)':<20}{'speed-up (95 % CI)':<20}{'/ torch':>8}"
+    )
+
+
+def gpu_line(rows: list[Row], width: int) -> tuple[str, str]:
+    """Recurrence on a GPU: times beside the least time that is possible."""
+    found = {row.contestant: row for row in rows}
+    ours = found[OURS]
+    name = f"  {geometry(ours)}"
+    if ours.check != "ok":
+        return f"{name:<{width}} no speed: {reason(ours)}", "failed"
+
+    def time_of(contestant: str) -> str:
+        row = found.get(contestant)
+        if row is None or row.ms is None:
+            return f"{'' if row is None else row.check:>19}"
+        return f"{milliseconds(row.ms):>9}{row.limit_share:>10.1%}"
+
+    verdict = case_verdict(rows)
+    text = (
+        f"{name:<{width}}{time_of(OURS)}{time_of(TORCH)}{time_of(TORCH_TF32)}   {ours.limit:<8}"
+        f"{speedup(found.get(TORCH)):<20}{speedup(found.get(TORCH_TF32)):<20}"
+        f"{error_ratio(ours):>8}  {verdict}"
+    )
+    return text, verdict.partition(" (")[0]
+
+
+def gpu_attention_head(width: int) -> str:
     columns = "".join(f"{name:>21}" for name in gpu_attention.CONTESTANTS)
     return f"{'':{width}}{columns}\n{'':{width}}" + f"{'TFLOP/s':>13}{'TB/s':>8}" * len(
         gpu_attention.CONTESTANTS
     )
 
 
-def gpu_line(rows: list[Row], width: int) -> tuple[str, str]:
+def gpu_attention_line(rows: list[Row], width: int) -> tuple[str, str]:
     """Everybody's speed in two units, because some cases are bound by arithmetic and some by memory."""
     speeds = (
         f"{r.gflops / 1e3:13.1f}{r.tb_s:8.2f}" if r.gflops and r.tb_s else f"{r.check:>21}" for r in rows
     )
     verdict = case_verdict(rows)
     return f"{f'  {geometry(rows[0])}':<{width}}{''.join(speeds)}  {verdict}", verdict.partition(" (")[0]
+
+
+def table(case: Case | GpuCase, on_gpu: bool) -> tuple[Callable[..., str], Callable[..., tuple[str, str]]]:
+    """Who writes the head and the lines of a suite with such cases."""
+    if isinstance(case, GpuCase):
+        return gpu_attention_head, gpu_attention_line
+    return (gpu_head, gpu_line) if on_gpu else (head, line)
 
 
 def case_verdict(rows: list[Row]) -> str:
@@ -130,10 +174,11 @@ class Console:
         with Bar(*columns, console=self.rich, **options) as bar:
             yield Progress(self, cases, weights, on_gpu, bar)
 
-    def header(self, report: Report) -> None:
+    def header(self, report: Report, on_gpu: bool = False) -> None:
         facts = report.environment
         words = [f"{name} {facts[name].split(' ')[0]}" for name in ("seqkernels", "torch", "onnxruntime")]
         words += [facts["cpu"], facts["isa active"], f"{facts['torch threads']} threads"]
+        words += [facts["gpu"], f"CUDA {facts['torch cuda']}"] if on_gpu else []
         self.print(" · ".join(words))
         if report.disturbed:
             self.print(report.disturbed, "yellow")
@@ -161,7 +206,7 @@ class Console:
         else:
             self.print(f"all {len(report.rows)} results are as exact as they have to be")
         for dtype, peak in typical_peaks(report.rows).items():
-            self.print(f"FMA peak measured in this run, {dtype}: {peak:.0f} GF/s")
+            self.print(f"peak measured in this run, {dtype}: {peak:.0f} GF/s")
 
     def changes(self, report: Report) -> None:
         for change in report.changes or []:
@@ -179,8 +224,8 @@ class Progress:
         self.console, self.cases, self.weights, self.bar = console, cases, weights, bar
         self.done, self.start, self.title = 0, time.perf_counter(), ""
         self.width = 3 + max(len(case.name) - len(case.title) for case in cases)
-        self.line = gpu_line if on_gpu else line
-        console.print((gpu_head if on_gpu else head)(self.width))
+        first, self.line = table(cases[0], on_gpu)
+        console.print(first(self.width))
         if bar:
             self.task = bar.add_task(cases[0].name, total=sum(weights), done=0, cases=len(cases))
             bar.refresh()

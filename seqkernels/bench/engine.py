@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import gpu_attention, timing
+from . import gpu, gpu_attention, gpu_recurrence, timing
 from .attention import AttentionCase
 from .cases import Case
 from .check import Comparison, compare, errors
@@ -36,6 +36,8 @@ class Row:
     fill: float | None = None
     step: bool = False
     recompute: bool = False
+    resets: float | None = None
+    device: str = "cpu"
     G: int | None = None
     Tq: int | None = None
     Tk: int | None = None
@@ -55,8 +57,10 @@ class Row:
     ms_high: float | None = None
     rounds: int | None = None
     gflops: float | None = None
-    peak_gflops: float | None = None  # FMA peak of this dtype and these threads, measured beside this case
+    peak_gflops: float | None = None  # of this dtype: FMA of these threads, or matrix products of the GPU
     peak_share: float | None = None
+    limit: str | None = None  # on a GPU: what bounds the time of a recurrence, "matrix" or "weights"
+    limit_share: float | None = None  # the bound over the time
     tb_s: float | None = None  # on a GPU: q, k, v and out, each once, a second
     speedup: float | None = None  # of seqkernels over this contestant: median of paired ratios
     speedup_low: float | None = None  # its 95 % interval
@@ -102,14 +106,15 @@ def _checked(case: Case | AttentionCase, makers: Makers, rows: dict[str, Row]) -
     problem = make_problem(case)
     exact = CONTESTANTS[TORCH](problem.to(torch.float64))
     truth = exact.outputs(exact.run())
-    torch_contestant = CONTESTANTS[TORCH](problem)
+    torch_contestant = makers[TORCH](problem)
     torch_errors = errors(torch_contestant.outputs(torch_contestant.run()), truth)
     ready = {}
     for name, make in makers.items():
         row = rows[name]
         try:
             contestant = make(problem)
-            worst = compare(contestant.outputs(contestant.run()), torch_errors, truth, peer=name != OURS)
+            allowed = {output: error * contestant.room for output, error in torch_errors.items()}
+            worst = compare(contestant.outputs(contestant.run()), allowed, truth, peer=name != OURS)
         except Exception as error:  # one contestant that cannot run a case must not end the whole run
             row.check, row.note = "error", f"{type(error).__name__}: {error}"
             continue
@@ -137,35 +142,57 @@ def _time(
         rows[name].peak_share = rows[name].gflops / max(peaks)
 
 
-def run_gpu_cases(cases: Iterable[tuple[str, GpuCase]], budget: float) -> Iterator[list[Row]]:
-    """As `run_cases`, by the clock of the GPU, without memory and peak."""
+def run_gpu_cases(cases: Iterable[tuple[str, Case | GpuCase]], budget: float) -> Iterator[list[Row]]:
+    """As `run_cases`, by the clock of the GPU, without memory."""
     for suite, case in cases:
-        shape = {
-            "B": case.B,
-            "H": case.Hq,
-            "G": case.Hq // case.Hk,
-            "Tq": case.Tq,
-            "Tk": case.Tk,
-            "D": case.D,
-        }
-        work = {"tokens": case.B * case.Tq, "gflop": case.flops / 1e9, "causal": case.causal}
-        kind = {"suite": suite, "case": case.name, "cell": "sdpa", "mode": case.mode, "dtype": case.dtype}
-        seconds, wrong = gpu_attention.measure(case, budget)
-        rows = {
-            name: Row(
-                **kind,
-                **shape,
-                **work,
-                contestant=name,
-                check="error" if name in wrong else "ok",
-                note=wrong.get(name, ""),
-            )
-            for name in gpu_attention.CONTESTANTS
-        }
-        _note_times(rows, seconds)
-        for name in seconds:
-            rows[name].tb_s = case.bytes / rows[name].ms / 1e9
-        yield list(rows.values())
+        run = run_gpu_attention if isinstance(case, GpuCase) else run_gpu_recurrence
+        yield run(suite, case, budget)
+
+
+def run_gpu_recurrence(suite: str, case: Case, budget: float) -> list[Row]:
+    makers = gpu_recurrence.contestants(case)
+    rows = {name: _empty_row(suite, case, name) for name in makers}
+    gc.collect()
+    try:
+        with torch.set_grad_enabled(case.mode == "train"):
+            ready = _checked(case, makers, rows)
+            if OURS in ready:
+                runs = {name: contestant.run for name, contestant in ready.items()}
+                _note_times(rows, timing.interleave(runs, budget, gpu.device_seconds))
+    except Exception as error:  # what torch cannot run, or a lost device: the other rows stay
+        for row in rows.values():
+            row.check, row.note = "error", f"{type(error).__name__}: {error}".splitlines()[0]
+        return list(rows.values())
+    for name, row in rows.items():
+        if row.ms:
+            tf32 = name == gpu_recurrence.TORCH_TF32
+            limit = gpu_recurrence.limit(case, tf32)
+            row.limit, row.limit_share = limit.by, 1e3 * limit.seconds / row.ms
+            row.peak_gflops = gpu.matrix_rate(case.dtype, tf32) / 1e9
+            row.peak_share = row.gflops / row.peak_gflops
+    return list(rows.values())
+
+
+def run_gpu_attention(suite: str, case: GpuCase, budget: float) -> list[Row]:
+    shape = {"B": case.B, "H": case.Hq, "G": case.Hq // case.Hk, "Tq": case.Tq, "Tk": case.Tk, "D": case.D}
+    work = {"tokens": case.B * case.Tq, "gflop": case.flops / 1e9, "causal": case.causal, "device": "cuda"}
+    kind = {"suite": suite, "case": case.name, "cell": "sdpa", "mode": case.mode, "dtype": case.dtype}
+    seconds, wrong = gpu_attention.measure(case, budget)
+    rows = {
+        name: Row(
+            **kind,
+            **shape,
+            **work,
+            contestant=name,
+            check="error" if name in wrong else "ok",
+            note=wrong.get(name, ""),
+        )
+        for name in gpu_attention.CONTESTANTS
+    }
+    _note_times(rows, seconds)
+    for name in seconds:
+        rows[name].tb_s = case.bytes / rows[name].ms / 1e9
+    return list(rows.values())
 
 
 def _note_times(rows: dict[str, Row], seconds: dict[str, list[float]]) -> None:

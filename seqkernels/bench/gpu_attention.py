@@ -16,11 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqkernels.reference import attention as reference
 
-from . import timing
+from . import gpu, timing
 from .check import compare, errors
 
 NO_LIMIT = 2**62
-L2_CACHE = 2**28  # bytes: more than any GPU has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +98,6 @@ def suite() -> tuple[GpuCase, ...]:
         *(_decode(1, Hq, Hk, 256, 131072, 128) for Hq, Hk in ((8, 1), (64, 8))),
     ]
     return (*dense, *(replace(case, mode="train") for case in dense), *decoding)
-
-
-Run = Callable[[], object]
 
 
 def tensors(case: GpuCase, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -234,19 +230,8 @@ def _truth(case: GpuCase, *tensors: Tensor) -> Mapping[str, Tensor]:
         return _checked(case, (out,) if case.mode == "forward" else torch.autograd.grad(out, (q, k, v), dout))
 
 
-def device_seconds(run: Run, look: float) -> float:
-    """Of one call, with nothing of it in the L2 cache; filling that gives the host time to launch."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(L2_CACHE, dtype=torch.uint8, device="cuda").zero_()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def measure(case: GpuCase, budget: float) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds per call of each contestant, interleaved, and why others have none."""
     with torch.set_grad_enabled(case.mode == "train"):
         runs, wrong = ready(case)
-        return timing.interleave(runs, budget, device_seconds) if runs else {}, wrong
+        return timing.interleave(runs, budget, gpu.device_seconds) if runs else {}, wrong
