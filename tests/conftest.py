@@ -1,11 +1,15 @@
 """Every test starts from the same seed, and every tensor that nobody has filled is full of NaN."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
+from devices import DEVICES, on_device, other_ops
 from hypothesis import settings
 from isas import INSTRUCTION_SETS
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
 
 settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None)
@@ -28,6 +32,13 @@ def nan_in_fresh_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_tf32():
+    """cuDNN's recurrent kernels use it unless told otherwise, torch's products and ours do not."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -48,3 +59,13 @@ def isa(request):
     torch.ops.seqkernels.set_isa(request.param)
     yield request.param
     torch.ops.seqkernels.set_isa(active)
+
+
+@pytest.fixture(params=DEVICES)
+def kernels(request):
+    """The recurrent kernels of each device in turn; tensors are made on the CPU."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    with other_ops(partial(on_device, request.param)):
+        yield request.param

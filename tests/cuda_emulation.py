@@ -6,14 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import torch
-
-from seqkernels.ops import gru, lstm, rnn
+from devices import other_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -77,10 +75,9 @@ def load() -> ctypes.CDLL:
 def emulated_gpu(multiprocessors: int, shared: int = 227 << 10, seed: int = 1):
     """Our layers and cells run on CUDA kernels, emulated; without multiprocessors step by step."""
     load().seqkernels_emulate(multiprocessors, shared, seed)
-    ops = torch.ops.seqkernels_emulated
-    with ExitStack() as stack:
-        for module, cell in ((lstm, "lstm"), (gru, "gru"), (rnn, "rnn")):
-            for step in ("layer_fwd", "layer_bwd", "cell_fwd"):
-                op = getattr(ops, f"{cell}_{step}").default
-                stack.enter_context(mock.patch.object(module, f"_{step}", op))
+    with other_ops(emulated):
         yield
+
+
+def emulated(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    return getattr(torch.ops.seqkernels_emulated, op._schema.name.partition("::")[2]).default

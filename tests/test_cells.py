@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from devices import everywhere
 from test_modules import outcome
 from tolerances import assert_as_exact
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ def run(cell: nn.Module, x: Tensor, hx) -> dict[str, Tensor]:
     }
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (3,), (17,), (64,)], ids=str)
@@ -59,6 +61,7 @@ def test_results_and_gradients_are_torchs(kind, bias, rows):
         assert type(result) is type(expected)
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -72,12 +75,14 @@ def test_as_exact_as_torch(kind, dtype, rows, inputs, units):
     assert_as_exact(run(ours, x, hx), run(theirs, x, hx), truth, dtype)
 
 
+@everywhere
 def test_relu():
     ours, theirs = cells("RNNCell", 6, 9, nonlinearity="relu")
     x, hx = torch.randn(3, 6), torch.randn(3, 9)
     assert_close(run(ours, x, hx), run(theirs, x, hx))
 
 
+@everywhere
 @kinds
 def test_tensors_that_do_not_lie_contiguously(kind):
     ours, theirs = cells(kind, 6, 9)
@@ -93,6 +98,7 @@ def test_tensors_that_do_not_lie_contiguously(kind):
     assert_close(run(ours, x.clone(), None), run(theirs, x.clone(), None))
 
 
+@everywhere
 def test_one_output_alone_has_a_gradient():
     ours, theirs = cells("LSTMCell", 6, 9)
     x, hx = torch.randn(3, 6), hidden("LSTMCell", 3, 9)
@@ -103,6 +109,7 @@ def test_one_output_alone_has_a_gradient():
         assert_close(grads, expected)
 
 
+@everywhere
 @kinds
 def test_gradients_flow_through_many_steps(kind):
     ours, theirs = cells(kind, 6, 9)
@@ -178,6 +185,7 @@ def test_unknown_nonlinearity():
     )
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -206,6 +214,7 @@ def test_parameters_repr_and_copies(kind):
         assert_close(copied(x), theirs(x))
 
 
+@everywhere
 @kinds
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_weights_from_elsewhere(kind):

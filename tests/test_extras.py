@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from devices import everywhere
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
@@ -28,6 +29,7 @@ def padded(batch_first: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------- lengths
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -42,6 +44,7 @@ def test_lengths_equal_a_packed_sequence(kind, bidirectional, batch_first, lengt
     assert_close(result, expected)
 
 
+@everywhere
 @kinds
 def test_rows_of_length_zero_keep_their_state_and_give_zeros(kind):
     module = module_of(kind, bidirectional=True)
@@ -58,6 +61,7 @@ def test_rows_of_length_zero_keep_their_state_and_give_zeros(kind):
     assert (result["grad_x"][3:, 1] == 0).all()
 
 
+@everywhere
 @kinds
 def test_all_rows_of_length_zero(kind):
     module = module_of(kind)
@@ -66,6 +70,7 @@ def test_all_rows_of_length_zero(kind):
     assert all((g == 0).all() for n, g in result.items() if n.startswith("grad_weight"))
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_what_lies_beyond_the_lengths_is_never_read(kind, batch_first):
@@ -85,6 +90,7 @@ def test_lengths_of_any_integer_type(dtype):
     assert_close(run(module, x, lengths=lengths.to(dtype)), run(module, x, lengths=lengths))
 
 
+@everywhere
 @kinds
 def test_lengths_of_an_unbatched_input(kind):
     module, x = module_of(kind), torch.randn(T, I, dtype=torch.float64)
@@ -133,6 +139,7 @@ def test_work_goes_with_the_tokens(monkeypatch):
 # ---------------------------------------------------------------------------------------------- resets
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_resets_equal_separate_sequences(kind, batch_first):
@@ -148,6 +155,7 @@ def test_resets_equal_separate_sequences(kind, batch_first):
     assert_close(result["h_n"], second["h_n"])
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("recompute", [False, True])
 def test_resets_equal_the_reference(kind, recompute):
@@ -159,6 +167,7 @@ def test_resets_equal_the_reference(kind, recompute):
         assert_close(result, run(module, x, hx, True, resets=resets))
 
 
+@everywhere
 @kinds
 def test_resets_of_an_unbatched_input(kind):
     module, x = module_of(kind), torch.randn(T, I, dtype=torch.float64)
@@ -233,6 +242,7 @@ def test_extras_do_not_hide_other_mistakes(kind):
 OPTIONS = [{}, {"bidirectional": True}, {"proj_size": 3}, {"batch_first": True}]
 
 
+@everywhere
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_all_cell_states(options):
     module = module_of("LSTM", **options)
@@ -244,6 +254,7 @@ def test_all_cell_states(options):
     assert torch.equal(cells[-1, :, :H], result["c_n"][-2 if module.bidirectional else -1])
 
 
+@everywhere
 def test_all_cell_states_of_a_packed_sequence():
     module = module_of("LSTM")
     x, lengths = padded(False), torch.tensor([2, 6, 1, 4])
@@ -253,6 +264,7 @@ def test_all_cell_states_of_a_packed_sequence():
     assert_close(pad_packed_sequence(cells)[0], expected)
 
 
+@everywhere
 def test_cell_states_have_the_dtype_of_the_output():
     module = seqkernels.LSTM(I, H).bfloat16()
     output, _, cells = module(torch.randn(T, B, I).bfloat16(), return_cell_states=True)
@@ -280,15 +292,15 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_recompute_gives_the_same_with_less_memory(kind, dtype, packed):
+def test_recompute_gives_the_same_with_less_memory(kernels, kind, dtype, packed):
     module = getattr(seqkernels, kind)(16, 32, 2, bidirectional=True).to(dtype)
     x = torch.randn(50, 8, 16).to(dtype)
     data = pack_padded_sequence(x, [50, 50, 40, 30, 20, 10, 5, 1]) if packed else x
     plain, bytes_plain = run(module, data, None, True), saved_bytes(module, x)
     module.recompute = True
     recomputed, bytes_recomputed = run(module, data, None, True), saved_bytes(module, x)
-    tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
-    assert_close(recomputed, plain, **tolerance)
+    half = 0.02 if kernels == "cpu" else 0.05  # products of half types are rounded before they are added
+    assert_close(recomputed, plain, **({} if dtype == torch.float32 else {"rtol": half, "atol": half}))
     assert torch.equal(recomputed["y"], plain["y"])
     assert bytes_recomputed < 0.5 * bytes_plain
 
@@ -414,6 +426,7 @@ def test_packs_for_another_instruction_set_are_refused_not_misread():
         torch.ops.seqkernels.set_isa(isa)
 
 
+@everywhere
 @kinds
 def test_twins_are_not_disturbed(kind):
     """Extras leave the module what it was."""

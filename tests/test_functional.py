@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import everywhere
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -25,6 +26,7 @@ def torch_module(kind: str, *args, **kwargs) -> nn.Module:
     )
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -43,6 +45,7 @@ def test_equals_the_module(kind, bias, batch_first):
     assert_close((result[0], result[1]), (expected[0].data, expected[1]))
 
 
+@everywhere
 @pytest.mark.parametrize("proj_size", [0, 3])
 def test_lstm_extras_equal_the_module(proj_size):
     module = seqkernels.LSTM(5, 7, proj_size=proj_size)
@@ -54,6 +57,7 @@ def test_lstm_extras_equal_the_module(proj_size):
         assert_close(result, module(x, return_cell_states=True, **kwargs))
 
 
+@everywhere
 @kinds
 def test_dropout_acts_in_training_between_layers(kind):
     theirs = torch_module(kind, 5, 7, 2, dropout=0.5)
@@ -65,6 +69,7 @@ def test_dropout_acts_in_training_between_layers(kind):
     assert_close(function(kind, x, None, weights, **options)[0], theirs.eval()(x)[0])
 
 
+@everywhere
 @kinds
 def test_gradients_reach_weights(kind):
     theirs = torch_module(kind, 5, 7)
@@ -76,6 +81,7 @@ def test_gradients_reach_weights(kind):
     assert_close(grads, expected)
 
 
+@everywhere
 @kinds
 def test_mistakes_are_told(kind):
     weights = torch_module(kind, 5, 7)._flat_weights

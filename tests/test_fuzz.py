@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import given, note
+from devices import everywhere
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from tolerances import assert_as_exact
 from torch import Tensor
@@ -78,6 +79,8 @@ def calls(draw, module: torch.nn.Module) -> tuple[Any, tuple[Tensor, ...] | None
     return x, hx, kwargs, grad
 
 
+@everywhere
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # nothing of it wears off
 @given(st.data(), modules(), st.sampled_from([1, 2, 3, 5]), st.integers(0, 1000))
 def test_as_exact_as_torch(data, module, threads, seed):
     torch.manual_seed(seed)

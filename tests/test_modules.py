@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from devices import everywhere
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -112,6 +113,7 @@ def test_parameters_are_torchs(kind, bias):
 # ---------------------------------------------------------------------------------------------- results
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -126,6 +128,7 @@ def test_results_and_strides_are_torchs(kind, batch_first, bidirectional):
                 assert result[name].stride() == expected[name].stride()
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -144,6 +147,7 @@ def test_packed_sequences(kind, enforce_sorted, batch_first):
     assert_close(padded, pad_packed_sequence(expected, batch_first)[0])
 
 
+@everywhere
 @kinds
 def test_hx_in_any_form(kind):
     ours, theirs = twins(kind, 6, 9)
@@ -168,6 +172,7 @@ def test_hx_as_one_tensor(form):
     assert_close(ours(x, hx), theirs(x, hx))
 
 
+@everywhere
 @kinds
 def test_expanded_and_sliced_inputs(kind):
     ours, theirs = twins(kind, 6, 9)
@@ -182,6 +187,7 @@ def test_expanded_and_sliced_inputs(kind):
         assert_close(ours(x), theirs(x))
 
 
+@everywhere
 @kinds
 def test_batch_of_zero_rows(kind):
     ours, theirs = twins(kind, 6, 9, 2, bidirectional=True)
@@ -190,6 +196,7 @@ def test_batch_of_zero_rows(kind):
     assert_close(run(ours, x), run(theirs, x))
 
 
+@everywhere
 @kinds
 def test_more_steps_than_cudnn_can(kind):
     ours, theirs = twins(kind, 2, 3)
@@ -198,6 +205,7 @@ def test_more_steps_than_cudnn_can(kind):
         assert_close(ours(x)[0][-1], theirs(x[-1000:])[0][-1])  # a recurrence forgets
 
 
+@everywhere
 @kinds
 def test_gradients_in_eval_mode(kind):
     ours, theirs = (m.eval() for m in twins(kind, 6, 9, 2))
@@ -217,6 +225,7 @@ def test_checkpoints(kind, use_reentrant):
     assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
+@everywhere
 @kinds
 def test_inference_mode(kind):
     ours, theirs = twins(kind, 6, 9)
@@ -228,6 +237,7 @@ def test_inference_mode(kind):
 # ---------------------------------------------------------------------------------------------- dropout
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -254,6 +264,7 @@ def test_dropout_obeys_the_random_state(kind):
     assert not torch.equal(first, second)
 
 
+@everywhere
 @kinds
 def test_dropout_can_change(kind):
     ours, theirs = twins(kind, 6, 9, 2)
@@ -325,6 +336,7 @@ def test_errors_of_projected_states_are_torchs(proj_size):
         assert outcome(ours, x, hx) == outcome(theirs, x, hx)
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize(
     "batch_sizes", [[2, 2, 2], [1, 2, 2], [2, 2], [3, 1, 2], [2, -1, 4], [5, 0, 0, 0]], ids=str
@@ -353,6 +365,7 @@ def test_weights_without_memory_are_refused(kind, grad):
         assert outcome(here, x, hx)[0] is RuntimeError
 
 
+@everywhere
 @kinds
 def test_wrong_weights_are_refused(kind):
     module = getattr(seqkernels, kind)(3, 5)
@@ -386,6 +399,7 @@ def test_partial_flat_weights(kind):
     assert_close(ours(x), theirs(x))
 
 
+@everywhere
 @kinds
 def test_plain_tensor_as_weight(kind):
     """DropConnect as users write it: the parameter makes way for a tensor computed from it."""
@@ -401,6 +415,7 @@ def test_plain_tensor_as_weight(kind):
     assert_close(ours.weight_hh_l0_raw.grad, theirs.weight_hh_l0_raw.grad)
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize(
     "norm", [parametrizations.weight_norm, torch.nn.utils.weight_norm], ids=["parametrization", "hook"]
@@ -426,6 +441,7 @@ def run_grads(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, tuple[t
     return y, torch.autograd.grad((y * y).sum(), list(module.parameters()))
 
 
+@everywhere
 @kinds
 def test_tied_weights(kind):
     ours, theirs = twins(kind, 9, 9, bidirectional=True)
@@ -436,6 +452,7 @@ def test_tied_weights(kind):
     assert_close(run_grads(ours, x), run_grads(theirs, x))
 
 
+@everywhere
 @kinds
 def test_functional_call(kind):
     ours, theirs = twins(kind, 6, 9)
@@ -447,6 +464,7 @@ def test_functional_call(kind):
     assert_close(ours(x), theirs(x))
 
 
+@everywhere
 @kinds
 def test_weights_that_do_not_lie_contiguously(kind):
     ours, theirs = twins(kind, 6, 9)
@@ -468,6 +486,7 @@ def test_state_dict_goes_both_ways(kind):
     assert_close(ours(x), theirs(x))
 
 
+@everywhere
 @kinds
 def test_copies_and_pickles_work_on(kind):
     ours, theirs = twins(kind, 6, 9, 2)
@@ -491,6 +510,7 @@ def test_state_of_old_versions_loads(kind):
     assert_close(loaded(x), theirs(x))
 
 
+@everywhere
 @kinds
 def test_moves_between_dtypes(kind):
     ours, theirs = twins(kind, 6, 9)
@@ -502,6 +522,7 @@ def test_moves_between_dtypes(kind):
         assert ours._flat_weights[0].dtype == ours.weight_ih_l0.dtype
 
 
+@everywhere
 @kinds
 def test_replicas_of_data_parallel(kind):
     """nn.DataParallel copies a module without its parameters and puts tensors in their place."""
@@ -515,6 +536,7 @@ def test_replicas_of_data_parallel(kind):
     assert_close(ours(x), theirs(x))
 
 
+@everywhere
 @kinds
 def test_hooks_run(kind):
     module, seen = getattr(seqkernels, kind)(6, 9), []
@@ -528,6 +550,7 @@ def test_hooks_run(kind):
 # ---------------------------------------------------------------------------------------------- autocast
 
 
+@everywhere
 @pytest.mark.parametrize("kind", [*KINDS, "projected LSTM"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -555,6 +578,7 @@ def test_autocast(kind, dtype, input_dtype, form):
         assert all(gradients[name].dtype == torch.float32 for name in gradients if name.startswith("grad"))
 
 
+@everywhere
 @kinds
 def test_autocast_leaves_double_alone(kind):
     ours, theirs = twins(kind, 6, 9, dtype=torch.float64)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from devices import everywhere
 from tolerances import assert_as_exact
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -99,6 +100,7 @@ def test_any_number_of_threads(kind, count, threads):
     check(pair, pack_padded_sequence(torch.randn(9, 12, 33), [9, 9, 9, 8, 7, 7, 6, 3, 3, 2, 1, 1]))
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -113,6 +115,7 @@ def test_same_bits_every_time(kind, count, dtype, threads):
             assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+@everywhere
 @kinds
 def test_calls_from_many_python_threads(kind):
     """Calls at the same time share no scratch memory."""
@@ -131,6 +134,7 @@ def test_calls_from_many_python_threads(kind):
 # ------------------------------------------------------------------------------------------ long and extreme
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T", [1, 16, 256, 4096])
@@ -156,6 +160,7 @@ def test_saturated_and_tiny_gates(kind, dtype, factor):
     check(pair, torch.randn(2, 5, 17).to(dtype), states(pair[0], 5))  # more steps would be chaos
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_logits_of_ten_thousand(kind, dtype):
@@ -166,6 +171,7 @@ def test_logits_of_ten_thousand(kind, dtype):
     check(pair, x)
 
 
+@everywhere
 @kinds
 def test_denormal_numbers(kind):
     pair = twins(kind, 17, 33)
@@ -175,6 +181,7 @@ def test_denormal_numbers(kind):
 BAD_NUMBERS = [float("inf"), float("-inf"), float("nan")]
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("bad", BAD_NUMBERS)
 @pytest.mark.parametrize("where", ["x", "h_0", "weight_hh_l0", "bias_ih_l0"])
@@ -189,6 +196,7 @@ def test_inf_and_nan_go_where_torchs_go(kind, bad, where):
     assert_close(run(ours, x, hx), run(theirs, x, hx), equal_nan=True)
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_stays_in_its_row(kind, dtype):
@@ -203,6 +211,7 @@ def test_nan_stays_in_its_row(kind, dtype):
         assert torch.equal(result, clean)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_relu_overflows_like_torchs(dtype):
     ours, theirs = twins("RNN", 5, 8, nonlinearity="relu", dtype=dtype)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from devices import everywhere
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -106,6 +107,7 @@ projections = pytest.mark.parametrize(
 )
 
 
+@everywhere
 @projections
 @shapes
 def test_layer_equals_reference(kind, P, shape):
@@ -120,6 +122,7 @@ def test_layer_equals_reference(kind, P, shape):
         assert_close(with_gradients(partial(problem.call, recomputing), problem.inputs), expected)
 
 
+@everywhere
 @projections
 @shapes
 def test_layer_passes_gradcheck_twice(kind, P, shape):
@@ -129,6 +132,7 @@ def test_layer_passes_gradcheck_twice(kind, P, shape):
     assert gradgradcheck(function, problem.inputs, fast_mode=True)
 
 
+@everywhere
 @kinds
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("B", [0, 1, 3])
@@ -145,6 +149,7 @@ def test_cell(kind, bias, B):
         assert gradgradcheck(function, leaves, fast_mode=True)
 
 
+@everywhere
 @kinds
 def test_unused_outputs_need_no_gradient(kind):
     problem = Problem(kind, bidirectional=True)
@@ -157,6 +162,7 @@ def test_unused_outputs_need_no_gradient(kind):
         assert_close(grads, expected)
 
 
+@everywhere
 @kinds
 def test_gradients_only_where_required(kind):
     problem = Problem(kind)
@@ -169,6 +175,7 @@ def test_gradients_only_where_required(kind):
     assert_close(grads, expected)
 
 
+@everywhere
 @kinds
 def test_shared_inputs_accumulate(kind):
     """One tensor as weights of both directions, and h_0 as c_0 too."""
@@ -187,6 +194,7 @@ def test_shared_inputs_accumulate(kind):
     assert_close(*second)
 
 
+@everywhere
 @kinds
 def test_torch_func_grad(kind):
     problem = Problem(kind)

@@ -63,7 +63,7 @@ def run(module: nn.Module, x: Input, hx: tuple[Tensor, ...] | None = None, grad:
             return outputs
         generator = torch.Generator().manual_seed(1)
         slopes = [torch.randint(-4, 5, o.shape, generator=generator) / 4 for o in outputs.values()]
-        loss = sum((o.double() * s).sum() for o, s in zip(outputs.values(), slopes, strict=True))
+        loss = sum((o.double() * s.to(o.device)).sum() for o, s in zip(outputs.values(), slopes, strict=True))
         grads = torch.autograd.grad(loss, list(leaves.values()))
     return outputs | {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
