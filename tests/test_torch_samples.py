@@ -1,14 +1,17 @@
 """torch's own samples and error samples for its modules, run against ours.
 
 The samples come with torch (torch.testing._internal.common_modules); the checks follow its test_modules.py,
-where some are expected failures for torch's CUDA modules. Here none is.
+where some are expected failures for torch's CUDA modules (gradients twice, tensors that do not lie
+contiguously), and one leaves them out (gradients in eval mode). Here none is, on any device.
 """
 
+import copy
 import pickle
 from functools import partial
 
 import pytest
 import torch
+from devices import DEVICES, NEEDS_GPU
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -38,6 +41,14 @@ ERRORS = {
     "LSTMCell": cm.module_error_inputs_torch_nn_LSTMCell,
 }
 kinds = pytest.mark.parametrize("kind", SAMPLES)
+RECURRENT = [kind for kind in SAMPLES if kind != "MultiheadAttention"]  # attention on GPUs knows no float64
+everywhere = pytest.mark.parametrize(
+    ("kind", "device"),
+    [
+        *((kind, "cpu") for kind in SAMPLES),
+        *(pytest.param(kind, "cuda", marks=NEEDS_GPU) for kind in RECURRENT),
+    ],
+)
 
 
 def samples(kind: str, dtype: torch.dtype = torch.float64, training: bool = True, device: str = "cpu"):
@@ -70,11 +81,11 @@ def rebuild(args: object, leaves: list[Tensor]) -> object:
     return pytree.tree_map(replace, args, is_leaf=lambda v: isinstance(v, PackedSequence))
 
 
-@kinds
+@everywhere
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_forward(kind, dtype, training):
-    for construct, args, kwargs, sample in samples(kind, dtype, training):
+def test_forward(kind, device, dtype, training):
+    for construct, args, kwargs, sample in samples(kind, dtype, training, device):
         ours, theirs = construct(getattr(seqkernels, kind)), construct(getattr(nn, kind))
         ours.load_state_dict(theirs.state_dict())
         assert_close(tensors(ours(*args, **kwargs)), tensors(theirs(*args, **kwargs)))
@@ -92,20 +103,20 @@ def call(
     return tuple(tensors(functional_call(module, weights, args, kwargs)))
 
 
-@kinds
+@everywhere
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-def test_gradients(kind, check, training):
-    for construct, args, kwargs, _ in samples(kind, training=training):
+def test_gradients(kind, device, check, training):
+    for construct, args, kwargs, _ in samples(kind, training=training, device=device):
         module = construct(getattr(seqkernels, kind))
         inputs, parameters = tensors((args, kwargs)), dict(module.named_parameters())
         function = partial(call, module, args, kwargs, len(inputs), list(parameters))
         assert check(function, (*inputs, *parameters.values()), fast_mode=True)
 
 
-@kinds
-def test_non_contiguous_tensors(kind):
-    for construct, args, kwargs, _ in samples(kind):
+@everywhere
+def test_non_contiguous_tensors(kind, device):
+    for construct, args, kwargs, _ in samples(kind, device=device):
         module = construct(getattr(seqkernels, kind))
         inputs = [t.detach().requires_grad_() for t in tensors((args, kwargs))]
         scattered = [
@@ -122,9 +133,9 @@ def test_non_contiguous_tensors(kind):
         assert_close(results[0], results[1])
 
 
-@kinds
-def test_inputs_are_not_modified(kind):
-    for construct, args, kwargs, _ in samples(kind):
+@everywhere
+def test_inputs_are_not_modified(kind, device):
+    for construct, args, kwargs, _ in samples(kind, device=device):
         module = construct(getattr(seqkernels, kind))
         everything = [*tensors((args, kwargs)), *module.parameters()]
         before = [(t.clone(), t._version) for t in everything]
@@ -134,13 +145,49 @@ def test_inputs_are_not_modified(kind):
             assert tensor._version == version
 
 
-@kinds
-def test_pickle(kind):
-    for construct, args, kwargs, _ in samples(kind):
+@everywhere
+def test_pickle(kind, device):
+    for construct, args, kwargs, _ in samples(kind, device=device):
         module = construct(getattr(seqkernels, kind))
         loaded = pickle.loads(pickle.dumps(module))
         assert type(loaded) is type(module)
         assert_close(tensors(loaded(*args, **kwargs)), tensors(module(*args, **kwargs)))
+
+
+def moved(values: object, device: str) -> object:
+    """Copies of all tensors on a device, leaves where the originals are."""
+
+    def move(value: object) -> object:
+        if isinstance(value, PackedSequence):
+            return PackedSequence(move(value.data), *value[1:])
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(device, copy=True).requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(move, values, is_leaf=lambda v: isinstance(v, PackedSequence))
+
+
+def outputs_and_gradients(module: nn.Module, args, kwargs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    outputs = tensors(module(*args, **kwargs))
+    loss = sum((o * o).sum() for o in outputs)
+    leaves = [*tensors((args, kwargs)), *module.parameters()]
+    return [o.cpu() for o in outputs], tuple(g.cpu() for g in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cpu_and_gpu_compute_the_same(kind, device, dtype, training):
+    for construct, args, kwargs, _ in samples(kind, dtype, training):
+        ours = construct(getattr(seqkernels, kind))
+        theirs = construct(getattr(nn, kind))
+        theirs.load_state_dict(ours.state_dict())
+        there = copy.deepcopy(ours).to(device)
+        result = outputs_and_gradients(there, *moved((args, kwargs), device))
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+        for module in (ours, theirs):
+            assert_close(result, outputs_and_gradients(module, *moved((args, kwargs), "cpu")), **tolerance)
 
 
 @kinds
