@@ -13,7 +13,7 @@ export CMAKE_ARGS ?= -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 # CUDA kernels for two architectures: compiling for all that wheels carry takes three times as long.
 export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 
-.PHONY: bench test test-isa build lint format sanitize wheel sdist clean distclean
+.PHONY: bench test test-isa build lint format sanitize sanitize-gpu wheel sdist clean distclean
 
 bench: build
 	seqkernels bench --suite quick
@@ -43,6 +43,13 @@ sanitize: $(VENV)/.requirements
 	cmake -G Ninja -S . -B build/sanitize -DSEQKERNELS_SANITIZE=address,undefined -DSEQKERNELS_PYTHON=OFF -DSEQKERNELS_TESTS=ON
 	cmake --build build/sanitize
 	build/sanitize/seqkernels_test
+
+# Every CUDA kernel under compute-sanitizer. Needs a CUDA device and a CUDA build of torch; without torch's cache of
+# device memory every tensor is an allocation of its own, whose ends are watched.
+sanitize-gpu: build
+	@set -e; for tool in memcheck racecheck synccheck; do echo "== $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=seqkernels --report-api-errors no --error-exitcode 1 \
+	    $(PY) tests/cuda/sanitize.py; done
 
 wheel: $(VENV)/.requirements
 	rm -rf build/lib* # setuptools would pack modules that are gone from the sources
