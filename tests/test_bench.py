@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from statistics import mean
 
 import pytest
@@ -605,6 +606,17 @@ def test_a_limit_is_the_longer_of_two_times(no_gpu):
     assert gpu_recurrence.limit(many) == gpu_recurrence.Limit("matrix", many.flops / 1e14)
     twice = dataclasses.replace(few, mode="train", bidirectional=True)
     assert gpu_recurrence.limit(twice).seconds == pytest.approx(4 * gpu_recurrence.limit(few).seconds)
+
+
+def test_weights_are_read_again_from_where_they_fit(monkeypatch):
+    device = types.SimpleNamespace(
+        multi_processor_count=10, shared_memory_per_multiprocessor=100, L2_cache_size=4000, clock_rate=7
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: device)
+    monkeypatch.setattr(gpu, "copy_rate", lambda size: {1000: 2.0, 2**30: 1.0}[size])
+    assert gpu.reread_rate(1000) == 10 * 128 * 7e3
+    assert gpu.reread_rate(1001) == gpu.reread_rate(4000) == 2.0
+    assert gpu.reread_rate(4001) == 1.0
 
 
 @pytest.mark.parametrize("room", [1.0, gpu_recurrence.TF32_ROOM])

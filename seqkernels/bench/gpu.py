@@ -13,6 +13,7 @@ import torch
 
 L2_CACHE = 2**28  # bytes: more than any GPU has
 SHARED_BYTES_A_CLOCK = 128  # that a multiprocessor reads from its shared memory
+USUAL_CLOCK = 1_755_000  # kHz, of an H100, where torch does not tell
 
 
 def device_seconds(run: Callable[[], object], look: float = 0.0) -> float:
@@ -48,7 +49,8 @@ def reread_rate(size: int) -> float:
     """
     gpu = torch.cuda.get_device_properties("cuda")
     if size <= gpu.multi_processor_count * gpu.shared_memory_per_multiprocessor:
-        return gpu.multi_processor_count * SHARED_BYTES_A_CLOCK * gpu.clock_rate * 1e3
+        clock = getattr(gpu, "clock_rate", USUAL_CLOCK)
+        return gpu.multi_processor_count * SHARED_BYTES_A_CLOCK * clock * 1e3
     return copy_rate(gpu.L2_cache_size // 4 if size <= gpu.L2_cache_size else 2**30)
 
 
