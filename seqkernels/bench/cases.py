@@ -150,7 +150,7 @@ def _quick() -> list[Case]:
 
 
 def _gpu() -> list[Case]:
-    """Shapes that others have published, cuDNN's best among them, and some without a fast kernel there."""
+    """Shapes that follow what others measured: cuDNN's best, and what it has no fast kernel for."""
     two, modes, floats = ("lstm", "gru"), ("forward", "train"), ("float32", "bfloat16")
 
     def cases(cells: Iterable[str], dtypes: Iterable[str], **sizes: Any) -> list[Case]:
@@ -160,7 +160,7 @@ def _gpu() -> list[Case]:
 
     return [
         *cases(CELLS, ("float16", *floats), T=1024, B=16, H=768),  # NX-AI/flashrnn
-        *(  # lmnt-com/haste, where each number of inputs goes with many of units
+        *(  # lmnt-com/haste: these B and I, each with many H there
             case
             for B, I in product((1, 32, 64, 128), (64, 128, 256, 512))  # noqa: E741
             for case in cases(two, floats, T=50, B=B, I=I, H=2 * I)
