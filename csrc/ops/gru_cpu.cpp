@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   const LayerCall call("gru_layer_fwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
   GruFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, *packed);
+  if (packed) p.packed = packed_panels(call, p, *packed);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = torch::stable::new_empty(x, h0.sizes());
   Tensor gates =

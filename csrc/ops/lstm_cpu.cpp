@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   call.check(c0, "c0", {call.D, call.B, call.H});
   LstmFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, *packed);
+  if (packed) p.packed = packed_panels(call, p, *packed);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.P));
   Tensor hn = torch::stable::new_empty(x, h0.sizes()), cn = torch::stable::new_empty(x, c0.sizes());
   Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())

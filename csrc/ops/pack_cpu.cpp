@@ -22,6 +22,15 @@ PackedHeader header_of(const LayerCall& call) {
   return header;
 }
 
+// Bytes that *_pack() writes; writes them unless `out` is null.
+int64_t pack(const LayerCall& call, const LayerParams& p, void* out) {
+  const KernelTable& table = kernels();
+  return (call.G == 4 ? table.lstm_pack : call.G == 3 ? table.gru_pack : table.rnn_pack)(p, out);
+}
+int64_t packed_size(const LayerCall& call, const LayerParams& p) {
+  return pack(call, p, nullptr) + static_cast<int64_t>(sizeof(PackedHeader));
+}
+
 }  // namespace
 
 Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
@@ -35,23 +44,22 @@ Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
                        weights, std::nullopt, std::nullopt, bidirectional);
   LayerParams p;
   call.fill(p, h, weights, std::nullopt, std::nullopt);
-  const auto pack = gates == 4 ? kernels().lstm_pack : gates == 3 ? kernels().gru_pack : kernels().rnn_pack;
-  const std::vector<int64_t> bytes{pack(p, nullptr) + static_cast<int64_t>(sizeof(PackedHeader))};
-  Tensor out = large_empty(weights[0], bytes, ScalarType::Byte);
+  Tensor out = large_empty(weights[0], {packed_size(call, p)}, ScalarType::Byte);
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const PackedHeader header = header_of(call);
   std::memcpy(data, &header, sizeof header);
-  pack(p, data + sizeof header);
+  pack(call, p, data + sizeof header);
   return out;
 }
 
-const void* packed_panels(const LayerCall& call, const Tensor& packed) {
+const void* packed_panels(const LayerCall& call, const LayerParams& p, const Tensor& packed) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       packed.numel() > static_cast<int64_t>(sizeof(PackedHeader)),
                   "seqkernels::", call.op, ": expected `packed` from rnn_pack");
   const char* data = static_cast<const char*>(packed.const_data_ptr());
   const PackedHeader header = header_of(call);
-  STD_TORCH_CHECK(std::memcmp(data, &header, sizeof header) == 0, "seqkernels::", call.op,
+  STD_TORCH_CHECK(std::memcmp(data, &header, sizeof header) == 0 && packed.numel() == packed_size(call, p),
+                  "seqkernels::", call.op,
                   ": `packed` was made for other sizes, dtype or instruction set than this call's (now ",
                   isa_name(active_isa()), "): pack the weights again");
   return data + sizeof header;

@@ -54,6 +54,6 @@ Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<
 
 // Packed panels, with a header that says for which instruction set, dtype and sizes.
 Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional);
-const void* packed_panels(const LayerCall& call, const Tensor& packed);
+const void* packed_panels(const LayerCall& call, const LayerParams& p, const Tensor& packed);
 
 }  // namespace seqkernels::ops

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, O
   const LayerCall call("rnn_layer_fwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
   RnnFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, *packed);
+  if (packed) p.packed = packed_panels(call, p, *packed);
   p.relu = relu;
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = torch::stable::new_empty(x, h0.sizes());
