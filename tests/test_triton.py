@@ -16,6 +16,7 @@ from triton_matrix import check, pairwise_cases, set_grid
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton_cubin  # noqa: E402
+import triton_launch  # noqa: E402
 from triton_units import UNITS  # noqa: E402
 
 from seqkernels.triton import decode, launch, tables  # noqa: E402
@@ -152,10 +153,18 @@ GATE = dict(gate_cases())
 
 @pytest.fixture(scope="session")
 def cubins(request: pytest.FixtureRequest):
-    selected = (item.callspec.params for item in request.session.items if "cubins" in item.fixturenames)
-    names = [params["cubin"] for params in selected]
+    yield from in_processes(request, "cubin", resources, GATE)
+
+
+def in_processes(request: pytest.FixtureRequest, parameter: str, function, cases: dict) -> Iterator[dict]:
+    """The results of the selected cases by name."""
+    names = [
+        item.callspec.params[parameter]
+        for item in request.session.items
+        if request.fixturename in item.fixturenames
+    ]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        yield dict(zip(names, pool.map(resources, [GATE[name] for name in names], chunksize=4), strict=True))
+        yield dict(zip(names, pool.map(function, [cases[name] for name in names], chunksize=4), strict=True))
 
 
 @pytest.mark.parametrize("cubin", GATE)
@@ -165,6 +174,7 @@ def test_resources(cubin: str, cubins: dict):
     known = kernel in (tables.TILES, "weights") and dim == 256 and "PRECISION" in flags
     assert known or found.spills_in_loops <= (FEW if dtype == "fp32" else 0), found
     assert found.shared <= tables.SHARED_LIMIT.get(arch, tables.SHARED_LIMIT[80])
+    assert found.tensor_memory <= tables.TENSOR_MEMORY_LIMIT
     rows = tile.BN if kernel == tables.DKDV else tile.BM
     assert found.wgmma == (arch == 90 and dtype != "fp32" and rows >= 64)
 
@@ -172,6 +182,56 @@ def test_resources(cubin: str, cubins: dict):
 def test_the_gate_sees_spills():
     found = resources((tables.DKDV, 90, "bf16", 128, tables.Tile(128, 128, 4, 1), {}))
     assert found.spills_in_loops > 0
+
+
+def test_the_gate_sees_too_much_tensor_memory():
+    """A kernel that needs more than there is compiles without complaint, and refuses to load."""
+    found = resources((tables.FORWARD, 100, "bf16", 512, tables.Tile(64, 16, 8, 2), {}))
+    assert found.tensor_memory > tables.TENSOR_MEMORY_LIMIT
+    for extras in range(3):
+        tile = tables.tile_for(tables.FORWARD, 100, 16, 512, extras)
+        flags = next(iter([*triton_cubin.TIERS.values()][extras].values()))
+        found = resources((tables.FORWARD, 100, "bf16", 512, tile, flags))
+        assert found.tensor_memory <= tables.TENSOR_MEMORY_LIMIT
+        assert found.registers > 32
+
+
+def launches() -> Iterator[tuple[str, tuple]]:
+    """What the launcher makes of whole calls, (architecture, call, arguments)."""
+    calls = [("train", name) for name in triton_launch.CASES]
+    for shape in triton_launch.SHAPES:
+        for dtype, dims in (("bfloat16", (64, 80, 128, 256, 512)), ("float32", (64, 128, 256))):
+            calls += [("decode", shape, dtype, D, rich, 16 * (D != 80)) for D in dims for rich in (0, 1)]
+    for arch in (80, 90, 100):
+        for n, (call, *args) in enumerate(calls):
+            if ALL or (n % 6 == {80: 0, 90: 2, 100: 4}[arch] and (call == "decode" or n % 4 == 0)):
+                yield f"sm{arch}-{call}-" + "-".join(map(str, args)), (arch, call, *args)
+
+
+LAUNCHES = dict(launches())
+
+
+def launched_kernels(case: tuple) -> dict[str, triton_cubin.Resources]:
+    arch, call, *args = case
+    return triton_launch.compiled(arch, getattr(triton_launch, call), *args)
+
+
+@pytest.fixture(scope="session")
+def launched(request: pytest.FixtureRequest):
+    yield from in_processes(request, "call", launched_kernels, LAUNCHES)
+
+
+@pytest.mark.parametrize("call", LAUNCHES)
+def test_whole_calls_compile(call: str, launched: dict):
+    arch, kind = LAUNCHES[call][:2]
+    found = launched[call]
+    names = {name.split("-")[0] for name in found}
+    assert names >= ({"attention_forward", "combine"} if kind == "decode" else {"attention_dkdv"})
+    for kernel in found.values():
+        assert kernel.shared <= tables.SHARED_LIMIT[arch]
+        assert kernel.tensor_memory <= tables.TENSOR_MEMORY_LIMIT
+        if kind == "decode":  # in training, masks whose rows are not aligned need more registers
+            assert kernel.spills_in_loops <= (FEW if "float32" in call else 0), kernel
 
 
 def test_lengths_compile_nothing_new():

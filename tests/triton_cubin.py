@@ -40,6 +40,7 @@ class Resources:
     spilled: int  # bytes of stack
     spills_in_loops: int  # instructions
     shared: int
+    tensor_memory: int  # columns
     wgmma: bool
 
 
@@ -101,14 +102,18 @@ def compile_for(name: str, f: Features, dtype: str, tile: Tile, arch: int) -> Re
             signature[p.name] = "fp32" if p.name in FLOATS else p.annotation_type or "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return resources_of(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+
+
+def resources_of(built: triton.compiler.CompiledKernel) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
         registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
         in_loops = spills_in_loops(file.name) if stack else 0
-    return Resources(registers, stack, in_loops, built.metadata.shared, "wgmma" in built.asm["ptx"])
+    shared, tensor_memory = built.metadata.shared, built.metadata.tmem_size or 0
+    return Resources(registers, stack, in_loops, shared, tensor_memory, "wgmma" in built.asm["ptx"])
 
 
 def spills_in_loops(cubin: str) -> int:
@@ -159,7 +164,7 @@ def resource_table() -> Iterator[str]:
                     compile_for(kernel, features(dim, dtype, **flags), dtype, getattr(row, tier), arch)
                     for tier, (flags, *_) in ((tier, [*sets.values()]) for tier, sets in TIERS.items() if row)
                 ]
-                cells.append(", ".join(f"{x.registers} / {x.shared / 1024:.0f}" for x in found))
+                cells.append(", ".join(f"{x.registers} / {x.shared / 1024:.0f}" for x in found) or "–")
             yield f"| {' | '.join(cells)} |"
 
 
