@@ -2,7 +2,7 @@
 
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -91,6 +91,10 @@ def scaled_dot_product_attention(
             )[0]
         except (RuntimeError, TypeError):
             pass  # the rest finds out why, and what to do
+    if plain and attn_mask is None and not dropout_p and _are_jagged(query, key, value, enable_gqa):
+        if extras or torch._C._get_flash_sdp_enabled():
+            more = window, is_causal, softcap, alibi_slopes, sinks
+            return _jagged(query, key, value, scale, *more, return_lse=return_lse)
     bottom_right = False
     if _is_causal_bias(bias := attn_mask):
         if is_causal:
@@ -113,13 +117,9 @@ def scaled_dot_product_attention(
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras or bottom_right) and support.why_torch_is_faster(*dense[:4])
     if not extras and (reason or forbidden or faster):
-        if not (plain or forbidden or dropout_p or attn_mask is not None) and _are_jagged(query, key, value):
-            return _jagged(query, key, value, is_causal, scale)
         if bottom_right:
             attn_mask, is_causal = bias._materialize(query.device), False
-        # torch's own kernels have no forward-mode derivatives, and under vmap run once for each sample
-        by_math = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-        with sdpa_kernel(SDPBackend.MATH) if by_math else nullcontext():
+        with torchs_kernels():
             result = _torchs(
                 query,
                 key,
@@ -297,14 +297,30 @@ def _attend(
     return result
 
 
-def _jagged(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+def torchs_kernels() -> AbstractContextManager:
+    """Its fused ones have no forward-mode derivatives and run row by row under vmap: then its math."""
+    by_math = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return sdpa_kernel(SDPBackend.MATH) if by_math else nullcontext()
+
+
+def _jagged(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, *options: Any, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
     """[B,H,ragged,features] by the offsets of each, which are cu_seqlens."""
     q, k, v, _ = _autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
-    options = _options(q, scale, None, is_causal, None, None, None)
+    options = _options(q, scale, *options)
     options |= {"cu_q": query.offsets(), "cu_k": key.offsets()}
-    longest = {"max_q": query._get_max_seqlen(), "max_k": key._get_max_seqlen()}
-    out, _ = _attend(q, k, v, options, support.why_torch_attends(q, 0.0, q.size(3), v.size(3)), **longest)
-    return torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)
+    reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    out, lse = _attend(q, k, v, options, reason, max_q=_longest(query), max_k=_longest(key))
+    results = (
+        torch.nested.nested_tensor_from_jagged(t[0], query.offsets(), jagged_dim=2) for t in (out, lse)
+    )
+    return tuple(results) if return_lse else next(results)
+
+
+def _longest(t: Tensor) -> int:
+    """Under torch.compile no length is known but the sum of all, which no sequence exceeds either."""
+    return t.values().size(1) if torch.compiler.is_compiling() else t._get_max_seqlen()
 
 
 def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
@@ -327,16 +343,29 @@ def _ours_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return not (reason or support.why_torch_is_faster(q, k, v))
 
 
-def _are_jagged(*tensors: Tensor) -> bool:
-    return all(
+def _are_jagged(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
+    """And fit together; if not, torch raises in its own words."""
+    jagged = all(
         isinstance(t, Tensor)
         and t.is_nested
         and t.layout == torch.jagged
         and t.dim() == 4
         and t._ragged_idx == 2
         and t.lengths() is None
-        for t in tensors
+        for t in (q, k, v)
     )
+    if not jagged or not q.dtype == k.dtype == v.dtype or not q.size(0) == k.size(0) == v.size(0):
+        return False
+    H = k.size(1)
+    heads = H == v.size(1) and (q.size(1) == H or (gqa and H > 0 and q.size(1) % H == 0))
+    return heads and q.size(3) == k.size(3) and _same_lengths(k, v)
+
+
+def _same_lengths(a: Tensor, b: Tensor) -> bool:
+    """Of jagged tensors: sizes are equal where they share their offsets, else the offsets may still be."""
+    if a.size(2) == b.size(2):
+        return True
+    return not torch.compiler.is_compiling() and torch.equal(a.offsets(), b.offsets())
 
 
 def _is_causal_bias(mask: object) -> bool:

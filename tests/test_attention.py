@@ -300,6 +300,12 @@ def test_autocast():
             assert_close(ours(q, k, v, mask), theirs(q, k, v, mask), rtol=0.02, atol=0.02)
             assert ours(q.bfloat16(), k, v.half()).dtype == dtype
             assert ours(q.double(), k.double(), v.double()).dtype == torch.float64
+            lengths, rows = torch.tensor([3, 5]), [t[0].transpose(0, 1) for t in (q, k, v)]
+            decoded = seqkernels.decode_attention(q, k, v, lengths)
+            packed = seqkernels.varlen_attention(*rows, torch.tensor([0, 5]), torch.tensor([0, 5]), 5, 5)
+            assert decoded.dtype == packed.dtype == dtype
+            assert_close(packed.transpose(0, 1), ours(q[0], k[0], v[0]))
+            assert_close(decoded[1:], ours(q[1:], k[1:], v[1:], is_causal=True))
 
 
 @pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
@@ -320,21 +326,42 @@ def test_double_backward_matches_torchs_math():
     assert_close(*results)
 
 
-@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "error:There is a performance drop")
 def test_transforms_of_functions(monkeypatch):
+    """vmap takes torch's math, whose operators have batching rules: torch's kernels would run row by row."""
     x, y = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 2, 4, 5, 8)
     attend = lambda x, f: f(x, x.sin(), x.cos(), is_causal=True)  # noqa: E731
     a, b = partial(attend, f=ours), partial(attend, f=theirs)
-    assert_close(torch.func.vmap(a)(x), torch.func.vmap(b)(x))
-    grads = [torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sin().sum()))(x) for f in (a, b)]
+    assert_close(torch.func.vmap(a)(x), b(x))
+    grads = [torch.func.vmap(torch.func.grad(lambda x: a(x).sin().sum()))(x)]
+    grads += [torch.func.grad(lambda x: b(x).sin().sum())(x)]
     assert_close(*grads)
     assert_close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x[0]) for f in (a, b)))
     tangent = torch.func.jvp(a, (x[0],), (y[0],))
     with sdpa_kernel(SDPBackend.MATH):
         assert_close(tangent, torch.func.jvp(b, (x[0],), (y[0],)))
+    for options in ({"softcap": 2.0, "window": (2, 1)}, {"return_lse": True}):
+        one = lambda x, options=options: ours(x, x.sin(), x.cos(), **options)  # noqa: E731
+        assert_close(torch.func.vmap(one)(x), one(x))
+    few = torch.tensor([3, 5])
+    decode = lambda x: seqkernels.decode_attention(x[:, :, :1], x, x.sin(), few)  # noqa: E731
+    assert_close(torch.func.vmap(decode)(x), torch.stack([decode(row) for row in x]))
     monkeypatch.setattr(support, "_told", set())
     with pytest.warns(UserWarning, match="the kernels do not know torch.vmap"):
         torch.func.vmap(a)(x)
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:.*torch.jit.* is deprecated")
+def test_second_derivatives_of_functions():
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    a, b = (lambda x, f=f: f(x, x.sin(), x.cos()).sin().sum() for f in (ours, theirs))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.func.jacrev(torch.func.jacrev(b))(x)
+    assert_close(torch.func.hessian(a)(x), expected)
+    assert_close(torch.func.jacrev(torch.func.jacrev(a))(x), expected)
+    nested = torch.func.grad(lambda x: (torch.func.grad(a)(x) ** 2).sum())(x)
+    first = torch.func.grad(a)(x)
+    assert_close(nested, 2 * torch.einsum("abcdef,abc->def", expected, first))
 
 
 @pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:.*torch.jit.* is deprecated")
@@ -367,6 +394,51 @@ def test_jagged_tensors(is_causal):
     assert_close(out.values(), expected)
     grads = [torch.autograd.grad(o.sin().sum(), q)[0].values() for o in (out.values(), expected)]
     assert_close(*grads)
+
+
+def jagged(*lengths: int, H: int = 4, like: Tensor | None = None) -> Tensor:
+    """[B,H,ragged,8]; with the offsets of another, as torch wants keys and values to have them."""
+    values = torch.randn(sum(lengths), H, 8, dtype=torch.float64)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) if like is None else like.offsets()
+    return torch.nested.nested_tensor_from_jagged(values, offsets).transpose(1, 2)
+
+
+def test_jagged_tensors_with_everything_else():
+    q, k = jagged(3, 5, 1), jagged(4, 2, 7, H=2)
+    v = jagged(4, 2, 7, H=2, like=k)
+    options = {"enable_gqa": True, "is_causal": True, "window": (2, None), "softcap": 3.0}
+    options |= {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4, dtype=torch.float64)}
+    out, lse = ours(q, k, v, return_lse=True, **options)
+    rows = zip(*(t.unbind() for t in (q, k, v, out, lse)), strict=True)
+    for a, b, c, row_out, row_lse in rows:
+        assert_close((row_out, row_lse), ours(a, b, c, return_lse=True, **options))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(ours(q, k, v, **options).values(), out.values())
+
+
+def test_jagged_tensors_that_do_not_fit_raise_what_torch_raises():
+    q, k = jagged(3, 5, 1), jagged(4, 2, 3)
+    of_other_lengths, same = jagged(2, 4, 3), jagged(4, 2, 3, like=k)
+    two_rows, two_heads = jagged(4, 5), jagged(4, 2, 3, H=2, like=k)
+    for bad in (
+        (q, k, of_other_lengths),
+        (q, two_rows, two_rows),
+        (q, two_heads, two_heads),
+        (q, k.float(), same),
+        (q, torch.randn(3, 4, 4, 8).double(), same),
+    ):
+        expected = outcome(theirs, *bad)
+        assert isinstance(expected, tuple)
+        assert outcome(ours, *bad)[0] is expected[0]
+    assert_close(ours(q, k, jagged(4, 2, 3)).offsets(), q.offsets())  # equal, and not the same tensor
+
+
+def test_jagged_tensors_in_one_graph():
+    torch.compiler.reset()
+    q, k = jagged(3, 5, 1), jagged(4, 2, 3)
+    v = jagged(4, 2, 3, like=k)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(q, k, v).values(), ours(q, k, v).values())
 
 
 def test_subclasses_go_their_own_way():
