@@ -131,6 +131,28 @@ def test_opcheck_weights(mean):
     assert set(result.values()) == {"SUCCESS"}
 
 
+def gathered(q, k, v, table, lengths, alibi, sinks, *visibility):
+    """What the kernel for GPUs does with pages, on the CPU."""
+    k, v = (t[table].transpose(1, 2).flatten(2, 3) for t in (k, v))
+    rest = (None, None, None, lengths, alibi, sinks, *visibility, 0.0, None, 0, 0)
+    return torch.ops.seqkernels.attention_fwd(q, k, v, *rest)
+
+
+def test_opcheck_pages():
+    """The op has kernels for GPUs only; its fake and its schema are checked around another for the CPU."""
+    library = torch.library.Library("seqkernels", "FRAGMENT")
+    library.impl("paged_attention_fwd", gathered, "CPU")
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(6, 2, 4, 8), torch.randn(6, 2, 4, 6)
+    table, lengths = torch.tensor([[2, 1, 5], [0, 3, 4]]), torch.tensor([7, 12])
+    try:
+        for alibi, sinks in ((None, None), (torch.rand(4), torch.randn(4))):
+            args = (q, k, v, table, lengths, alibi, sinks, 0.3, 0.0, NO_LIMIT, 0, True)
+            op = torch.ops.seqkernels.paged_attention_fwd.default
+            assert set(opcheck(op, args).values()) == {"SUCCESS"}
+    finally:
+        library._destroy()
+
+
 q, k, v = torch.zeros(2, 4, 5, 6), torch.zeros(2, 2, 7, 6), torch.zeros(2, 2, 7, 3)
 BAD = {
     "q of three dims": {"q": q[0]},
@@ -276,3 +298,32 @@ def test_export_with_dynamic_lengths(strict):
     assert any("seqkernels.attention_fwd" in t for t in targets)
     q, k, v = (t.detach() for t in leaves(9, 12))
     assert_close(program.module()(q, k, v), Attend()(q, k, v))
+
+
+class Decode(torch.nn.Module):
+    def forward(self, q, k, v, lengths):
+        return seqkernels.decode_attention(q, k, v, lengths)
+
+
+class Packed(torch.nn.Module):
+    def forward(self, q, k, v, cu):
+        return seqkernels.varlen_attention(q, k, v, cu, cu, 64, 64, is_causal=True)
+
+
+def test_export_of_decoding_and_packed_sequences_with_dynamic_lengths():
+    S, rows = Dim("S", min=2, max=64), Dim("rows", min=2, max=64)
+
+    def cache(S: int) -> tuple[Tensor, ...]:
+        return torch.randn(2, 4, 1, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8), torch.tensor([3, S])
+
+    def packed(n: int) -> tuple[Tensor, ...]:
+        return torch.randn(n, 4, 8), torch.randn(n, 2, 8), torch.randn(n, 2, 8), torch.tensor([0, 3, n])
+
+    dynamic_cache, dynamic_rows = ({}, {2: S}, {2: S}, {}), ({0: rows}, {0: rows}, {0: rows}, {})
+    for module, inputs, dynamic in (
+        (Decode(), cache, dynamic_cache),
+        (Packed(), packed, dynamic_rows),
+    ):
+        program = export(module, inputs(9), dynamic_shapes=dynamic)
+        new = inputs(17)
+        assert_close(program.module()(*new), module(*new))

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, export
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
@@ -175,22 +176,55 @@ def test_all_keys_masked_gives_the_bias():
 
 def test_torchs_own_samples_of_the_function():
     """F.multi_head_attention_forward, by modules with the weights of the samples."""
-    op = next(op for op in op_db if op.name == "nn.functional.multi_head_attention_forward")
-    count = 0
-    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
-        key, value, embed_dim, heads, in_w, in_b, bias_k, bias_v, _, p, out_w, out_b = sample.args
-        if p:
-            continue
-        count += 1
-        module = seqkernels.MultiheadAttention(embed_dim, heads, dtype=torch.float64)
-        weights = {"in_proj_weight": in_w, "in_proj_bias": in_b, "bias_k": bias_k, "bias_v": bias_v}
-        weights |= {n: sample.kwargs[n] for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight")}
-        for name, tensor in weights.items():
-            setattr(module, name, None if tensor is None else nn.Parameter(tensor))
-        module.out_proj.weight, module.out_proj.bias = nn.Parameter(out_w), nn.Parameter(out_b)
+    samples = [(s, module_of(s)) for s in MHA_SAMPLES.sample_inputs("cpu", torch.float64)]
+    samples = [(s, module) for s, module in samples if not module.dropout]
+    for sample, module in samples:
         expected = F.multi_head_attention_forward(sample.input, *sample.args, **sample.kwargs)
-        assert_close(module(sample.input, key, value, attn_mask=sample.kwargs["attn_mask"]), expected)
-    assert count > 20
+        assert_close(module(sample.input, *sample.args[:2], attn_mask=sample.kwargs["attn_mask"]), expected)
+    assert len(samples) > 20
+    assert not MHA_SAMPLES.error_inputs_func  # a newer torch may have some
+
+
+MHA_SAMPLES = next(op for op in op_db if op.name == "nn.functional.multi_head_attention_forward")
+
+
+def module_of(sample) -> nn.Module:
+    """In training mode, so that the dropout of the sample counts."""
+    _, _, embed_dim, heads, in_w, in_b, bias_k, bias_v, _, p, out_w, out_b = sample.args
+    module = seqkernels.MultiheadAttention(embed_dim, heads, dropout=p, dtype=torch.float64)
+    weights = {"in_proj_weight": in_w, "in_proj_bias": in_b, "bias_k": bias_k, "bias_v": bias_v}
+    weights |= {n: sample.kwargs[n] for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight")}
+    for name, tensor in weights.items():
+        setattr(module, name, None if tensor is None else nn.Parameter(tensor))
+    module.out_proj.weight, module.out_proj.bias = nn.Parameter(out_w), nn.Parameter(out_b)
+    return module
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_gradients_of_torchs_own_samples_of_the_function(dropout):
+    """Once with the dropout they have, torch's own then, and once without."""
+    count = 0
+    for sample in MHA_SAMPLES.sample_inputs("cpu", torch.float64, requires_grad=True):
+        count += 1
+        module = module_of(sample)
+        qkv, mask = (sample.input, *sample.args[:2]), sample.kwargs["attn_mask"]
+        args = list(sample.args)
+        if not dropout:
+            module.dropout = args[9] = 0.0
+        results = []
+        for ours in (True, False):
+            torch.manual_seed(0)
+            if ours:
+                out, weights = module(*qkv, attn_mask=mask)
+                parameters = [module.in_proj_weight, module.bias_k, module.out_proj.weight]
+            else:
+                out, weights = F.multi_head_attention_forward(sample.input, *args, **sample.kwargs)
+                parameters = [args[4], args[6], args[10]]
+            loss = out.sin().sum() + weights.sin().sum()
+            results.append((out, weights, torch.autograd.grad(loss, [*qkv, mask, *parameters])))
+        assert_close(*results)
+    assert count
 
 
 BAD_CALLS = {
@@ -290,6 +324,21 @@ def test_parametrized_weights():
         parametrize.register_parametrization(module.out_proj, "weight", Double())
     qkv = inputs(ours)
     assert_close(run(ours, qkv), run(theirs, qkv))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "error:There is a performance drop")
+def test_transforms_of_functions(need_weights):
+    """Batches of batches, tangents: torch's math, whose operators know both."""
+    ours, _ = twins(batch_first=True)
+    x = torch.randn(3, N, L, E, dtype=torch.float64)
+    attend = lambda x: ours(x, x, x, need_weights=need_weights)[0]  # noqa: E731
+    rows = torch.stack([attend(row) for row in x])
+    assert_close(torch.func.vmap(attend)(x), rows)
+    grad = torch.func.grad(lambda x: attend(x).sin().sum())
+    assert_close(torch.func.vmap(grad)(x), torch.stack([grad(row) for row in x]))
+    (tangent,) = torch.autograd.functional.jvp(attend, x[0], x[1])[1:]
+    assert_close(torch.func.jvp(attend, (x[0],), (x[1],))[1], tangent)
 
 
 @pytest.mark.filterwarnings("ignore:seqkernels falls back")
@@ -418,6 +467,27 @@ def test_patched_transformers(attended):
     assert len(attended) == 6 * 4
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_layers_of_torch_keep_their_fast_path(attended):
+    """In a model with both, only those whose attention is ours take the path in Python."""
+    model = transformer(batch_first=True).encoder.eval()
+    (src, _), kwargs = list(transformer_calls(True, grad=False))[1]
+    padding = kwargs["src_key_padding_mask"]
+    with torch.no_grad():
+        expected = model(src, src_key_padding_mask=padding)
+        for swapped, kept in ((0, 1), (1, 0)):
+            seqkernels.swap_(model, lambda name, _, swapped=swapped: name.startswith(f"layers.{swapped}"))
+            assert model.layers[swapped].activation_relu_or_gelu == 0
+            assert model.layers[kept].activation_relu_or_gelu == 1
+            attended.clear()
+            with torch.profiler.profile() as profile:
+                out = model(src, src_key_padding_mask=padding)
+            calls = {event.key: event.count for event in profile.key_averages()}
+            assert calls["aten::_transformer_encoder_layer_fwd"] == len(attended) == 1
+            assert_close(out[~padding], expected[~padding])
+            seqkernels.unswap_(model)
+
+
 def test_activations_keep_their_fast_path_after_unswapping():
     for activation, code in (
         (F.relu, 1),
@@ -475,6 +545,39 @@ def test_one_graph(need_weights, batch_first):
         kwargs = {"key_padding_mask": masks("bool", (N, keys)), "need_weights": need_weights}
         qkv = inputs(ours, keys=keys)
         assert_close(run(compiled, qkv, **kwargs), run(ours, qkv, **kwargs))
+
+
+class Padded(nn.Module):
+    def __init__(self, attention: nn.MultiheadAttention, need_weights: bool) -> None:
+        super().__init__()
+        self.attention, self.need_weights = attention, need_weights
+
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.attention(x, x, x, padding, self.need_weights)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_export_with_dynamic_sizes(strict, need_weights):
+    rows, tokens = Dim("rows", min=1, max=32), Dim("tokens", min=2, max=64)
+    module = Padded(twins(batch_first=True)[0], need_weights).eval()
+    sizes = {0: rows, 1: tokens}
+    example = torch.randn(N, L, E).double(), torch.zeros(N, L, dtype=torch.bool)
+    program = export(module, example, dynamic_shapes={"x": sizes, "padding": sizes}, strict=strict)
+    x, padding = torch.randn(2, 9, E).double(), torch.arange(9) >= torch.tensor([[4], [9]])
+    assert_close(program.module()(x, padding), module(x, padding))
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = {str(node.target) for graph in graphs for node in graph.nodes}
+    assert {"seqkernels.attention_fwd.default"} <= targets
+
+
+def test_export_of_a_swapped_encoder():
+    model = transformer(batch_first=True).encoder.eval()
+    seqkernels.swap_(model)
+    sizes = {0: Dim("rows", min=1, max=32), 1: Dim("tokens", min=2, max=64)}
+    program = export(model, (torch.randn(3, 5, 16).double(),), dynamic_shapes=(sizes,))
+    x = torch.randn(2, 9, 16).double()
+    assert_close(program.module()(x), model(x))
 
 
 def test_swapped_transformers_in_one_graph():

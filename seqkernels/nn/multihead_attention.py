@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqkernels import support
-from seqkernels.attention import MISFIT, is_plain
+from seqkernels.attention import MISFIT, is_plain, torchs_kernels
 from seqkernels.nn._base import torchs_twin
 from seqkernels.ops.attention import NO_LIMIT, attention, attention_weights
 
@@ -50,17 +50,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         ):
             return self._forward_nested(query), None
         if reason or forbidden or not plain:
-            result = self._torch.forward(
-                self,
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
+            options = need_weights, attn_mask, average_attn_weights, is_causal
+            with torchs_kernels():
+                result = self._torch.forward(self, query, key, value, key_padding_mask, *options)
             if plain and reason and not forbidden:
                 support.fall_back(reason)
             return result
@@ -117,7 +109,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             rows, N, L, S = (), 1, query.size(0), key.size(0)
         else:
             return False
-        if key.shape[:-1] != value.shape[:-1] or key.shape[:-1].numel() != N * S:
+        # compared one by one: torch.export would take what torch.Size multiplies for constants
+        if any(key.size(d) != value.size(d) for d in range(key.dim() - 1)):
+            return False
+        if rows and key.size(1 - time) != N:
             return False
 
         def mask_fits(mask: Tensor | None, *shapes: tuple[int, ...]) -> bool:
