@@ -22,7 +22,7 @@ NO_LIMIT = 2**62
 FEATURES: dict[str, tuple[str, ...]] = {
     "window": ("all", "causal", "causal_bottom_right", "band", "band_bottom_right", "left"),
     "mask": ("none", "bool", "float", "float_keys", "float_queries", "float_transposed"),
-    "lengths": ("full", "len_k", "varlen"),
+    "lengths": ("full", "len_k", "varlen", "paged"),
     "heads": ("1:1", "2:2", "2:1", "3:1"),
     "dims": ("16:16", "24:40", "80:16", "7:1"),
     "dtype": ("float32", "float16", "bfloat16"),
@@ -37,7 +37,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
 
 
 def excluded(case: dict[str, str]) -> bool:
-    return case.get("lengths") == "varlen" and case.get("mask", "none") != "none"
+    lengths = case.get("lengths")
+    masked, dropped = case.get("mask", "none") != "none", case.get("dropout", "0") != "0"
+    return (lengths in ("varlen", "paged") and masked) or (lengths == "paged" and dropped)
 
 
 def pairwise_cases() -> dict[str, dict[str, str]]:
@@ -109,18 +111,22 @@ class Problem:
                 x = x[:1].expand(x.shape)
             return x.to(device)
 
-        self.cu_q = self.cu_k = None
+        self.cu_q = self.cu_k = self.pages = None
         batch = B
         if case["lengths"] == "varlen":
             self.cu_q, self.cu_k = torch.tensor([0, 5, 5, 24]), torch.tensor([0, 11, 14, 14 + Tk])
             batch, rows, keys = 1, 24, 14 + Tk
         else:
             rows, keys = Tq, Tk
-        self.leaves = {
-            "q": given(randn(batch, Hq, rows, D).to(self.dtype)),
-            "k": given(randn(batch, Hk, keys, D).to(self.dtype)),
-            "v": given(randn(batch, Hk, keys, Dv).to(self.dtype)),
-        }
+        shapes = {"q": (batch, Hq, rows, D), "k": (batch, Hk, keys, D), "v": (batch, Hk, keys, Dv)}
+        if case["lengths"] == "paged":
+            pages = [given(randn(16, Hk, 4, d).to(self.dtype)) for d in (D, Dv)]
+            table = torch.randperm(16, generator=generator)[:14].view(B, 7).to(device)
+            self.pages = (*pages, table.int())
+            k, v = (x[table].transpose(1, 2).flatten(2, 3) for x in pages)
+            self.leaves = {"q": given(randn(*shapes["q"]).to(self.dtype)), "k": k, "v": v}
+        else:
+            self.leaves = {name: given(randn(*shape).to(self.dtype)) for name, shape in shapes.items()}
         mask = {
             "none": lambda: None,
             "bool": lambda: randn(B, 1, Tq, Tk) > -0.5,
@@ -143,7 +149,9 @@ class Problem:
         to = {"device": device}
         self.options: dict[str, Any] = {
             "mask": None if mask is None else mask.to(device),
-            "len_k": torch.tensor([0, 21], **to) if case["lengths"] == "len_k" else None,
+            "len_k": {"len_k": torch.tensor([0, 21], **to), "paged": torch.tensor([3, 27], **to)}.get(
+                case["lengths"]
+            ),
             "alibi": None if alibi is None else alibi.to(device),
             "sinks": randn(Hq).to(device) if case["sinks"] == "yes" else None,
             "scale": float(case["scale"]),
@@ -222,6 +230,10 @@ def ours(problem: Problem, dlse: Tensor) -> dict[str, Tensor]:
     from seqkernels.triton import launch
 
     leaves, arguments = problem.leaves.values(), problem.arguments()
+    if problem.pages is not None:  # for inference
+        rest = list(problem.options.values())[1:]  # but the mask
+        out, lse = launch.paged_attention_fwd(problem.leaves["q"], *problem.pages, *rest)
+        return {"out": out, "lse": lse}
     out, lse = launch.attention_fwd(*leaves, *arguments)
     grads = launch.attention_bwd(problem.dout, dlse, *leaves, out, lse, *arguments, True)
     found = dict(zip(("out", "lse", "dq", "dk", "dv", "dmask", "dsinks"), (out, lse, *grads), strict=True))
@@ -252,6 +264,8 @@ def check(case: dict[str, str], device: str) -> None:
     truth, (dlse,) = reference(problem)
     found = ours(problem, dlse.to(device))
     for name, exact in truth.items():
+        if problem.pages is not None and name not in ("out", "lse"):
+            continue
         if name == "dmask":
             exact = exact.sum_to_size(problem.options["mask"].shape)
         assert_close(name, found[name], exact, problem.dtype)

@@ -7,6 +7,7 @@ from triton_matrix import NO_LIMIT, philox_keep
 
 import seqkernels
 from seqkernels import support
+from seqkernels.integrations import flash_attention
 from seqkernels.ops import attention as ops
 from seqkernels.reference.attention import attention, attention_weights
 from seqkernels.triton import OPS, decode, launch
@@ -274,6 +275,47 @@ def public_functions(device):
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
 
 
+def torchs_registry(device):
+    """Torch's flash operators on these kernels: dropout replayed from the state that torch keeps, pages."""
+    before = ops._fwd, ops._bwd, ops._paged_fwd
+    if device == "cpu":
+        ops._fwd, ops._bwd, ops._paged_fwd = (
+            launch.attention_fwd,
+            launch.attention_bwd,
+            launch.paged_attention_fwd,
+        )
+    try:
+        q, k, v = (torch.randn(2, h, T, 16, device=device) for h, T in ((4, 19), (2, 27), (2, 27)))
+        out, lse, *sizes, rng, unused, _ = flash_attention._scaled_dot_product_flash_attention(
+            q, k, v, 0.3, True
+        )
+        dout = torch.randn_like(out)
+        grads = flash_attention._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, *sizes, 0.3, True, rng, unused
+        )
+        seed, offset = rng.view(torch.int64).tolist()
+        keep = philox_keep(seed, offset, 2, 4, 19, 27, 0.3)
+        leaves = [t.double().cpu().requires_grad_() for t in (q, k, v)]
+        exact, exact_lse = attention(*leaves, scale=0.25, right=0, dropout=0.3, keep=keep)
+        wanted = (exact, exact_lse, *torch.autograd.grad(exact, leaves, dout.double().cpu()))
+        found = [t.double().cpu() for t in (out, lse, *grads)]
+        torch.testing.assert_close(tuple(found), wanted, rtol=1e-4, atol=1e-4)
+
+        pages = [torch.randn(6, 4, 2, 16, device=device) for _ in range(2)]
+        table = torch.tensor([[2, 1, 5], [0, 3, 4]], dtype=torch.int32, device=device)
+        few, lengths = q[:, :, :3].transpose(1, 2), torch.tensor([7, 12], dtype=torch.int32, device=device)
+        out = flash_attention._flash_attention_forward(
+            few, *pages, None, None, 3, 12, 0.0, True, False, seqused_k=lengths, block_table=table
+        )[0]
+        dense = (t[table.long()].flatten(1, 2).transpose(1, 2).double() for t in pages)
+        exact, _ = attention(
+            few.transpose(1, 2).double(), *dense, scale=0.25, right=0, bottom_right=True, len_k=lengths.long()
+        )
+        torch.testing.assert_close(out.double(), exact.transpose(1, 2), rtol=1e-4, atol=1e-4)
+    finally:
+        ops._fwd, ops._bwd, ops._paged_fwd = before
+
+
 ALL = (
     head_dims,
     sums_of_powers_of_two,
@@ -287,6 +329,7 @@ ALL = (
     many_splits,
     wrong_lengths,
     what_they_refuse,
+    torchs_registry,
     public_functions,
 )
 UNITS = {f.__name__: f for f in ALL}
