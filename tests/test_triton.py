@@ -258,10 +258,12 @@ def restored_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("times", [1, 16])
 @pytest.mark.parametrize("name", CASES)
-def test_on_gpu(name: str, restored_grid):
+def test_on_gpu(name: str, times: int, restored_grid):
+    """Within one tile, and over several."""
     set_grid(CASES[name]["grid"])
-    check(CASES[name], "cuda")
+    check(CASES[name], "cuda", times)
 
 
 @pytest.mark.gpu

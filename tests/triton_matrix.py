@@ -91,12 +91,14 @@ def philox_keep(seed: int, offset: int, batch: int, heads: int, Tq: int, Tk: int
 
 
 class Problem:
-    """Tensors of a case: `leaves` are differentiated, `options` are those of the reference."""
+    """Tensors of a case, `times` as long as the shortest with an edge in each tile; `leaves` are
+    differentiated, `options` are those of the reference."""
 
-    def __init__(self, case: dict[str, str], device: str) -> None:
+    def __init__(self, case: dict[str, str], device: str, times: int = 1) -> None:
         generator = torch.Generator().manual_seed(len(repr(case)))
         self.dtype = getattr(torch, case["dtype"])
-        B, Tq, Tk = 2, 19, 27
+        B, Tq, Tk = 2, 19 * times, 27 * times
+        self.longest = Tq, Tk
         Hq, Hk = map(int, case["heads"].split(":"))
         D, Dv = map(int, case["dims"].split(":"))
         self.shape = B, Hq, Tq, Tk
@@ -114,13 +116,14 @@ class Problem:
         self.cu_q = self.cu_k = self.pages = None
         batch = B
         if case["lengths"] == "varlen":
-            self.cu_q, self.cu_k = torch.tensor([0, 5, 5, 24]), torch.tensor([0, 11, 14, 14 + Tk])
-            batch, rows, keys = 1, 24, 14 + Tk
+            self.cu_q = torch.tensor([0, 5, 5, 24]) * times
+            self.cu_k = torch.tensor([0, 11, 14, 41]) * times
+            batch, rows, keys = 1, 24 * times, 41 * times
         else:
             rows, keys = Tq, Tk
         shapes = {"q": (batch, Hq, rows, D), "k": (batch, Hk, keys, D), "v": (batch, Hk, keys, Dv)}
         if case["lengths"] == "paged":
-            pages = [given(randn(16, Hk, 4, d).to(self.dtype)) for d in (D, Dv)]
+            pages = [given(randn(16, Hk, 4 * times, d).to(self.dtype)) for d in (D, Dv)]
             table = torch.randperm(16, generator=generator)[:14].view(B, 7).to(device)
             self.pages = (*pages, table.int())
             k, v = (x[table].transpose(1, 2).flatten(2, 3) for x in pages)
@@ -146,12 +149,10 @@ class Problem:
             "band_bottom_right": (4, -1, True),
             "left": (7, NO_LIMIT, False),
         }[case["window"]]
-        to = {"device": device}
+        to, lengths = {"device": device}, {"len_k": [0, 21], "paged": [3, 27]}.get(case["lengths"])
         self.options: dict[str, Any] = {
             "mask": None if mask is None else mask.to(device),
-            "len_k": {"len_k": torch.tensor([0, 21], **to), "paged": torch.tensor([3, 27], **to)}.get(
-                case["lengths"]
-            ),
+            "len_k": torch.tensor(lengths, **to) * times if lengths else None,
             "alibi": None if alibi is None else alibi.to(device),
             "sinks": randn(Hq).to(device) if case["sinks"] == "yes" else None,
             "scale": float(case["scale"]),
@@ -171,7 +172,7 @@ class Problem:
         """From mask to max_k, in the order of the op."""
         o = dict(self.options)
         mask, lengths = o.pop("mask"), (None, None) if self.cu_q is None else self.cumulative()
-        longest = (0, 0) if self.cu_q is None else (19, 27)
+        longest = (0, 0) if self.cu_q is None else self.longest
         return mask, *lengths, *o.values(), self.dropout, self.rng, *longest
 
     def cumulative(self) -> tuple[Tensor, Tensor]:
@@ -259,8 +260,8 @@ def assert_close(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) ->
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check(case: dict[str, str], device: str) -> None:
-    problem = Problem(case, device)
+def check(case: dict[str, str], device: str, times: int = 1) -> None:
+    problem = Problem(case, device, times)
     truth, (dlse,) = reference(problem)
     found = ours(problem, dlse.to(device))
     for name, exact in truth.items():
