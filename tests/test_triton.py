@@ -89,6 +89,8 @@ def test_splits_and_packs_by_shape_alone():
     assert decode.is_packed(queries=32, group=4)
     assert not decode.is_packed(queries=64, group=4)
     assert not decode.is_packed(queries=64, group=1)
+    assert decode.packed_tile(tables.Tile(128, 128, 8, 3), rows=8) == tables.Tile(16, 128, 4, 3)
+    assert decode.packed_tile(tables.Tile(64, 16, 8, 2), rows=128) == tables.Tile(64, 16, 8, 2)
     assert launch.group_splits(programs=4, group=8, multiprocessors=16) == 4
     assert launch.group_splits(programs=4, group=6, multiprocessors=132) == 6
     assert launch.group_splits(programs=200, group=8, multiprocessors=132) == 1
