@@ -55,8 +55,8 @@ using ProductTile = void (*)(int64_t K, const D* a, int64_t lda, const D* b, int
                              int64_t ldc, Start start, const Acc<D>* scale);
 constexpr int kTileVectors = MR == 12 ? 4 : 2, kTileRows = 6;
 template <class D, int NV, bool across, int... r>
-constexpr ProductTile<D> product_tile_of(int rows, std::integer_sequence<int, r...>) {
-  constexpr ProductTile<D> tiles[] = {product_tile<D, r + 1, NV, across>...};
+SEQ_INLINE ProductTile<D> product_tile_of(int rows, std::integer_sequence<int, r...>) {
+  static constexpr ProductTile<D> tiles[] = {product_tile<D, r + 1, NV, across>...};
   return tiles[rows - 1];
 }
 

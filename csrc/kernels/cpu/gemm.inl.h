@@ -103,10 +103,10 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restr
 
 // `first`: the first tile that reads a panel brings it to L1 for the others.
 template <class D, int... r>
-constexpr TileFn<D> tile_of(int vectors, int rows, bool first, std::integer_sequence<int, r...>) {
-  constexpr TileFn<D> narrow[] = {tile<D, r + 1, 1, false>...};
-  constexpr TileFn<D> wide[] = {tile<D, r + 1, 2, false>...};
-  constexpr TileFn<D> wide_first[] = {tile<D, r + 1, 2, true>...};
+SEQ_INLINE TileFn<D> tile_of(int vectors, int rows, bool first, std::integer_sequence<int, r...>) {
+  static constexpr TileFn<D> narrow[] = {tile<D, r + 1, 1, false>...};
+  static constexpr TileFn<D> wide[] = {tile<D, r + 1, 2, false>...};
+  static constexpr TileFn<D> wide_first[] = {tile<D, r + 1, 2, true>...};
   return (vectors == 1 ? narrow : first ? wide_first : wide)[rows - 1];
 }
 

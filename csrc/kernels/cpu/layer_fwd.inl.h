@@ -458,6 +458,7 @@ static void layer_fwd(const typename Cell::FwdParams& p) {
   Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   layer.layout(arena);
   layer.prepare();
-  run_team(p.parallel, team_size(layer.seq, Cell::kGates), [&](int id, int size) { layer.thread(id, size); });
+  run_team(p.parallel, forward_team_size<Operand<S>>(layer.seq, Cell::kGates, layer.once),
+           [&](int id, int size) { layer.thread(id, size); });
   scratch_free(arena.base);
 }

@@ -49,7 +49,8 @@ struct Plan {
 template <class D>
 constexpr double kRate = kDepth<D> == 32 ? 16 : kPair<D>;
 
-constexpr double kBarrierCycles = 1000;
+// With the way of h from core to core: 0.4 to 0.8 us on Zen 5 (LSTM B = 1, H = 64 to 256).
+constexpr double kBarrierCycles = 2500;
 
 // Cycles of one thread's step: FMA rate, load rate, weight traffic (L1, L2, beyond), gate arithmetic,
 // barrier; the projection was done for many steps at once. The numbers are rounded from measurements on Zen 5
@@ -126,4 +127,11 @@ static int team_size(const Sequence& seq, int G) {
   const double work = double(seq.p.D) * double(seq.tokens) * G * double(p.H) * double(p.I + p.P);
   const double threads = work / kWorkPerThread;
   return threads >= p.parallel.threads ? p.parallel.threads : threads < 1 ? 1 : int(threads);
+}
+// Forward: nobody is woken to watch one thread walk alone.
+template <class D>
+static int forward_team_size(const Sequence& seq, int G, bool units_only) {
+  const int size = team_size(seq, G);
+  const Plan plan = make_plan<D>(seq, size, G, units_only);
+  return plan.concurrent * plan.per_direction() == 1 ? 1 : size;
 }
