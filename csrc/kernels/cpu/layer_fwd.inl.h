@@ -120,8 +120,8 @@ struct LayerFwd {
                            : half > kMostChunks ? kMostChunks
                                                 : half;
     chunk_tokens = chunks * kChunkTokens;
-    c_size = chunks * kChunkBytes / int64_t(sizeof(T));
-    if (c_size < B * (G * NR<T>)) c_size = B * (G * NR<T>);
+    c_size = p.T == 1 ? 0 : chunks * kChunkBytes / int64_t(sizeof(T));
+    if (c_size < B * (G * NR<T>)) c_size = B * (G * NR<T>);  // a block of units of one step
     x_size = x_in_place() || direct ? 0 : (B > chunk_tokens ? B : chunk_tokens) * ldx;
     C = a.take<T>(team * c_size);
     Q = a.take<T>(team * B * NR<T>);
