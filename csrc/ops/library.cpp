@@ -71,6 +71,13 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
       "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
       "bool mean) -> Tensor");
+  // x [M,K] and dy [M,N] with unit stride in the last dimension, w [N,K]; dx, or dw and db of size 0: not
+  // wanted.
+  m.def("linear_fwd(Tensor x, Tensor w, Tensor? b) -> Tensor");
+  m.def(
+      "linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw, "
+      "Tensor "
+      "db)");
   m.def("set_isa(str name) -> ()");
   m.def("get_isa() -> str");
 }

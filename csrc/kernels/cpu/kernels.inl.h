@@ -4,6 +4,7 @@
 #include "attention_bwd.inl.h"
 #include "attention_fwd.inl.h"
 #include "gru.inl.h"
+#include "linear.inl.h"
 #include "lstm.inl.h"
 #include "rnn.inl.h"
 #include "step_fwd.inl.h"
@@ -127,6 +128,8 @@ static const KernelTable kTable = {
     [](const AttentionWeightsParams& p) {
       with_storage(p.dtype, [&]<class S>() { attention_weights<S>(p); });
     },
+    [](const LinearFwdParams& p) { with_storage(p.dtype, [&]<class S>() { linear_fwd<S>(p); }); },
+    [](const LinearBwdParams& p) { with_storage(p.dtype, [&]<class S>() { linear_bwd<S>(p); }); },
     pack_entry<Lstm>,
     pack_entry<Gru>,
     pack_entry<Rnn>,

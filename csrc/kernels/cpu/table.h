@@ -4,6 +4,7 @@
 
 #include "../attention.h"
 #include "../gru.h"
+#include "../linear.h"
 #include "../lstm.h"
 #include "../rnn.h"
 
@@ -19,6 +20,8 @@ struct KernelTable {
   void (*attention_fwd)(const AttentionFwdParams&);
   void (*attention_bwd)(const AttentionBwdParams&);
   void (*attention_weights)(const AttentionWeightsParams&);
+  void (*linear_fwd)(const LinearFwdParams&);
+  void (*linear_bwd)(const LinearBwdParams&);
   // One layer's weights in panels, for `packed` in forward params: returns the bytes, writes unless out is
   // null.
   int64_t (*lstm_pack)(const LayerParams&, void* out);

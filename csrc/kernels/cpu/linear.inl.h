@@ -1,0 +1,232 @@
+// Linear and its gradients: one product C = A B three times.
+//
+//   y [M, N] = x W^T + b,   dx [M, K] = dy W,   dW [N, K] = dy^T x
+//
+// All threads pack B (up to kPass rows of it at a time) into panels that lie in L2 or L3 for everybody, then
+// take blocks of kRows rows of A from one queue: as many as keep a panel in L1 busy for longer than it takes
+// to come. Rows of A are read where they lie unless they have to be converted, padded or transposed. Up to 8
+// rows of x, packing would cost more than the product: then W is read as it lies.
+#pragma once
+
+#include "gemm.inl.h"
+#include "team.inl.h"
+
+// C [M, N] = A [M, K] B [K, N] + bias. A by rows, or across: element [m, k] at a[k * lda + m]. B likewise: by
+// rows [K, N], or across: a row of b is a column of B.
+template <class S>
+struct Product {
+  using T = Acc<S>;
+  using O = Operand<S>;
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kRows = 96, kPass = 1024;
+
+  int64_t M, N, K;
+  const S* a;
+  int64_t lda;
+  bool a_across;
+  const S* b;
+  int64_t ldb;
+  bool b_across;
+  const S* bias;
+  S* c;
+  S* row_sums;  // [M]: of A, or null
+  const Parallel& parallel;
+
+  const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
+  const int64_t passes = K ? (K + kPass - 1) / kPass : 1, pass = round_up((K + passes - 1) / passes, 32);
+  const int64_t row_blocks = (M + kRows - 1) / kRows, panels = (N + NR<O> - 1) / NR<O>;
+  const int64_t ld_rows = round_up(pass, 32) + W, ld_sums = in_place     ? N
+                                                            : passes > 1 ? round_up(N, W)
+                                                                         : NR<O>;
+  int team = 1;
+  int64_t column_blocks = 1;
+
+  O *packed = nullptr, *rows = nullptr;
+  T *biases = nullptr, *sums = nullptr, *of_rows = nullptr;
+  int64_t* next = nullptr;  // [passes]
+  Barrier* barrier = nullptr;
+
+  Panels<O> panels_of(int64_t k) const { return {N, k}; }
+  // Rows of A that the tiles can read: of their type, padded, and not all in one set of L1 (see LayerFwd).
+  bool a_as_it_lies(int64_t k) const {
+    return !a_across && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
+           lda * int64_t(sizeof(S)) % 4096 != 0;
+  }
+
+  void layout(Arena& arena) {
+    packed = arena.take<O>(panels_of(pass).size());
+    rows = arena.take<O>(team * kRows * ld_rows);
+    biases = arena.take<T>(round_up(N, NR<O>));
+    sums = arena.take<T>(in_place ? 0 : passes > 1 ? M * ld_sums : team * kRows * NR<O>);
+    of_rows = arena.take<T>(M);
+    next = arena.take<int64_t>(passes);
+    barrier = arena.take<Barrier>(1);
+  }
+
+  void run() {
+    team = work_team();
+    column_blocks = row_blocks >= 2 * team || panels < 2 ? 1 : panels < team ? panels : team;
+    Arena count;
+    layout(count);
+    Arena arena{static_cast<char*>(scratch_alloc(count.used))};
+    layout(arena);
+    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
+    __builtin_memset(next, 0, sizeof(int64_t) * passes);
+    for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
+    run_team(parallel, team, [&](int id, int size) { thread(id, size); });
+    scratch_free(arena.base);
+  }
+  // Work below 1e5 multiply-adds is not worth waking another thread (see kWorkPerThread).
+  int work_team() const {
+    const double threads = double(M) * double(N) * double(K) / 1e5;
+    return threads >= parallel.threads ? parallel.threads : threads < 1 ? 1 : int(threads);
+  }
+
+  void thread(int id, int size) {
+    for (int64_t i = 0; i < passes; i++) {
+      const int64_t k0 = i * pass, k = K - k0 < pass ? K - k0 : pass;
+      for (int64_t j = panels * id / size; j < panels * (id + 1) / size; j++) pack(k0, k, j);
+      barrier->wait(size);
+      const int64_t tasks = row_blocks * column_blocks;
+      for (int64_t t; (t = __atomic_fetch_add(next + i, 1, __ATOMIC_RELAXED)) < tasks;)
+        block(id, i, k0, k, t / column_blocks, t % column_blocks);
+      barrier->wait(size);
+    }
+    release_tiles();
+  }
+
+  void pack(int64_t k0, int64_t k, int64_t j) const {
+    const Panels<O> shape = panels_of(k);
+    O* to = packed + shape.offset(j);
+    const int64_t n = j * NR<O>, width = shape.width(j);
+    if (b_across) return pack_panel(b + n * ldb + k0, ldb, N - n, k, to, width);
+    for (int64_t r = 0; r < k; r++) pack_row(b + (k0 + r) * ldb + n, N - n, to, r, width);
+    pack_padding(to, k, width);
+  }
+
+  // Rows [m, m + kRows) by a share of the panels.
+  void block(int id, int64_t i, int64_t k0, int64_t k, int64_t row_block, int64_t column_block) const {
+    const Panels<O> shape = panels_of(k);
+    const int64_t m = row_block * kRows, n = M - m < kRows ? M - m : kRows;
+    const bool first = i == 0, last = i + 1 == passes;
+    const O* from = rows + id * kRows * ld_rows;
+    int64_t ld = ld_rows;
+    if (a_as_it_lies(k))
+      from = reinterpret_cast<const O*>(a + m * lda + k0), ld = lda;
+    else
+      gather(m, n, k0, k, rows + id * kRows * ld_rows);
+    if (row_sums && column_block == 0) add_rows(m, n, k, from, ld, first, last);
+    for (int64_t j = panels * column_block / column_blocks; j < panels * (column_block + 1) / column_blocks;
+         j++) {
+      T* to = sums + (passes > 1 ? m * ld_sums + j * NR<O> : id * kRows * NR<O>);
+      if constexpr (sizeof(S) == sizeof(T))
+        if (in_place) to = c + m * ld_sums + j * NR<O>;
+      gemm_panel(n, shape.width(j), shape.depth(), from, ld, packed + shape.offset(j), shape.width(j),
+                 first ? biases + j * NR<O> : to, first ? 0 : ld_sums, to, ld_sums);
+      for (int64_t r = 0; last && !in_place && r < n; r++)
+        for (int64_t u = 0; u < shape.width(j); u += W)
+          store(c + (m + r) * N + j * NR<O> + u, load(to + r * ld_sums + u), N - j * NR<O> - u);
+    }
+  }
+  void gather(int64_t m, int64_t n, int64_t k0, int64_t k, O* to) const {
+    const int64_t padded = round_up(k, 32);
+    if (!a_across) {
+      for (int64_t r = 0; r < n; r++) copy_row(a + (m + r) * lda + k0, k, to + r * ld_rows, padded);
+      return;
+    }
+    pack_transposed(a + k0 * lda + m, lda, k, n, to, ld_rows, padded);
+  }
+  // Sums of the rows of A: gathered, padded with zeros.
+  void add_rows(int64_t m, int64_t n, int64_t k, const O* from, int64_t ld, bool first, bool last) const {
+    for (int64_t r = 0; r < n; r++) {
+      Vec<T> sum{};
+      for (int64_t i = 0; i < k; i += W) sum += load(from + r * ld + i, k - i);
+      T total = first ? T(0) : of_rows[m + r];
+      for (int l = 0; l < W; l++) total += sum[l];
+      of_rows[m + r] = total;
+      if (last) store(row_sums + m + r, splat(total), 1);
+    }
+  }
+};
+
+// A few rows of x: W as it lies, W outputs at a time.
+template <class S>
+struct FewRows {
+  using T = Acc<S>;
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kRows = 8;
+  const LinearFwdParams& p;
+
+  void run() const {
+    const int64_t blocks = (p.N + W - 1) / W;
+    const double threads = double(p.M) * double(p.N) * double(p.K) / 1e5;
+    const int64_t team = threads < 1                    ? 1
+                         : threads < p.parallel.threads ? int64_t(threads)
+                                                        : p.parallel.threads;
+    if (team == 1 || p.parallel.run == nullptr) return outputs(0, blocks);
+    struct Share {
+      const FewRows& few;
+      int64_t blocks, team;
+    } share{*this, blocks, team};
+    p.parallel.run(
+        p.parallel.ctx, team,
+        [](void* arg, int64_t begin, int64_t end) {
+          const Share& s = *static_cast<Share*>(arg);
+          s.few.outputs(s.blocks * begin / s.team, s.blocks * end / s.team);
+        },
+        &share);
+  }
+  void outputs(int64_t begin, int64_t end) const {
+    const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *b = static_cast<const S*>(p.b);
+    for (int64_t n = begin * W; n < end * W && n < p.N; n += W)
+      for (int64_t m = 0; m < p.M; m++) {
+        Vec<T> acc[W] = {};
+        dot_rows(w + n * p.K, p.K, p.N - n, x + m * p.x_m, p.K, acc);
+        const Vec<T> y = sum_lanes<T>(acc) + (b ? load(b + n, p.N - n) : Vec<T>{});
+        store(static_cast<S*>(p.y) + m * p.N + n, y, p.N - n);
+      }
+  }
+};
+
+template <class S>
+static void linear_fwd(const LinearFwdParams& p) {
+  if (p.M <= FewRows<S>::kRows) return FewRows<S>{p}.run();
+  const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w);
+  Product<S>{p.M,
+             p.N,
+             p.K,
+             x,
+             p.x_m,
+             false,
+             w,
+             p.K,
+             true,
+             static_cast<const S*>(p.b),
+             static_cast<S*>(p.y),
+             nullptr,
+             p.parallel}
+      .run();
+}
+template <class S>
+static void linear_bwd(const LinearBwdParams& p) {
+  const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *dy = static_cast<const S*>(p.dy);
+  if (p.dx)
+    Product<S>{p.M,     p.K,       p.N, dy, p.dy_m, false, w, p.K, false, nullptr, static_cast<S*>(p.dx),
+               nullptr, p.parallel}
+        .run();
+  if (p.dw)
+    Product<S>{p.N,
+               p.K,
+               p.M,
+               dy,
+               p.dy_m,
+               true,
+               x,
+               p.x_m,
+               false,
+               nullptr,
+               static_cast<S*>(p.dw),
+               static_cast<S*>(p.db),
+               p.parallel}
+        .run();
+}
