@@ -25,7 +25,7 @@ BF16 = torch.bfloat16
 
 
 class Called(TorchDispatchMode):
-    """The names of our operators that run."""
+    """The names of our operators of attention that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Called(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if name.startswith("seqkernels::"):
+        if name.startswith("seqkernels::") and "attention" in name:
             self.names.append(name.removeprefix("seqkernels::"))
         return func(*args, **(kwargs or {}))
 

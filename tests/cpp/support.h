@@ -217,7 +217,8 @@ void expect_unchanged(const Buffers& inputs, const Case& c) {
     if (!buffer.unchanged()) fail(name + ": an input was written to", c);
 }
 
-// In a file of its own: all cases on these instruction sets.
+// In files of their own: all cases on these instruction sets.
 void check_attention(const std::vector<const char*>& isas);
+void check_linear(const std::vector<const char*>& isas);
 
 }  // namespace seqkernels::test

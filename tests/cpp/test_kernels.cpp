@@ -491,6 +491,7 @@ int main() {
       check(empty, isas, random);
     }
   check_attention(isas);
+  check_linear(isas);
 
   std::printf("%d calls;", calls);
   for (const auto& [what, n] : seen) std::printf(" %s: %d,", what.c_str(), n);

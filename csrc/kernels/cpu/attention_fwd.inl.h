@@ -312,15 +312,18 @@ struct AttentionFwd {
         const auto each = [&](int64_t from, int64_t to, const auto& rule) __attribute__((always_inline)) {
           for (int64_t k = from; k < to; k++) store(ST_ + k * kUnit + l, rule(load(ST_ + k * kUnit + l), k));
         };
-        if (f.rule.natural) {
+        const bool additive = p.mask_kind == MaskKind::additive || p.mask_kind == MaskKind::additive_acc;
+        const bool scale_only = additive && f.rule.cap == 0 && !f.rule.alibi;  // then by the mask's own pass
+        if (f.rule.natural && !scale_only) {
           const Vec<T> at = load(position + l0 + l), by = load(slope + l0 + l);
           each(0, nk, [&](Vec<T> s, int64_t k) {
             Vec<T> unused;
             return f.rule(s, T(j + k) - at, by, unused);
           });
         }
-        if (p.mask_kind == MaskKind::additive) add_mask<S>(ST_ + l, mask_row + l0 + l, j, nk);
-        if (p.mask_kind == MaskKind::additive_acc) add_mask<T>(ST_ + l, mask_row + l0 + l, j, nk);
+        const T factor = scale_only ? f.rule.scale : T(1);
+        if (p.mask_kind == MaskKind::additive) add_mask<S>(ST_ + l, factor, mask_row + l0 + l, j, nk);
+        if (p.mask_kind == MaskKind::additive_acc) add_mask<T>(ST_ + l, factor, mask_row + l0 + l, j, nk);
         if (p.mask_kind == MaskKind::boolean && mask != Mask::changes_nothing)
           for (int64_t k0 = 0; k0 < nk; k0 += 32) {
             const Vec<Word<T>> bits = *reinterpret_cast<const VecOf<Word<T>>::unaligned*>(seen[k0 / 32] + l);
@@ -347,16 +350,18 @@ struct AttentionFwd {
 
     // To one vector of lanes, whose rows of the mask are W x W numbers to transpose.
     template <class M>
-    void add_mask(T* s, const int64_t* row, int64_t j, int64_t nk) const {
+    void add_mask(T* s, T factor, const int64_t* row, int64_t j, int64_t nk) const {
       bool same = true;
       for (int r = 1; r < W; r++) same &= row[r] == row[0];
       for (int64_t k = 0; k < nk; k += W) {
         Vec<T> v[W];
         v[0] = mask_values<M>(p, row[0], j + k, nk - k);
         for (int r = 1; r < W; r++) v[r] = same ? v[0] : mask_values<M>(p, row[r], j + k, nk - k);
+        for (int r = 0; r < W; r++)  // of the next block: rows this short wake no prefetcher
+          __builtin_prefetch(static_cast<const M*>(p.mask) + row[r] + (j + k + kK) * p.mask_k);
         transpose<T>(v);
         for (int64_t r = 0; r < W && k + r < nk; r++)
-          store(s + (k + r) * kUnit, load(s + (k + r) * kUnit) + v[r]);
+          store(s + (k + r) * kUnit, load(s + (k + r) * kUnit) * factor + v[r]);
       }
     }
 

@@ -214,7 +214,7 @@ static void linear_bwd(const LinearBwdParams& p) {
     Product<S>{p.M,     p.K,       p.N, dy, p.dy_m, false, w, p.K, false, nullptr, static_cast<S*>(p.dx),
                nullptr, p.parallel}
         .run();
-  if (p.dw)
+  if (p.dw || p.db)
     Product<S>{p.N,
                p.K,
                p.M,
