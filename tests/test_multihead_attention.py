@@ -103,6 +103,29 @@ def test_results_are_torchs(options, unbatched):
                 assert result[0].stride() == expected[0].stride()
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("lengths", [(5, 3, 1), (5, 0, 2), (4, 4, 4)], ids=str)
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_padding_at_the_end_is_not_merged_with_a_mask(kind, lengths, monkeypatch):
+    """Two masks of [L,S] and [N,S] stay that small."""
+    ours, theirs = twins()
+    qkv, mask = inputs(ours), masks(kind, (L, S))
+    mask[:, 0] = 0  # a query that sees nothing is nan in torch
+    padding = torch.arange(S) >= torch.tensor(lengths)[:, None]
+    seen, attention = [], multihead_attention.attention
+
+    def spy(*args, mask, len_k, **kwargs):
+        seen.append((tuple(mask.shape), len_k.tolist()))
+        return attention(*args, mask=mask, len_k=len_k, **kwargs)
+
+    monkeypatch.setattr(multihead_attention, "attention", spy)
+    kwargs = {"key_padding_mask": padding, "attn_mask": mask, "need_weights": False}
+    rows = torch.tensor(lengths) > 0
+    result, expected = (run(module, qkv, **kwargs)[0][:, rows] for module in (ours, theirs))
+    assert_close(result, expected)
+    assert seen == [((1, 1, L, S), list(lengths))]
+
+
 @constructions
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_the_hint_of_causality(options, need_weights):

@@ -69,13 +69,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         hint = is_causal is True and not (
             attn_mask.requires_grad or (more and (need_weights or key_padding_mask is not None))
         )
-        mask = _merged(None if hint else attn_mask, key_padding_mask, q, more)
+        masks = None if hint else attn_mask, key_padding_mask
+        _warn_of_mismatch(*masks)
+        len_k = None if more or need_weights else _lengths(*masks)
+        mask = _merged(masks[0], None if len_k is not None else key_padding_mask, q, more)
         scale, right = self.head_dim**-0.5, 0 if hint else NO_LIMIT
         torch_can = not (need_weights or (hint and mask is not None))
         if torch_can and support.why_torch_is_faster(q, k, v, mask):
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=scale)
         else:
-            out, lse = attention(q, k, v, scale=scale, mask=mask, right=right, dropout=dropout)
+            out, lse = attention(q, k, v, scale=scale, mask=mask, len_k=len_k, right=right, dropout=dropout)
         out = out.transpose(1, 2).flatten(2)
         if unbatched:
             out = out.squeeze(0)
@@ -214,8 +217,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, more: int) -> Tensor | None:
-    """Four dims, True where a query sees a key; or float to be added, if one of the masks is."""
+def _warn_of_mismatch(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
     both = attn_mask is not None and key_padding_mask is not None and not torch.compiler.is_compiling()
     if both and attn_mask.dtype != key_padding_mask.dtype:
         warnings.warn(
@@ -223,6 +225,23 @@ def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor
             "Use same type for both instead.",
             stacklevel=4,
         )
+
+
+def _lengths(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    """Of each row the number of keys, where padding hides the last ones only: then two masks need not be
+    merged into one of [N,1,L,S]. Looks at the mask, so that it is for the CPU and plain calls."""
+    both = attn_mask is not None and key_padding_mask is not None
+    if not (both and key_padding_mask.device.type == "cpu" and support.is_plain_call()):
+        return None
+    if key_padding_mask.dtype != torch.bool:
+        return None
+    visible = ~key_padding_mask
+    lengths = visible.sum(1)
+    return lengths if torch.equal(visible, torch.arange(visible.size(1)) < lengths[:, None]) else None
+
+
+def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, more: int) -> Tensor | None:
+    """Four dims, True where a query sees a key; or float to be added, if one of the masks is."""
     masks = []
     if attn_mask is not None:
         masks.append(
