@@ -192,7 +192,7 @@ struct Reference {
       Values x;
       double top = sink, sum = 0;
       for (int64_t j = 0; j < c.keys(b); j++) x.push_back(logit(b, h, i, j).x), top = std::max(top, x.back());
-      double* o = &out[size_t(c.out().at(b, h, i))];
+      double* o = out.data() + c.out().at(b, h, i);
       std::fill_n(o, c.Dv, 0.0);
       lse[size_t(c.lse().at(b, h, i))] = -INFINITY;
       if (top == -INFINITY) return;
@@ -224,7 +224,7 @@ struct Reference {
     if (c.want_dmask) truth["dmask"].assign(size_t(c.mask_size()), 0);
     if (c.sinks) truth["dsinks"].assign(size_t(c.Hq), 0);
     queries([&](int64_t b, int64_t h, int64_t i) {
-      const double *o = &out[size_t(c.out().at(b, h, i))], *d_o = row("dout", c.out(), b, h, i),
+      const double *o = out.data() + c.out().at(b, h, i), *d_o = row("dout", c.out(), b, h, i),
                    *q = row("q", c.q(), b, h, i), total = lse[size_t(c.lse().at(b, h, i))];
       if (total == -INFINITY) return;
       double delta = c.dlse ? -in.at("dlse")[size_t(c.lse().at(b, h, i))] : 0;
