@@ -194,10 +194,13 @@ def _every_row_runs(batch_sizes: Tensor | None, states: States) -> bool:
 
 
 def zeros(cell: Cell, config: Config, B: int, x: Tensor, weights: Sequence[Tensor]) -> States:
-    """The initial states of B rows where none are given."""
+    """The initial states of B rows where none are given: one tensor for both of an LSTM, if they are alike."""
     H, P = weights[0].size(0) // cell.gates, weights[1].size(1)
     L = config.num_layers * (2 if config.bidirectional else 1)
-    return [x.new_zeros(L, B, size) for size in (P, H)[: cell.states]]
+    h0 = x.new_zeros(L, B, P)
+    if cell.states == 1:
+        return (h0,)
+    return h0, h0 if P == H else x.new_zeros(L, B, H)
 
 
 def _time_major(resets: Tensor, x: Tensor, batch_first: bool) -> Tensor:

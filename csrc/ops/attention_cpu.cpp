@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
   call.modifiers(mask, len_k, alibi, sinks);
   Tensor out = large_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
-  Tensor lse = torch::stable::new_empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
+  Tensor lse = empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
   auto p = params_of<AttentionFwdParams>(call);
   p.out = call.by_tokens(out);
   p.lse = lse.mutable_data_ptr();
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dk = large_empty(q, {call.rows, tokens_k, p.Hk, p.D});
   Tensor dv = large_empty(q, {call.rows, tokens_k, p.Hk, p.Dv});
   Tensor dmask = need_dmask ? large_empty(q, mask->sizes(), call.acc()) : none_like(q, call.acc());
-  Tensor dsinks = sinks ? torch::stable::new_empty(*sinks, {p.Hq}) : none_like(q, call.acc());
+  Tensor dsinks = sinks ? empty(*sinks, {p.Hq}) : none_like(q, call.acc());
   p.dq = call.by_tokens(dq), p.dk = call.by_tokens(dk), p.dv = call.by_tokens(dv);
   if (need_dmask) p.dmask = dmask.mutable_data_ptr();
   if (sinks) p.dsinks = dsinks.mutable_data_ptr();

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   call.fill(p, h0, weights, batch_sizes, resets);
   if (packed) p.packed = packed_panels(call, p, *packed);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
-  Tensor hn = torch::stable::new_empty(x, h0.sizes());
+  Tensor hn = empty(x, h0.sizes());
   Tensor gates =
       save_gates ? large_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
   p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
   p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
-  Tensor dh0 = torch::stable::new_empty(x, h0.sizes());
+  Tensor dh0 = empty(x, h0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);
   if (need_dx) p.dx = dx.mutable_data_ptr();
   p.dh0 = dh0.mutable_data_ptr();
@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
   const CellCall cell("gru_cell_fwd", 3, x, h, w_ih, w_hh, b_ih, b_hh);
   GruFwdParams p;
   cell.fill(p);
-  Tensor h_new = torch::stable::new_empty(x, h.sizes());
-  Tensor gates = save ? torch::stable::new_empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
+  Tensor h_new = empty(x, h.sizes());
+  Tensor gates = save ? empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
   p.y = h_new.mutable_data_ptr();
   if (save) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);

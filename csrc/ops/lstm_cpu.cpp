@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   call.fill(p, h0, weights, batch_sizes, resets);
   if (packed) p.packed = packed_panels(call, p, *packed);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.P));
-  Tensor hn = torch::stable::new_empty(x, h0.sizes()), cn = torch::stable::new_empty(x, c0.sizes());
+  Tensor hn = empty(x, h0.sizes()), cn = empty(x, c0.sizes());
   Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())
                             : none_like(x, call.accumulation_type());
   Tensor gates =
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
   p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
-  Tensor dh0 = torch::stable::new_empty(x, h0.sizes()), dc0 = torch::stable::new_empty(x, c0.sizes());
+  Tensor dh0 = empty(x, h0.sizes()), dc0 = empty(x, c0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);
   if (need_dx) p.dx = dx.mutable_data_ptr();
   p.dh0 = dh0.mutable_data_ptr(), p.dc0 = dc0.mutable_data_ptr();
@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
   cell.check(c, "c", {cell.B, cell.H});
   LstmFwdParams p;
   cell.fill(p);
-  Tensor h_new = torch::stable::new_empty(x, h.sizes()), c_new = torch::stable::new_empty(x, h.sizes());
-  Tensor gates = save ? torch::stable::new_empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
+  Tensor h_new = empty(x, h.sizes()), c_new = empty(x, h.sizes());
+  Tensor gates = save ? empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
   p.c0 = c.const_data_ptr(), p.y = h_new.mutable_data_ptr(), p.cn = c_new.mutable_data_ptr();
   if (save) p.gates = gates.mutable_data_ptr();
   lstm_fwd(p);

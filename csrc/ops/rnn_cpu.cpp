@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, O
   if (packed) p.packed = packed_panels(call, p, *packed);
   p.relu = relu;
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
-  Tensor hn = torch::stable::new_empty(x, h0.sizes());
+  Tensor hn = empty(x, h0.sizes());
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
   rnn_fwd(p);
   return {y, hn};
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
   p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
   p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
-  Tensor dh0 = torch::stable::new_empty(x, h0.sizes());
+  Tensor dh0 = empty(x, h0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);
   if (need_dx) p.dx = dx.mutable_data_ptr();
   p.dh0 = dh0.mutable_data_ptr();
@@ -47,7 +47,7 @@ Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor
   RnnFwdParams p;
   cell.fill(p);
   p.relu = relu;
-  Tensor h_new = torch::stable::new_empty(x, h.sizes());
+  Tensor h_new = empty(x, h.sizes());
   p.y = h_new.mutable_data_ptr();
   rnn_fwd(p);
   return h_new;

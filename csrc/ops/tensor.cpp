@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include <algorithm>
 #include <sstream>
 
 #if defined(__linux__)
@@ -49,9 +50,24 @@ Parallel torch_threads() {
           nullptr};
 }
 
+Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+             std::optional<ScalarType> dtype) {
+  const auto dims = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int64_t i = dims - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  const auto type =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype ? *dtype : t.scalar_type()));
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
+                                                         device_type, t.get_device_index(), &out));
+  return Tensor(out);
+}
+
 Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                    std::optional<ScalarType> dtype) {
-  Tensor out = torch::stable::new_empty(t, sizes, dtype);
+  Tensor out = empty(t, sizes, dtype);
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
@@ -63,6 +79,6 @@ Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef siz
   return out;
 }
 
-Tensor none_like(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, {0}, dtype); }
+Tensor none_like(const Tensor& t, ScalarType dtype) { return empty(t, {0}, dtype); }
 
 }  // namespace seqkernels::ops

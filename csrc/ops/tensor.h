@@ -29,9 +29,14 @@ bool same_device(const Tensor& a, const Tensor& b);
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 
-// An uninitialised CPU tensor of the device and (unless given) dtype of `t`, one row per token or weight: if
-// it is large, in huge pages. Fresh memory costs 0.4 ms a MiB in pages of 4 KiB (Zen 5 in a virtual machine)
-// and 0.05 ms in huge ones; a training step spent 13 % in page faults.
+// An uninitialised contiguous tensor of the device and (unless given) dtype of `t`. stable::new_empty looks
+// its operator up by name: 1 us an output, which shows in a step of one row.
+Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+             std::optional<ScalarType> dtype = std::nullopt);
+
+// The same on the CPU with one row per token or weight: if it is large, in huge pages. Fresh memory costs 0.4
+// ms a MiB in pages of 4 KiB (Zen 5 in a virtual machine) and 0.05 ms in huge ones; a training step spent 13
+// % in page faults.
 Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                    std::optional<ScalarType> dtype = std::nullopt);
 

@@ -82,6 +82,10 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, const D* __restr
     b += ldb * pair;
     SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += pair;
   };
+  if (init && ldi) {  // large projections have left L2 by the time the recurrence adds to them
+    SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++)
+        __builtin_prefetch(init + r * ldi + v * W);
+  }
   int64_t k = 0;
   if constexpr (KU > 1) {
     for (; k + KU * pair <= K; k += KU * pair) {
