@@ -219,8 +219,8 @@ compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build
 # Registers of one thread, at most: 256 threads with up to 255 fit an SM, so one persistent block is always
 # resident. Spills would mean that an array is indexed at run time.
 REGISTERS = {
-    "persistent_fwd": 160,
-    "persistent_bwd": 160,
+    "persistent_fwd": 200,
+    "persistent_bwd": 240,
     "step_fwd": 48,
     "step_bwd": 64,
     "project_fwd": 40,
@@ -257,15 +257,40 @@ def test_registers_and_spills(resources):
         assert counts["REG"] <= REGISTERS[kernel], (arch, kernel, variant, counts)
 
 
-@compiled
-def test_bf16_products_use_the_matrix_instruction():
+@pytest.fixture(scope="module")
+def persistent() -> dict[str, list[str]]:
+    """Instructions of every persistent kernel, all architectures under one name in turn."""
     triton = pytest.importorskip("triton", reason="its cuobjdump reads the library")
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     sass = subprocess.check_output([cuobjdump, "--dump-sass", LIBRARY], text=True)
+    found = {}
     for function in re.split(r"Function : ", sass)[1:]:
-        if "persistent" in function[:200]:
-            halves = "bfloat16" in function[:200] or "6__half" in function[:200]
-            assert ("HMMA.16816.F32" in function) == halves, function[:200]
+        name, _, code = function.partition("\n")
+        if "persistent" in name:
+            found[f"{len(found)} {name}"] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;/]+);", code)
+    return found
+
+
+@compiled
+def test_halves_are_multiplied_by_the_matrix_instruction(persistent):
+    for kernel, code in persistent.items():
+        halves = "bfloat16" in kernel or "6__half" in kernel
+        assert any("HMMA.16816.F32" in i for i in code) == halves, kernel
+
+
+@compiled
+def test_inputs_of_a_step_are_loaded_before_the_wait(persistent):
+    """Of four rows per thread: gates' sides of x, resets; saved gates, cell states, gradients of y."""
+    inputs = {
+        "fwd": {"Lstm": 4 + 1, "Gru": 3 + 1, "Rnn": 1 + 1},
+        "bwd": {"Lstm": 4 + 3 + 1 + 1, "Gru": 4 + 1 + 1 + 1, "Rnn": 1 + 1 + 1},
+    }
+    for kernel, code in persistent.items():
+        direction, cell = re.search("persistent_(...)_kernel.*(Lstm|Gru|Rnn)", kernel).groups()
+        wait = next(n for n, i in enumerate(code) if re.search(r"LD\S*\.STRONG\.GPU", i))
+        fence = max(n for n, i in enumerate(code[:wait]) if re.search(r"BAR\.|RED", i))
+        loads = [i for i in code[fence:wait] if "LDG" in i]
+        assert len(loads) >= 4 * inputs[direction][cell], (kernel, loads)
 
 
 @compiled

@@ -79,8 +79,12 @@ __device__ __forceinline__ void narrow(float a, float& to) { to = a; }
 __device__ __forceinline__ void narrow(double a, double& to) { to = a; }
 
 template <class S>
+__device__ __forceinline__ S element(const void* from, int64_t i) {
+  return static_cast<const S*>(from)[i];
+}
+template <class S>
 __device__ __forceinline__ Acc<S> load(const void* from, int64_t i) {
-  return widen(static_cast<const S*>(from)[i]);
+  return widen(element<S>(from, i));
 }
 template <class S>
 __device__ __forceinline__ void store(Acc<S> value, void* to, int64_t i) {

@@ -22,24 +22,43 @@ __device__ __forceinline__ void forward_unit(const FwdLayer& p, int d, int64_t t
     for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, (at * Cell::kSaved + s) * p.H + u);
 }
 
+// What a step backward reads of memory, as it lies there. Nothing in it depends on other steps' gradients.
+template <class Cell, class S>
+struct Saved {
+  S gates[Cell::kSaved + 1];
+  S h;                   // GRU h_{t-1}, RNN y
+  Acc<S> c, c_prev, dc;  // LSTM
+};
+
+template <class Cell, class S>
+__device__ __forceinline__ Saved<Cell, S> load_saved(const BwdLayer& p, int d, int64_t t, int64_t b,
+                                                     int64_t u) {
+  const int64_t token = first_token(p, t) + b, at = token * p.D + d;
+  Saved<Cell, S> saved{};
+  for (int s = 0; s < Cell::kSaved; s++)
+    saved.gates[s] = element<S>(p.gates, (at * Cell::kSaved + s) * p.H + u);
+  if (Cell::kCellState) {
+    saved.c = load<Acc<S>>(p.cells, at * p.H + u);
+    saved.c_prev = cell_before<S>(p, p.cells, d, t, b, u);
+    if (p.dcells) saved.dc = load<Acc<S>>(p.dcells, at * p.H + u);
+  }
+  if (Cell::kNeedsPreviousH) saved.h = element<S>(p.h_prev[d], token * p.H + u);
+  if (Cell::kSaved == 0) saved.h = element<S>(p.y, at * p.H + u);
+  return saved;
+}
+
 // dh, dc: see cells.h. Gate gradients go to dG and to slots.
 template <class Cell, class S>
-__device__ __forceinline__ void backward_unit(const BwdLayer& p, int d, int64_t t, int64_t b, int64_t u,
-                                              Acc<S>& dh, Acc<S>& dc, Acc<S>* slots) {
-  using A = Acc<S>;
-  const int64_t token = first_token(p, t) + b, at = token * p.D + d;
-  A saved[Cell::kSaved + 1];
-  for (int s = 0; s < Cell::kSaved; s++) saved[s] = load<S>(p.gates, (at * Cell::kSaved + s) * p.H + u);
-  Past<A> past{};
-  if (Cell::kCellState) {
-    past.c = load<A>(p.cells, at * p.H + u);
-    past.c_prev = cell_before<S>(p, p.cells, d, t, b, u);
-    if (p.dcells) dc += load<A>(p.dcells, at * p.H + u);
-  }
-  if (Cell::kNeedsPreviousH) past.h_prev = load<S>(p.h_prev[d], token * p.H + u);
-  if (Cell::kSaved == 0) past.y = load<S>(p.y, at * p.H + u);
-  Cell::backward(saved, past, dh, dc, slots, p.relu);
-  for (int s = 0; s < Cell::kSlots; s++) store<S>(slots[s], p.dG, (at * Cell::kSlots + s) * p.H + u);
+__device__ __forceinline__ void backward_unit(const BwdLayer& p, const Saved<Cell, S>& saved, int d,
+                                              int64_t token, int64_t u, Acc<S>& dh, Acc<S>& dc,
+                                              Acc<S>* slots) {
+  Acc<S> gates[Cell::kSaved + 1];
+  for (int s = 0; s < Cell::kSaved; s++) gates[s] = widen(saved.gates[s]);
+  const Past<Acc<S>> past{saved.c, saved.c_prev, widen(saved.h), widen(saved.h)};
+  dc += saved.dc;
+  Cell::backward(gates, past, dh, dc, slots, p.relu);
+  const int64_t at = (token * p.D + d) * Cell::kSlots;
+  for (int s = 0; s < Cell::kSlots; s++) store<S>(slots[s], p.dG, (at + s) * p.H + u);
 }
 
 }  // namespace seqkernels::cuda

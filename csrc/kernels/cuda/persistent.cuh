@@ -5,13 +5,14 @@
 // instruction. Every step it multiplies the slice with what its group exchanged (states h forward, gate
 // gradients dG backward: `rows` rows of `pitch` elements), its warps sharing tiles and, where tiles are few,
 // parts of K; the partial sums meet in shared memory in fixed order, and each thread does the gates of its
-// units. Cell states, and backward the gradients that bypass the product, stay in shared memory in float.
+// unit in some rows. Cell states, and backward the gradients that bypass the product, stay in shared memory
+// in float.
 //
 // Exchange: two slots per group in global memory (L2), written and read in turn; a counter per group, which
 // each block raises once a step. A slot is written again only after every member has announced the step that
 // read it. A group of one block exchanges through its own shared memory, with block barriers alone. Groups
-// never meet. Limit: hop through L2 of some 0.65 us a step, or 128 bytes of weights per clock from shared
-// memory (plan.h).
+// never meet. Whatever else a step reads of memory is loaded before it waits. Limit: hop through L2 of some
+// 0.65 us a step, or 128 bytes of weights per clock from shared memory (plan.h).
 //
 // A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles
 // (GRU's last quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the
@@ -93,8 +94,9 @@ struct Block {
   const Layer& p;
   const int d, group, member;
   const int64_t row0, unit0;
+  int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
   S* weights;
-  float *partial, *state, *bias;
+  float *partial, *state;
   S* slots;
   unsigned* flag;
   unsigned announced = 0;
@@ -107,12 +109,13 @@ struct Block {
         row0(int64_t(group) * layer.plan.rows),
         unit0(int64_t(member) * layer.plan.units) {
     const Plan& plan = p.plan;
+    u = threadIdx.x % plan.units, row = threadIdx.x / plan.units, gap = kThreads / plan.units;
+    rows = unit0 + u >= p.H ? 0 : p.B - row0 < plan.rows ? static_cast<int>(p.B - row0) : plan.rows;
     const Layout at(plan, kGates, sizeof(S), states);
     char* memory = shared_memory();
     weights = reinterpret_cast<S*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
     state = reinterpret_cast<float*>(memory + at.state);
-    bias = reinterpret_cast<float*>(memory + at.bias);
     const int64_t place = d * plan.groups + group;
     if (plan.members == 1) {
       slots = reinterpret_cast<S*>(memory + at.exchange);
@@ -172,22 +175,34 @@ struct Block {
     }
     __syncthreads();
   }
-  // The product for a gate of a unit and a row, both of the block.
-  __device__ float sum(int gate, int u, int r) const {
+  // The products for the gates of the thread's unit and a row.
+  __device__ __forceinline__ void sums(int r, float (&of)[kGates]) const {
     const int parts = p.plan.parts, item = u / kUnits * (p.plan.rows / 8) + r / 8;
-    const float* from = partial + (item * parts * 8 + r % 8) * kStride + gate * kUnits + u % kUnits;
-    float total = 0;
-    for (int i = 0; i < parts; i++) total += from[i * 8 * kStride];
-    return total;
+    const float* from = partial + (item * parts * 8 + r % 8) * kStride + u % kUnits;
+#pragma unroll
+    for (int g = 0; g < kGates; g++) of[g] = 0;
+#pragma unroll 2
+    for (int i = 0; i < parts; i++)
+#pragma unroll
+      for (int g = 0; g < kGates; g++) of[g] += from[i * 8 * kStride + g * kUnits];
   }
 
-  // fn(i, u, r): each thread's units and rows, the same ones every time.
-  template <class F>
-  __device__ void each_unit(const F& fn) const {
-    const int units = p.plan.units;
-    for (int i = threadIdx.x; i < units * p.plan.rows; i += kThreads) {
-      const int u = i % units, r = i / units;
-      if (unit0 + u < p.H && row0 + r < p.B) fn(i, u, r);
+  // What a step reads of memory does not depend on the exchange: load(r) of kAhead rows goes to registers
+  // before the wait, so that two latencies are one. Not before announce(), whose fence would wait for it.
+  template <class T, class Load>
+  __device__ __forceinline__ void load_ahead(T (&ahead)[kAhead], int from, const Load& load) const {
+#pragma unroll
+    for (int n = 0; n < kAhead; n++)
+      if (from + n * gap < rows) ahead[n] = load(from + n * gap);
+  }
+  // use(r, what load(r) gave) for each row of the thread. The first kAhead are loaded already.
+  template <class T, class Load, class Use>
+  __device__ __forceinline__ void each_row(T (&ahead)[kAhead], const Load& load, const Use& use) const {
+    for (int from = row; from < rows; from += kAhead * gap) {
+      if (from > row) load_ahead(ahead, from, load);
+#pragma unroll
+      for (int n = 0; n < kAhead; n++)
+        if (from + n * gap < rows) use(from + n * gap, ahead[n]);
     }
   }
 };
@@ -197,56 +212,66 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
   constexpr int G = Cell::kGates;
   Block<S, G> block(p, 1 + Cell::kCellState);
   const int d = block.d, units = p.plan.units, pitch = p.plan.pitch;
-  const int64_t row0 = block.row0, unit0 = block.unit0;
-  block.load_weights([&](int gate, int64_t u, int64_t k) {
-    return k < p.H ? load<S>(p.w_hh[d], (gate * p.H + u) * p.H + k) : 0.0f;
+  const int64_t row0 = block.row0, u = block.unit0 + block.u;
+  block.load_weights([&](int gate, int64_t unit, int64_t k) {
+    return k < p.H ? load<S>(p.w_hh[d], (gate * p.H + unit) * p.H + k) : 0.0f;
   });
-  for (int i = threadIdx.x; i < 2 * G * units; i += kThreads) {
-    const int64_t u = unit0 + i % units, row = i / units % G * p.H + u;
-    const void* bias = i < G * units ? p.b_ih[d] : p.b_hh[d];
-    block.bias[i] = bias && u < p.H ? load<S>(bias, row) : 0.0f;
-  }
-  float *h_state = block.state, *c_state = h_state + p.plan.rows * units;  // of an RNN or GRU only the first
+  float b_ih[G] = {}, b_hh[G] = {};
+  if (p.b_ih[d] && u < p.H)
+    for (int g = 0; g < G; g++)
+      b_ih[g] = load<S>(p.b_ih[d], g * p.H + u), b_hh[g] = load<S>(p.b_hh[d], g * p.H + u);
+  float *h_state = block.state + block.u, *c_state = h_state + p.plan.rows * units;  // the latter of an LSTM
   __syncthreads();  // the slots of a single block are zero
-  block.each_unit([&](int i, int u, int r) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + unit0 + u;
-    h_state[i] = load<S>(p.h0, at);
-    if (Cell::kCellState) c_state[i] = load<S>(p.c0, at);
-    store<S>(h_state[i], block.slot(0), int64_t(r) * pitch + unit0 + u);
-  });
+  for (int r = block.row; r < block.rows; r += block.gap) {
+    const int64_t at = (d * p.B + row0 + r) * p.H + u;
+    h_state[r * units] = load<S>(p.h0, at);
+    if (Cell::kCellState) c_state[r * units] = load<S>(p.c0, at);
+    store<S>(h_state[r * units], block.slot(0), int64_t(r) * pitch + u);
+  }
+  struct Inputs {
+    S x[G];
+    uint8_t reset;
+  };
   const int64_t steps = steps_of(p, row0);
   for (int64_t s = 0; s < steps; s++) {
     const int64_t t = d ? steps - 1 - s : s, next = d ? t - 1 : t + 1;
     const int64_t token = first_token(p, t) + row0, active = rows_at(p, t) - row0;
+    const auto load_row = [&](int r) {
+      Inputs in{};
+      if (r < active)
+        for (int g = 0; g < G; g++) in.x[g] = element<S>(p.xw[d], ((token + r) * G + g) * p.H + u);
+      if (p.resets && s + 1 < steps) in.reset = p.resets[next * p.B + row0 + r];
+      return in;
+    };
+    Inputs ahead[kAhead];
     block.announce();
+    block.load_ahead(ahead, block.row, load_row);
     block.wait();
     block.multiply(block.slot(s));
-    block.each_unit([&](int i, int u, int r) {
-      float h = h_state[i], c = Cell::kCellState ? c_state[i] : 0.0f;
+    block.each_row(ahead, load_row, [&](int r, const Inputs& in) {
+      float h = h_state[r * units], c = Cell::kCellState ? c_state[r * units] : 0.0f;
       if (r < active) {
         float x_gates[G], h_gates[G];
+        block.sums(r, h_gates);
 #pragma unroll
-        for (int g = 0; g < G; g++) {
-          x_gates[g] = load<S>(p.xw[d], ((token + r) * G + g) * p.H + unit0 + u) + block.bias[g * units + u];
-          h_gates[g] = block.sum(g, u, r) + block.bias[(G + g) * units + u];
-        }
-        forward_unit<Cell, S>(p, d, token + r, unit0 + u, x_gates, h_gates, h, c);
+        for (int g = 0; g < G; g++) x_gates[g] = widen(in.x[g]) + b_ih[g], h_gates[g] += b_hh[g];
+        forward_unit<Cell, S>(p, d, token + r, u, x_gates, h_gates, h, c);
       }
-      const int64_t at = (d * p.B + row0 + r) * p.H + unit0 + u;
-      if (p.resets && s + 1 < steps && p.resets[next * p.B + row0 + r]) {
+      const int64_t at = (d * p.B + row0 + r) * p.H + u;
+      if (in.reset) {
         h = load<S>(p.h0, at);
         if (Cell::kCellState) c = load<S>(p.c0, at);
       }
-      h_state[i] = h;
-      if (Cell::kCellState) c_state[i] = c;
-      store<S>(h, block.slot(s + 1), int64_t(r) * pitch + unit0 + u);
+      h_state[r * units] = h;
+      if (Cell::kCellState) c_state[r * units] = c;
+      store<S>(h, block.slot(s + 1), int64_t(r) * pitch + u);
     });
   }
-  block.each_unit([&](int i, int u, int r) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + unit0 + u;
-    store<S>(h_state[i], p.hn, at);
-    if (Cell::kCellState) store<S>(c_state[i], p.cn, at);
-  });
+  for (int r = block.row; r < block.rows; r += block.gap) {
+    const int64_t at = (d * p.B + row0 + r) * p.H + u;
+    store<S>(h_state[r * units], p.hn, at);
+    if (Cell::kCellState) store<S>(c_state[r * units], p.cn, at);
+  }
 }
 
 // Two floats per state: the gradient on its way, and what resets have sent to the initial state.
@@ -255,46 +280,63 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
   constexpr int G = Cell::kGates, kStates = 2 * (1 + Cell::kCellState);
   Block<S, 1> block(p, kStates);
   const int d = block.d, units = p.plan.units, pitch = p.plan.pitch, padded = pitch / G;
-  const int64_t row0 = block.row0, unit0 = block.unit0;
-  block.load_weights([&](int, int64_t u, int64_t k) {
-    return k % padded < p.H ? load<S>(p.w_hh[d], (k / padded * p.H + k % padded) * p.H + u) : 0.0f;
+  const int64_t row0 = block.row0, u = block.unit0 + block.u;
+  block.load_weights([&](int, int64_t unit, int64_t k) {
+    return k % padded < p.H ? load<S>(p.w_hh[d], (k / padded * p.H + k % padded) * p.H + unit) : 0.0f;
   });
   const int size = p.plan.rows * units;
-  float *dh_state = block.state, *dh_reset = dh_state + size, *dc_state = dh_state + 2 * size,
+  float *dh_state = block.state + block.u, *dh_reset = dh_state + size, *dc_state = dh_state + 2 * size,
         *dc_reset = dh_state + 3 * size;
   __syncthreads();  // the slots of a single block are zero
-  block.each_unit([&](int i, int u, int r) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + unit0 + u;
+  for (int r = block.row; r < block.rows; r += block.gap) {
+    const int64_t at = (d * p.B + row0 + r) * p.H + u;
+    const int i = r * units;
     dh_state[i] = p.dhn ? load<S>(p.dhn, at) : 0.0f, dh_reset[i] = 0.0f;
     if (Cell::kCellState) dc_state[i] = p.dcn ? load<S>(p.dcn, at) : 0.0f, dc_reset[i] = 0.0f;
-  });
+  }
+  struct Inputs {
+    Saved<Cell, S> saved;
+    S dy;
+    uint8_t reset;
+  };
   const int64_t steps = steps_of(p, row0);
   for (int64_t s = 0; s < steps; s++) {  // the first step finds slot 0 full of zeros
-    const int64_t t = d ? s : steps - 1 - s, active = rows_at(p, t) - row0;
-    const int64_t done = d ? t - 1 : t + 1;
+    const int64_t t = d ? s : steps - 1 - s, done = d ? t - 1 : t + 1;
+    const int64_t token = first_token(p, t) + row0, active = rows_at(p, t) - row0;
+    const auto load_row = [&](int r) {
+      Inputs in{};
+      if (r < active) {
+        in.saved = load_saved<Cell, S>(p, d, t, row0 + r, u);
+        if (p.dy) in.dy = element<S>(p.dy, ((token + r) * p.D + d) * p.H + u);
+      }
+      if (p.resets && s > 0) in.reset = p.resets[done * p.B + row0 + r];
+      return in;
+    };
+    Inputs ahead[kAhead];
+    block.load_ahead(ahead, block.row, load_row);
     if (s > 0) {
       block.wait();
       block.multiply(block.slot(s));
     }
-    block.each_unit([&](int i, int u, int r) {
-      const int64_t b = row0 + r;
-      float dh = dh_state[i] + (s > 0 ? block.sum(0, u, r) : 0.0f),
-            dc = Cell::kCellState ? dc_state[i] : 0.0f;
-      if (p.resets && s > 0 && p.resets[done * p.B + b]) {
+    block.each_row(ahead, load_row, [&](int r, const Inputs& in) {
+      const int i = r * units;
+      float product[1] = {}, dc = Cell::kCellState ? dc_state[i] : 0.0f;
+      if (s > 0) block.sums(r, product);
+      float dh = dh_state[i] + product[0];
+      if (in.reset) {
         dh_reset[i] += dh, dh = 0.0f;
         if (Cell::kCellState) dc_reset[i] += dc, dc = 0.0f;
       }
       float slots[Cell::kSlots] = {};
       if (r < active) {
-        if (p.dy) dh += load<S>(p.dy, ((first_token(p, t) + b) * p.D + d) * p.H + unit0 + u);
-        backward_unit<Cell, S>(p, d, t, b, unit0 + u, dh, dc, slots);
+        dh += widen(in.dy);
+        backward_unit<Cell, S>(p, in.saved, d, token + r, u, dh, dc, slots);
       }
       dh_state[i] = dh;
       if (Cell::kCellState) dc_state[i] = dc;
 #pragma unroll
       for (int g = 0; g < G; g++)
-        store<S>(slots[Cell::kRecurrentSlot + g], block.slot(s + 1),
-                 int64_t(r) * pitch + g * padded + unit0 + u);
+        store<S>(slots[Cell::kRecurrentSlot + g], block.slot(s + 1), int64_t(r) * pitch + g * padded + u);
     });
     block.announce();
   }
@@ -302,12 +344,14 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
     block.wait();
     block.multiply(block.slot(steps));
   }
-  block.each_unit([&](int i, int u, int r) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + unit0 + u;
-    const float dh = dh_state[i] + (steps > 0 ? block.sum(0, u, r) : 0.0f);
-    store<S>(dh + dh_reset[i], p.dh0, at);
+  for (int r = block.row; r < block.rows; r += block.gap) {
+    const int64_t at = (d * p.B + row0 + r) * p.H + u;
+    const int i = r * units;
+    float product[1] = {};
+    if (steps > 0) block.sums(r, product);
+    store<S>(dh_state[i] + product[0] + dh_reset[i], p.dh0, at);
     if (Cell::kCellState) store<S>(dc_state[i] + dc_reset[i], p.dc0, at);
-  });
+  }
 }
 
 // of<S>() for the types of matrix products on chip; doubles go stepwise.

@@ -7,6 +7,7 @@
 namespace seqkernels::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kAhead = 4;  // rows whose inputs a thread loads ahead
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
@@ -39,14 +40,13 @@ constexpr int tiles(int gates) { return gates > 2 ? 2 : 1; }
 
 // Shared memory of a block, in this order; each part is a multiple of 16 bytes.
 struct Layout {
-  int64_t partial, state, bias, exchange, end;
+  int64_t partial, state, exchange, end;
 
   constexpr Layout(const Plan& p, int gates, int element, int states)
       : partial(int64_t(p.units / tile_units(gates)) * tiles(gates) * 16 * p.pitch * element),
         state(partial + int64_t(p.units / tile_units(gates)) * (p.rows / 8) * p.parts * 8 *
                             (tiles(gates) * 16 + 4) * 4),
-        bias(state + int64_t(states) * p.rows * p.units * 4),
-        exchange(bias + up(2 * gates * p.units * 4, 16)),
+        exchange(state + int64_t(states) * p.rows * p.units * 4),
         end(exchange + (p.members == 1 ? 2 * int64_t(p.rows) * p.pitch * element : 0)) {}
 };
 
@@ -54,11 +54,12 @@ struct Layout {
 //   hop 1200 to see other blocks' states through L2, 60 for a block barrier
 //   weights read from shared memory 128 bytes a clock, once for every 8 rows
 //   exchanged rows 24 bytes a clock and block from L2
+//   inputs from memory 700, beside all these; again for whatever exceeds the kAhead rows per thread
 //   gates 60 for every 256 units
 inline Plan make_plan(const Machine& machine, const Work& w) {
   Plan best;
   const int unit = tile_units(w.gates);
-  for (int64_t units = unit; units < 2 * up(w.H, unit); units *= 2)
+  for (int64_t units = unit; units < 2 * up(w.H, unit) && units <= kThreads; units *= 2)
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
       Plan p;
       p.units = static_cast<int>(units), p.rows = rows;
@@ -74,8 +75,10 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
       if (p.shared > machine.shared) continue;
       p.exchange_bytes = p.members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
       p.flags = p.members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
-      p.clocks = (p.members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
-                 double(layout.partial) * (rows / 8) / 128 + double(p.units * rows + 255) / 256 * 60;
+      const double product = (p.members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
+                             double(layout.partial) * (rows / 8) / 128;
+      const int turns = (p.units * rows + kThreads - 1) / kThreads;
+      p.clocks = (product > 700 ? product : 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
       if (best.members == 0 || p.clocks < best.clocks) best = p;
     }
   return best;

@@ -87,7 +87,7 @@ __global__ void step_bwd_kernel(const BwdStep p) {
     if (b < p.rows) {
       if (!p.dm) dh += or_zero<S>(p.dy, ((p.token + b) * p.D + d) * p.H + u);
       A slots[Cell::kSlots];
-      backward_unit<Cell, S>(p, d, p.t, b, u, dh, dc, slots);
+      backward_unit<Cell, S>(p, load_saved<Cell, S>(p, d, p.t, b, u), d, p.token + b, u, dh, dc, slots);
       if (p.m) {
         const int64_t saved = ((p.token + b) * p.D + d) * Cell::kSaved;
         const A c = load<A>(p.cells, ((p.token + b) * p.D + d) * p.H + u);
