@@ -5,12 +5,15 @@ import itertools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulation import OPS, emulated_gpu, load
-from tolerances import assert_as_exact
+from tolerances import assert_as_exact, error
 from torch.autograd import gradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -18,6 +21,7 @@ from twins import KINDS, run, run_exactly, states, twins
 
 import seqkernels
 from seqkernels import support
+from seqkernels.bench.gpu_recurrence import TF32_ROOM
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 # Multiprocessors of the emulated GPU: one block does all, a few share, none fits: step by step.
@@ -132,6 +136,78 @@ def test_recompute_rebuilds_the_same_gates(kind, gpu, dtype):
         rebuilt = run(module, x, hx, True)
     tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     assert_close(rebuilt, kept, **tolerance)
+
+
+@contextmanager
+def switched(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+in_tf32 = partial(switched, torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, ALONE, SHARED])
+@pytest.mark.parametrize(("T", "B", "H"), [(3, 2, 9), (12, 9, 40)], ids=str)
+def test_tf32_where_torch_allows_it(kind, gpu, T, B, H):
+    """At most 2^13 times float32's errors, as TF32 has 13 bits fewer, and at least 2^4; stepwise products are
+    torch's, here on the CPU, where the switch means nothing."""
+    ours, theirs = twins(kind, 5, H, bidirectional=gpu != ALONE)
+    x, hx = torch.randn(T, B, 5), states(theirs, B)
+    expected, truth = run(theirs, x, hx, True), run_exactly(theirs, x, hx, True)
+    with emulated_gpu(gpu):
+        exact = run(ours, x, hx, True)
+        with in_tf32():
+            rounded = run(ours, x, hx, True)
+        assert_close(run(ours, x, hx, True), exact, rtol=0, atol=0)
+    assert_as_exact(exact, expected, truth, torch.float32, pooled=True)
+    assert_as_exact(rounded, expected, truth, torch.float32, pooled=True, room=TF32_ROOM)
+    for name in ("y", "grad_x"):
+        ratio = error(rounded[name], truth[name]) / error(exact[name], truth[name])
+        assert ratio == 1 if gpu == STEPWISE else ratio > 2**4, (name, ratio)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_tf32_of_packed_sequences_and_recompute(kind):
+    ours, theirs = twins(kind, 5, 20, bidirectional=True)
+    x = pack_padded_sequence(torch.randn(6, 5, 5), [6, 4, 4, 2, 1])
+    ours.recompute = True
+    with emulated_gpu(SHARED), in_tf32():
+        result = run(ours, x, None, True)
+    expected, truth = run(theirs, x, None, True), run_exactly(theirs, x, None, True)
+    assert_as_exact(result, expected, truth, torch.float32, pooled=True, room=TF32_ROOM)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "allowed"),
+    [
+        (torch.backends.cuda.matmul, "allow_tf32", True, True),
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32", True),
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee", False),
+        (torch.backends.cudnn, "allow_tf32", True, False),
+    ],
+)
+def test_who_allows_tf32(owner, name, value, allowed):
+    assert not torch.ops.seqkernels.allows_tf32()
+    with switched(owner, name, value), emulated_gpu(ALONE):
+        assert torch.ops.seqkernels.allows_tf32() == allowed
+        assert plan("LSTM", 2, 8, dtype=torch.float32).endswith("in TF32") == allowed
+        assert not plan("LSTM", 2, 8).endswith("in TF32")
+    assert not torch.ops.seqkernels.allows_tf32()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_allows_tf32(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.ops.seqkernels.allows_tf32() == (precision != "highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -272,10 +348,15 @@ def persistent() -> dict[str, list[str]]:
 
 
 @compiled
-def test_halves_are_multiplied_by_the_matrix_instruction(persistent):
+def test_who_uses_the_matrix_instruction(persistent):
+    instructions = {
+        "bfloat16": "HMMA.16816.F32.BF16",
+        "6__half": "HMMA.16816.F32",
+        "tf32": "HMMA.1688.F32.TF32",
+    }
     for kernel, code in persistent.items():
-        halves = "bfloat16" in kernel or "6__half" in kernel
-        assert any("HMMA.16816.F32" in i for i in code) == halves, kernel
+        expected = next((i for type_, i in instructions.items() if type_ in kernel), None)
+        assert {re.search(r"HMMA\S*", i)[0] for i in code if "HMMA" in i} == ({expected} - {None}), kernel
 
 
 @compiled

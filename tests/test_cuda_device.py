@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 from devices import NEEDS_GPU
-from tolerances import assert_as_exact
+from tolerances import assert_as_exact, error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 from twins import KINDS, cast, run, run_exactly, states, twins
 
 import seqkernels
+from seqkernels.bench.gpu_recurrence import TF32_ROOM
 
 DEVICE = "cuda"
 pytestmark = list(NEEDS_GPU)
@@ -72,6 +73,22 @@ def test_as_exact_as_cudnn(kind, dtype, H):
     x, hx = torch.randn(20, 16, 40).to(dtype), states(theirs, 16)
     exact = run_exactly(theirs, x, hx, True)
     assert_as_exact(on_device(ours, x, hx), on_device(theirs, x, hx), exact, dtype, pooled=True)
+
+
+@kinds
+@pytest.mark.parametrize("H", [64, 512])
+def test_tf32_where_torch_allows_it(kind, H):
+    ours, theirs = twins(kind, 40, H)
+    x, hx = torch.randn(20, 16, 40), states(theirs, 16)
+    expected, exact = run(theirs, x, hx, True), run_exactly(theirs, x, hx, True)
+    in_float32 = on_device(ours, x, hx)
+    torch.set_float32_matmul_precision("high")
+    try:
+        in_tf32 = on_device(ours, x, hx)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_as_exact(in_tf32, expected, exact, torch.float32, pooled=True, room=TF32_ROOM)
+    assert error(in_tf32["y"], exact["y"]) > 2**4 * error(in_float32["y"], exact["y"])
 
 
 @kinds

@@ -53,6 +53,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
   // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
   m.def("cuda_plan(Tensor x, int gates, int B, int H, int D, bool projected) -> str");
+  // Whether torch allows TF32 in products of float32: asked of Python, as the stable ABI does not know.
+  m.def("allows_tf32() -> bool");
   // Shapes and meaning: kernels/attention.h. q [B,Hq,Tq,D], k, v by any strides but the last; with cu_q and
   // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
   // dv. rng: seed and offset of the dropout, which only some devices have. max_q, max_k: the longest

@@ -43,6 +43,14 @@ void multiply(const Tensor& a, const Tensor& b, Tensor out) {
   call<3>("aten::mm", "out", {from(a), from(b), from(out)});
 }
 
+bool allows_tf32(DType dtype) {
+  if (dtype != DType::f32) return false;
+  std::array<StableIValue, 1> stack{};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("seqkernels::allows_tf32", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 void sum_rows(const Tensor& a, Tensor out) {
   const std::array<int64_t, 1> dim{0};
   torch::stable::sum_out(out, a, torch::headeronly::IntHeaderOnlyArrayRef(dim.data(), 1));

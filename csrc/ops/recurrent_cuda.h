@@ -30,6 +30,7 @@ class OnDevice {
 // because the stable ABI cannot pass the scalars of addmm.
 void multiply(const Tensor& a, const Tensor& b, Tensor out);
 void sum_rows(const Tensor& a, Tensor out);
+bool allows_tf32(DType dtype);  // as torch's GEMM asks whenever it runs
 Tensor transposed(const Tensor& matrix);
 Tensor rows(const Tensor& t, int64_t begin, int64_t count);
 Tensor columns(const Tensor& t, int64_t begin, int64_t count);
@@ -68,7 +69,7 @@ class GpuLayer {
     }
     base.dtype = call.dtype;
     base.T = call.T, base.B = call.B, base.H = call.H, base.P = call.P, base.tokens = call.N;
-    base.D = static_cast<int>(call.D), base.relu = relu;
+    base.D = static_cast<int>(call.D), base.relu = relu, base.tf32 = allows_tf32(call.dtype);
     base.h0 = h0.const_data_ptr();
     if (c0) base.c0 = c0->const_data_ptr();
     if (resets) base.resets = static_cast<const uint8_t*>(resets->const_data_ptr());

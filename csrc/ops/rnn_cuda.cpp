@@ -51,7 +51,7 @@ std::string plan_of(const cuda::Layer& layer) {
            " to a group, of " + std::to_string(p.units) + " units x " + std::to_string(p.rows) + " rows";
   };
   return "forward " + words(cuda::Recurrence<Cell>::plan_fwd(layer)) + ", backward " +
-         words(cuda::Recurrence<Cell>::plan_bwd(layer));
+         words(cuda::Recurrence<Cell>::plan_bwd(layer)) + (layer.tf32 ? ", in TF32" : "");
 }
 
 std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, bool projected) {
@@ -62,7 +62,7 @@ std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, 
   const OnDevice on(x);
   cuda::Layer layer;
   layer.dtype = *dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;
-  layer.D = static_cast<int>(D);
+  layer.D = static_cast<int>(D), layer.tf32 = allows_tf32(*dtype);
   return gates == 1   ? plan_of<cuda::Rnn>(layer)
          : gates == 3 ? plan_of<cuda::Gru>(layer)
                       : plan_of<cuda::Lstm>(layer);

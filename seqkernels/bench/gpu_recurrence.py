@@ -1,8 +1,8 @@
 """LSTM, GRU and RNN on a GPU: who is compared with cuDNN, and what limits a case.
 
-cuDNN computes float32 in TF32 unless told otherwise, our kernels do not: in float32 it takes part both ways,
-and it is the exact one that says how large our errors may be. It has no resets: there it runs the segments
-between them as a packed sequence, whose indices it gets for nothing.
+cuDNN computes float32 in TF32 unless told otherwise, our kernels if told so: in float32 it takes part both
+ways, and it is the exact one that says how large our errors may be. It has no resets: there it runs the
+segments between them as a packed sequence, whose indices it gets for nothing.
 """
 
 from __future__ import annotations

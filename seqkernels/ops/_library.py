@@ -33,3 +33,9 @@ def load(library: Path = LIBRARY) -> None:
 
 
 load()
+
+
+@torch.library.impl("seqkernels::allows_tf32", "default")
+def allows_tf32() -> bool:
+    """Whatever way torch was told: allow_tf32, set_float32_matmul_precision, fp32_precision."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

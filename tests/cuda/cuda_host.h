@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -43,6 +44,9 @@ struct bf16 {
   uint16_t bits = 0;
 };
 using f16 = _Float16;
+struct tf32 {
+  uint32_t bits = 0;
+};
 
 inline float widen(bf16 a) {
   const uint32_t bits = uint32_t(a.bits) << 16;
@@ -56,6 +60,18 @@ inline void narrow(float a, bf16& to) {
   uint32_t bits;
   std::memcpy(&bits, &a, 4);
   to.bits = a != a ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// The matrix instruction looks at no more than the first 10 bits of the mantissa; cvt.rna rounds to them, to
+// nearest, ties away from zero.
+inline float widen(tf32 a) {
+  const uint32_t bits = a.bits & ~0x1fffu;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline void narrow(float a, tf32& to) {
+  std::memcpy(&to.bits, &a, 4);
+  to.bits = a != a ? 0x7fffffff : std::isinf(a) ? to.bits : (to.bits + 0x1000) & ~0x1fffu;
 }
 
 namespace host {
@@ -198,27 +214,29 @@ inline char* shared_memory() { return host::block().shared.get(); }
 inline void arrive(unsigned* flag) { ++*flag; }
 inline void await(unsigned* flag, unsigned count) { host::grid().wait(flag, count, true); }
 
-// Lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns 2 q, 2 q, 2 q + 8, 2 q + 8 and their neighbours; b
-// rows 2 q and 2 q + 8 and neighbours at column g.
-template <class S>
-void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, S) {
+// With n elements to a word, lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns n q, n q, n (q + 4),
+// n (q + 4) and, of two, their neighbours; b rows n q and n (q + 4) and neighbours at column g.
+template <class E>
+void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, E) {
+  constexpr int n = 4 / sizeof(E);
   host::Fiber& fiber = *host::grid().current;
   host::Warp& warp = host::block().warps[fiber.thread / 32];
   const int lane = fiber.thread % 32, turn = fiber.turn++ % 2;
   warp.a[turn][lane] = a, warp.b[turn][lane][0] = b0, warp.b[turn][lane][1] = b1;
   host::grid().meet(warp.barrier, 32);
-  const auto half = [](uint32_t word, int which) {
-    S value;
-    std::memcpy(static_cast<void*>(&value), reinterpret_cast<const char*>(&word) + 2 * which, 2);
+  const auto element = [](uint32_t word, int which) {
+    E value;
+    std::memcpy(static_cast<void*>(&value), reinterpret_cast<const char*>(&word) + which * sizeof(E),
+                sizeof(E));
     return widen(value);
   };
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; k++) {
-      const uint4& from = warp.a[turn][row % 8 * 4 + k % 8 / 2];
+    for (int k = 0; k < 8 * n; k++) {
+      const int half = k / (4 * n), q = k / n % 4;
+      const uint4& from = warp.a[turn][row % 8 * 4 + q];
       const uint32_t words[] = {from.x, from.y, from.z, from.w};
-      c[i] +=
-          half(words[row / 8 + k / 8 * 2], k % 2) * half(warp.b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+      c[i] += element(words[row / 8 + half * 2], k % n) * element(warp.b[turn][column * 4 + q][half], k % n);
     }
   }
 }

@@ -1,7 +1,7 @@
 """Every CUDA kernel of the recurrence once, small, for compute-sanitizer: `make sanitize-gpu`.
 
 Each kind of cell and dtype runs in one block, in several that wait for each other, and step by step; packed,
-with resets and with a projection; forward and backward.
+with resets and with a projection; forward and backward; float32 with and without TF32.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,8 @@ def train(module: torch.nn.Module, *args: object, **kwargs: object) -> None:
 def main(device: str = "cuda") -> None:
     count = 0
     for kind in ("LSTM", "GRU", "RNN"):
-        for dtype in DTYPES:
+        for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
             for form, module, args, kwargs in calls(kind, dtype, device):
                 if isinstance(args[0], torch.Tensor):
                     plan = seqkernels.explain(module, *args)

@@ -15,6 +15,9 @@ namespace seqkernels::cuda {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+struct tf32 {  // a float with 10 bits of mantissa: how products of floats take it
+  uint32_t bits;
+};
 
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
@@ -26,7 +29,11 @@ __device__ __forceinline__ float widen(f16 a) { return __half2float(a); }
 __device__ __forceinline__ void narrow(float a, bf16& to) { to = __float2bfloat16_rn(a); }
 __device__ __forceinline__ void narrow(float a, f16& to) { to = __float2half_rn(a); }
 
-// c [16, 8] += a [16, 16] b [16, 8], spread over a warp as PTX's mma.m16n8k16 has it.
+__device__ __forceinline__ void narrow(float a, tf32& to) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(to.bits) : "f"(a));
+}
+
+// c [16, 8] += a [16, 16] b [16, 8], spread over a warp as PTX's mma.m16n8k16 has it; of TF32 m16n8k8.
 __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, bf16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
@@ -35,6 +42,12 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, 
 }
 __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, f16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, tf32) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
@@ -72,6 +85,18 @@ struct Accumulation<double> {
 };
 template <class S>
 using Acc = typename Accumulation<S>::type;
+
+// What tensors hold of the elements of a product.
+template <class E>
+struct Storage {
+  using type = E;
+};
+template <>
+struct Storage<tf32> {
+  using type = float;
+};
+template <class E>
+using Stored = typename Storage<E>::type;
 
 __device__ __forceinline__ float widen(float a) { return a; }
 __device__ __forceinline__ double widen(double a) { return a; }

@@ -16,9 +16,12 @@
 //
 // A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles
 // (GRU's last quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the
-// product rows g and g + 8, columns 2 q and 2 q + 1 (PTX's mma.m16n8k16). K may be permuted as long as both
-// operands agree: a lane reads 8 neighbouring elements at once, 16 bytes, and they serve two instructions.
+// product rows g and g + 8, columns 2 q and 2 q + 1 (PTX's mma.m16n8k16, m16n8k8). K may be permuted as long
+// as both operands agree: a lane reads 16 bytes of neighbouring elements at once, and they serve two
+// instructions. Floats are multiplied in TF32 where torch allows it, else by FFMA.
 #pragma once
+
+#include <type_traits>
 
 #include "gates.cuh"
 #include "launch.h"
@@ -27,27 +30,28 @@ namespace seqkernels::cuda {
 
 // Where an element of a tile's weights lies, and the product of a tile with 8 rows. `kChunk` elements of K
 // make one step; a chunk of weights is 16 * kTiles * kChunk elements.
-template <class S, int kTiles>
-struct Tile {  // bf16, f16
-  static constexpr int kChunk = 32;
+template <class E, int kTiles>
+struct Tile {  // by the matrix instruction: bf16, f16, tf32
+  static constexpr int kPiece = 16 / sizeof(E), kChunk = 4 * kPiece, kWord = 4 / sizeof(E);
 
   static __device__ int64_t index(int m, int64_t k) {
-    const int e = k % 8, lane = m % 8 * 4 + k % 32 / 8, word = m % 16 / 8 + e % 4 / 2 * 2;
-    return ((((k / 32 * kTiles + m / 16) * 2 + e / 4) * 32 + lane) * 4 + word) * 2 + e % 2;
+    const int e = k % kPiece, lane = m % 8 * 4 + k % kChunk / kPiece, instruction = e / (kPiece / 2);
+    const int word = m % 16 / 8 + e % (kPiece / 2) / kWord * 2;
+    return ((((k / kChunk * kTiles + m / 16) * 2 + instruction) * 32 + lane) * 4 + word) * kWord + e % kWord;
   }
 
-  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const S* weights, const S* rows,
-                                                  int pitch, int64_t begin, int64_t end) {
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const E* weights, const E* rows,
+                                                  int pitch, int begin, int end) {
     const int lane = threadIdx.x % 32;
     const uint4* a = reinterpret_cast<const uint4*>(weights) + lane;
-    const S* b = rows + lane / 4 * pitch + lane % 4 * 8;
+    const E* b = rows + lane / 4 * pitch + lane % 4 * kPiece;
 #pragma unroll 4
-    for (int64_t k = begin; k < end; k++) {
+    for (int k = begin; k < end; k++) {
       const uint4 h = *reinterpret_cast<const uint4*>(b + k * kChunk);
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
-        mma(c[t], a[((k * kTiles + t) * 2) * 32], h.x, h.y, S());
-        mma(c[t], a[((k * kTiles + t) * 2 + 1) * 32], h.z, h.w, S());
+        mma(c[t], a[((k * kTiles + t) * 2) * 32], h.x, h.y, E());
+        mma(c[t], a[((k * kTiles + t) * 2 + 1) * 32], h.z, h.w, E());
       }
     }
   }
@@ -62,12 +66,12 @@ struct Tile<float, kTiles> {
   }
 
   static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const float* weights,
-                                                  const float* rows, int pitch, int64_t begin, int64_t end) {
+                                                  const float* rows, int pitch, int begin, int end) {
     const int lane = threadIdx.x % 32;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
     const float* b = rows + lane % 4 * 2 * pitch;
 #pragma unroll 2
-    for (int64_t k = begin; k < end; k++)
+    for (int k = begin; k < end; k++)
 #pragma unroll
       for (int part = 0; part < 2; part++) {
         const float4 b0 = *reinterpret_cast<const float4*>(b + k * kChunk + part * 4);
@@ -84,20 +88,22 @@ struct Tile<float, kTiles> {
   }
 };
 
-// A block: its place, its shared memory and its exchange. Gates: rows of weights per unit.
-template <class S, int kGates>
+// A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
+// per unit.
+template <class E, int kGates>
 struct Block {
   static constexpr int kTiles = tiles(kGates), kUnits = tile_units(kGates), kRows = 16 * kTiles;
   static constexpr int kStride = kRows + 4;  // of a column of partial sums: no bank conflicts
-  using Product = Tile<S, kTiles>;
+  using Product = Tile<E, kTiles>;
 
   const Layer& p;
   const int d, group, member;
   const int64_t row0, unit0;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  S* weights;
+  int part, begin, end;   // of K, a warp's share in chunks
+  E* weights;
   float *partial, *state;
-  S* slots;
+  E* slots;
   unsigned* flag;
   unsigned announced = 0;
 
@@ -111,17 +117,20 @@ struct Block {
     const Plan& plan = p.plan;
     u = threadIdx.x % plan.units, row = threadIdx.x / plan.units, gap = kThreads / plan.units;
     rows = unit0 + u >= p.H ? 0 : p.B - row0 < plan.rows ? static_cast<int>(p.B - row0) : plan.rows;
-    const Layout at(plan, kGates, sizeof(S), states);
+    const int chunks = plan.pitch / Product::kChunk;
+    part = threadIdx.x / 32 % plan.parts;
+    begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
+    const Layout at(plan, kGates, sizeof(E), states);
     char* memory = shared_memory();
-    weights = reinterpret_cast<S*>(memory);
+    weights = reinterpret_cast<E*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
     state = reinterpret_cast<float*>(memory + at.state);
     const int64_t place = d * plan.groups + group;
     if (plan.members == 1) {
-      slots = reinterpret_cast<S*>(memory + at.exchange);
+      slots = reinterpret_cast<E*>(memory + at.exchange);
       for (int i = threadIdx.x; i < 2 * plan.rows * plan.pitch; i += kThreads) narrow(0.0f, slots[i]);
     } else {
-      slots = static_cast<S*>(p.exchange) + place * 2 * plan.rows * plan.pitch;
+      slots = static_cast<E*>(p.exchange) + place * 2 * plan.rows * plan.pitch;
       flag = p.flags + place * 32;
     }
   }
@@ -133,13 +142,13 @@ struct Block {
     for (int64_t i = threadIdx.x; i < int64_t(p.plan.units) / kUnits * kRows * pitch; i += kThreads) {
       const int64_t k = i % pitch, row = i / pitch, u = unit0 + row / kRows * kUnits + row % kUnits;
       const int m = row % kRows, gate = m / kUnits;
-      S w;
+      E w;
       narrow(gate < kGates && u < p.H ? weight(gate, u, k) : 0.0f, w);
       weights[row / kRows * kRows * pitch + Product::index(m, k)] = w;
     }
   }
 
-  __device__ S* slot(int64_t s) const { return slots + s % 2 * p.plan.rows * p.plan.pitch; }
+  __device__ E* slot(int64_t s) const { return slots + s % 2 * p.plan.rows * p.plan.pitch; }
 
   // All that this block wrote for the step is there.
   __device__ void announce() {
@@ -155,17 +164,14 @@ struct Block {
   }
 
   // Partial sums of weights times the rows in `from`.
-  __device__ void multiply(const S* from) const {
+  __device__ void multiply(const E* from) const {
     const Plan& plan = p.plan;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = plan.parts;
     const int octets = plan.rows / 8, items = plan.units / kUnits * octets;
-    const int64_t chunks = plan.pitch / Product::kChunk;
     for (int item = warp / parts; item < items; item += kWarps / parts) {
-      const int part = warp % parts;
       float c[kTiles][4] = {};
       Product::multiply(c, weights + int64_t(item / octets) * kRows * plan.pitch,
-                        from + item % octets * 8 * plan.pitch, plan.pitch, chunks * part / parts,
-                        chunks * (part + 1) / parts);
+                        from + item % octets * 8 * plan.pitch, plan.pitch, begin, end);
       float* to = partial + (item * parts + part) * 8 * kStride + lane % 4 * 2 * kStride + lane / 4;
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
@@ -207,10 +213,11 @@ struct Block {
   }
 };
 
-template <class Cell, class S>
+template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
+  using S = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<S, G> block(p, 1 + Cell::kCellState);
+  Block<E, G> block(p, 1 + Cell::kCellState);
   const int d = block.d, units = p.plan.units, pitch = p.plan.pitch;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.load_weights([&](int gate, int64_t unit, int64_t k) {
@@ -226,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     const int64_t at = (d * p.B + row0 + r) * p.H + u;
     h_state[r * units] = load<S>(p.h0, at);
     if (Cell::kCellState) c_state[r * units] = load<S>(p.c0, at);
-    store<S>(h_state[r * units], block.slot(0), int64_t(r) * pitch + u);
+    store<E>(h_state[r * units], block.slot(0), int64_t(r) * pitch + u);
   }
   struct Inputs {
     S x[G];
@@ -264,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
       }
       h_state[r * units] = h;
       if (Cell::kCellState) c_state[r * units] = c;
-      store<S>(h, block.slot(s + 1), int64_t(r) * pitch + u);
+      store<E>(h, block.slot(s + 1), int64_t(r) * pitch + u);
     });
   }
   for (int r = block.row; r < block.rows; r += block.gap) {
@@ -275,10 +282,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
 }
 
 // Two floats per state: the gradient on its way, and what resets have sent to the initial state.
-template <class Cell, class S>
+template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLayer p) {
+  using S = Stored<E>;
   constexpr int G = Cell::kGates, kStates = 2 * (1 + Cell::kCellState);
-  Block<S, 1> block(p, kStates);
+  Block<E, 1> block(p, kStates);
   const int d = block.d, units = p.plan.units, pitch = p.plan.pitch, padded = pitch / G;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.load_weights([&](int, int64_t unit, int64_t k) {
@@ -336,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       if (Cell::kCellState) dc_state[i] = dc;
 #pragma unroll
       for (int g = 0; g < G; g++)
-        store<S>(slots[Cell::kRecurrentSlot + g], block.slot(s + 1), int64_t(r) * pitch + g * padded + u);
+        store<E>(slots[Cell::kRecurrentSlot + g], block.slot(s + 1), int64_t(r) * pitch + g * padded + u);
     });
     block.announce();
   }
@@ -354,42 +362,46 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
   }
 }
 
-// of<S>() for the types of matrix products on chip; doubles go stepwise.
+// of(E()) for the type of the layer's products on chip; doubles go stepwise.
 template <class F>
-auto with_product_type(DType dtype, const F& of) {
-  return dtype == DType::bf16 ? of(bf16()) : dtype == DType::f16 ? of(f16()) : of(float());
+auto with_product_type(const Layer& p, const F& of) {
+  return p.dtype == DType::bf16  ? of(bf16())
+         : p.dtype == DType::f16 ? of(f16())
+         : p.tf32                ? of(tf32())
+                                 : of(float());
 }
 
-template <class S, class Args>
+template <class E, class Args>
 Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int states) {
   if (p.P != p.H || p.dtype == DType::f64) return {};
-  return make_plan(machine_for(kernel), {p.B, p.H, K, p.D, gates, int(sizeof(S)), states});
+  const int rate = std::is_same_v<E, float> ? 64 : 128;
+  return make_plan(machine_for(kernel), {p.B, p.H, K, p.D, gates, int(sizeof(E)), states, rate});
 }
 
 template <class Cell>
 void Recurrence<Cell>::fwd(const FwdLayer& p, Stream stream) {
-  with_product_type(p.dtype, [&](auto s) {
-    launch_together(persistent_fwd_kernel<Cell, decltype(s)>, "persistent_fwd", p, stream);
+  with_product_type(p, [&](auto e) {
+    launch_together(persistent_fwd_kernel<Cell, decltype(e)>, "persistent_fwd", p, stream);
   });
 }
 template <class Cell>
 void Recurrence<Cell>::bwd(const BwdLayer& p, Stream stream) {
-  with_product_type(p.dtype, [&](auto s) {
-    launch_together(persistent_bwd_kernel<Cell, decltype(s)>, "persistent_bwd", p, stream);
+  with_product_type(p, [&](auto e) {
+    launch_together(persistent_bwd_kernel<Cell, decltype(e)>, "persistent_bwd", p, stream);
   });
 }
 template <class Cell>
 Plan Recurrence<Cell>::plan_fwd(const Layer& p) {
-  return with_product_type(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    return plan_for<S>(persistent_fwd_kernel<Cell, S>, p, p.H, Cell::kGates, 1 + Cell::kCellState);
+  return with_product_type(p, [&](auto e) {
+    using E = decltype(e);
+    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, Cell::kGates, 1 + Cell::kCellState);
   });
 }
 template <class Cell>
 Plan Recurrence<Cell>::plan_bwd(const Layer& p) {
-  return with_product_type(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    return plan_for<S>(persistent_bwd_kernel<Cell, S>, p, Cell::kGates * p.H, 1, 2 * (1 + Cell::kCellState));
+  return with_product_type(p, [&](auto e) {
+    using E = decltype(e);
+    return plan_for<E>(persistent_bwd_kernel<Cell, E>, p, Cell::kGates * p.H, 1, 2 * (1 + Cell::kCellState));
   });
 }
 

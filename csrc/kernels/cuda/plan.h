@@ -32,6 +32,7 @@ struct Work {
   int D;
   int gates;            // rows of weights per unit: G forward, 1 backward
   int element, states;  // bytes of an element; floats kept per unit and row
+  int rate = 128;       // bytes of weights a clock: of shared memory 128, FFMA multiplies 64
 };
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -52,7 +53,7 @@ struct Layout {
 
 // The cheapest of all spreads that fit. Costs are computed, in clocks of an H100: nothing here was measured.
 //   hop 1200 to see other blocks' states through L2, 60 for a block barrier
-//   weights read from shared memory 128 bytes a clock, once for every 8 rows
+//   weights read from shared memory, multiplied 128 bytes a clock (FFMA 64), once for every 8 rows
 //   exchanged rows 24 bytes a clock and block from L2
 //   inputs from memory 700, beside all these; again for whatever exceeds the kAhead rows per thread
 //   gates 60 for every 256 units
@@ -76,7 +77,7 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
       p.exchange_bytes = p.members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
       p.flags = p.members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
       const double product = (p.members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
-                             double(layout.partial) * (rows / 8) / 128;
+                             double(layout.partial) * (rows / 8) / w.rate;
       const int turns = (p.units * rows + kThreads - 1) / kThreads;
       p.clocks = (product > 700 ? product : 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
       if (best.members == 0 || p.clocks < best.clocks) best = p;

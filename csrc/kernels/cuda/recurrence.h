@@ -21,6 +21,7 @@ struct Layer {
   int64_t T = 0, B = 0, H = 0, P = 0, tokens = 0;
   int D = 1;
   bool relu = false;                 // RNN
+  bool tf32 = false;                 // products of float32 may be of TF32
   const int64_t* offsets = nullptr;  // [T + 1] first token of each step, or null: t * B
   const uint8_t* resets = nullptr;   // [T, B]
   const void* h0 = nullptr;          // [D, B, P]
