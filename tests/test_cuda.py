@@ -71,6 +71,13 @@ def test_persistent_in_one_block(kind, dtype, T, B, H):
 
 
 @kinds
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_more_tiles_than_warps(kind, dtype):
+    """A warp keeps the weights of its first tile in registers."""
+    check(kind, ALONE, dtype, 3, 9, {"LSTM": 100, "GRU": 100, "RNN": 200}[kind])
+
+
+@kinds
 @pytest.mark.parametrize(
     ("dtype", "T", "B", "H"),
     [
@@ -295,8 +302,8 @@ compiled = pytest.mark.skipif(not support.has_cuda_kernels(), reason="this build
 # Registers of one thread, at most: 256 threads with up to 255 fit an SM, so one persistent block is always
 # resident. Spills would mean that an array is indexed at run time.
 REGISTERS = {
-    "persistent_fwd": 200,
-    "persistent_bwd": 240,
+    "persistent_fwd": 240,
+    "persistent_bwd": 248,
     "step_fwd": 48,
     "step_bwd": 64,
     "project_fwd": 40,
@@ -357,6 +364,16 @@ def test_who_uses_the_matrix_instruction(persistent):
     for kernel, code in persistent.items():
         expected = next((i for type_, i in instructions.items() if type_ in kernel), None)
         assert {re.search(r"HMMA\S*", i)[0] for i in code if "HMMA" in i} == ({expected} - {None}), kernel
+
+
+@compiled
+def test_weights_in_registers_are_multiplied_first(persistent):
+    """64 words, 4 of which are an instruction's; forward of LSTM and GRU in two tiles at once."""
+    for kernel, code in persistent.items():
+        if "HMMA" in " ".join(code):
+            wait = next(n for n, i in enumerate(code) if re.search(r"LD\S*\.STRONG\.GPU", i))
+            shared = next(n for n, i in enumerate(code) if n > wait and "LDS" in i)
+            assert sum("HMMA" in i for i in code[wait:shared]) == 16, kernel
 
 
 @compiled

@@ -40,7 +40,7 @@ def _torch(tf32: bool) -> Callable[[Problem], Contestant]:
 
 @dataclass(frozen=True)
 class Limit:
-    """Less time is impossible; `by` says what all would wait for."""
+    """Less time is impossible, but for weights in registers; `by` says what all would wait for."""
 
     by: str  # "matrix": multiplications; "weights": reading the recurrent weights at every step
     seconds: float

@@ -4,9 +4,9 @@
 // forward, the columns of `units` states backward, rearranged once into the fragments of the matrix
 // instruction. Every step it multiplies the slice with what its group exchanged (states h forward, gate
 // gradients dG backward: `rows` rows of `pitch` elements), its warps sharing tiles and, where tiles are few,
-// parts of K; the partial sums meet in shared memory in fixed order, and each thread does the gates of its
-// unit in some rows. Cell states, and backward the gradients that bypass the product, stay in shared memory
-// in float.
+// parts of K, each with the first fragments of its share in registers; the partial sums meet in shared memory
+// in fixed order, and each thread does the gates of its unit in some rows. Cell states, and backward the
+// gradients that bypass the product, stay in shared memory in float.
 //
 // Exchange: two slots per group in global memory (L2), written and read in turn; a counter per group, which
 // each block raises once a step. A slot is written again only after every member has announced the step that
@@ -40,20 +40,50 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
     return ((((k / kChunk * kTiles + m / 16) * 2 + instruction) * 32 + lane) * 4 + word) * kWord + e % kWord;
   }
 
-  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const E* weights, const E* rows,
-                                                  int pitch, int begin, int end) {
-    const int lane = threadIdx.x % 32;
-    const uint4* a = reinterpret_cast<const uint4*>(weights) + lane;
-    const E* b = rows + lane / 4 * pitch + lane % 4 * kPiece;
-#pragma unroll 4
-    for (int k = begin; k < end; k++) {
+  struct Fragment {  // of a chunk of weights, for two instructions a tile
+    uint4 of[kTiles][2];
+  };
+
+  // The first chunks of a warp's weights stay in registers: shared memory feeds the instruction 8 rows at
+  // 40 % of its rate.
+  static constexpr int kHeld = kHeldWords / (8 * kTiles);
+  Fragment held[kHeld];
+
+  static __device__ __forceinline__ Fragment read(const E* weights, int k) {
+    const uint4* from = reinterpret_cast<const uint4*>(weights) + k * kTiles * 64 + threadIdx.x % 32;
+    Fragment a;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; i++) a.of[i / 2][i % 2] = from[i * 32];
+    return a;
+  }
+  __device__ __forceinline__ void hold(const E* weights, int begin, int end) {
+#pragma unroll
+    for (int n = 0; n < kHeld; n++)
+      if (begin + n < end) held[n] = read(weights, begin + n);
+  }
+
+  // mine: hold() was given these weights.
+  __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool mine, const E* weights, const E* rows,
+                                           int pitch, int begin, int end) const {
+    float odd[kTiles][4] = {};  // a second sum, as an instruction waits for the one before on its sum
+    const E* b = rows + threadIdx.x % 32 / 4 * pitch + threadIdx.x % 4 * kPiece;
+    const auto add = [&](int k, const Fragment& a) {
       const uint4 h = *reinterpret_cast<const uint4*>(b + k * kChunk);
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
-        mma(c[t], a[((k * kTiles + t) * 2) * 32], h.x, h.y, E());
-        mma(c[t], a[((k * kTiles + t) * 2 + 1) * 32], h.z, h.w, E());
+        mma(c[t], a.of[t][0], h.x, h.y, E());
+        mma(odd[t], a.of[t][1], h.z, h.w, E());
       }
+    };
+    if (mine) {
+#pragma unroll
+      for (int n = 0; n < kHeld; n++)
+        if (begin + n < end) add(begin + n, held[n]);
     }
+#pragma unroll 4
+    for (int k = mine ? begin + kHeld : begin; k < end; k++) add(k, read(weights, k));
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] += odd[i / 4][i % 4];
   }
 };
 
@@ -65,7 +95,9 @@ struct Tile<float, kTiles> {
     return ((((k / 8 * kTiles + m / 16) * 2 + m % 16 / 8) * 2 + k % 8 / 4) * 8 + m % 8) * 4 + k % 4;
   }
 
-  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const float* weights,
+  __device__ void hold(const float*, int, int) {}  // FFMA is no faster than shared memory
+
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool, const float* weights,
                                                   const float* rows, int pitch, int begin, int end) {
     const int lane = threadIdx.x % 32;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
@@ -100,7 +132,10 @@ struct Block {
   const int d, group, member;
   const int64_t row0, unit0;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  int part, begin, end;   // of K, a warp's share in chunks
+  int tile, octet, tiles_apart,
+      octets_apart;      // a warp's tiles and groups of 8 rows: the first, how far the next
+  int part, begin, end;  // of K, in chunks
+  Product product;
   E* weights;
   float *partial, *state;
   E* slots;
@@ -117,8 +152,10 @@ struct Block {
     const Plan& plan = p.plan;
     u = threadIdx.x % plan.units, row = threadIdx.x / plan.units, gap = kThreads / plan.units;
     rows = unit0 + u >= p.H ? 0 : p.B - row0 < plan.rows ? static_cast<int>(p.B - row0) : plan.rows;
-    const int chunks = plan.pitch / Product::kChunk;
-    part = threadIdx.x / 32 % plan.parts;
+    const int chunks = plan.pitch / Product::kChunk, warp = threadIdx.x / 32;
+    const int all = plan.units / kUnits;  // tiles
+    part = warp % plan.parts, tile = warp / plan.parts % all, octet = warp / plan.parts / all;
+    tiles_apart = kWarps / plan.parts, octets_apart = tiles_apart > all ? tiles_apart / all : 1;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
     const Layout at(plan, kGates, sizeof(E), states);
     char* memory = shared_memory();
@@ -163,27 +200,31 @@ struct Block {
     __syncthreads();
   }
 
+  __device__ const E* weights_of(int t) const { return weights + t * kRows * p.plan.pitch; }
+  // Once, when all weights are there.
+  __device__ void hold() { product.hold(weights_of(tile), begin, end); }
+
   // Partial sums of weights times the rows in `from`.
   __device__ void multiply(const E* from) const {
     const Plan& plan = p.plan;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = plan.parts;
-    const int octets = plan.rows / 8, items = plan.units / kUnits * octets;
-    for (int item = warp / parts; item < items; item += kWarps / parts) {
-      float c[kTiles][4] = {};
-      Product::multiply(c, weights + int64_t(item / octets) * kRows * plan.pitch,
-                        from + item % octets * 8 * plan.pitch, plan.pitch, begin, end);
-      float* to = partial + (item * parts + part) * 8 * kStride + lane % 4 * 2 * kStride + lane / 4;
+    const int lane = threadIdx.x % 32, tiles = plan.units / kUnits;
+    for (int t = tile; t < tiles; t += tiles_apart)
+      for (int o = octet; o < plan.rows / 8; o += octets_apart) {
+        float c[kTiles][4] = {};
+        product.multiply(c, t == tile, weights_of(t), from + o * 8 * plan.pitch, plan.pitch, begin, end);
+        float* to = partial + ((o * tiles + t) * plan.parts + part) * 8 * kStride;
+        to += lane % 4 * 2 * kStride + lane / 4;
 #pragma unroll
-      for (int t = 0; t < kTiles; t++) {
-        to[t * 16] = c[t][0], to[t * 16 + kStride] = c[t][1];
-        to[t * 16 + 8] = c[t][2], to[t * 16 + 8 + kStride] = c[t][3];
+        for (int i = 0; i < kTiles; i++) {
+          to[i * 16] = c[i][0], to[i * 16 + kStride] = c[i][1];
+          to[i * 16 + 8] = c[i][2], to[i * 16 + 8 + kStride] = c[i][3];
+        }
       }
-    }
     __syncthreads();
   }
   // The products for the gates of the thread's unit and a row.
   __device__ __forceinline__ void sums(int r, float (&of)[kGates]) const {
-    const int parts = p.plan.parts, item = u / kUnits * (p.plan.rows / 8) + r / 8;
+    const int parts = p.plan.parts, item = r / 8 * (p.plan.units / kUnits) + u / kUnits;
     const float* from = partial + (item * parts * 8 + r % 8) * kStride + u % kUnits;
 #pragma unroll
     for (int g = 0; g < kGates; g++) of[g] = 0;
@@ -228,7 +269,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     for (int g = 0; g < G; g++)
       b_ih[g] = load<S>(p.b_ih[d], g * p.H + u), b_hh[g] = load<S>(p.b_hh[d], g * p.H + u);
   float *h_state = block.state + block.u, *c_state = h_state + p.plan.rows * units;  // the latter of an LSTM
-  __syncthreads();  // the slots of a single block are zero
+  __syncthreads();  // the weights are there, and the slots of a single block zero
+  block.hold();
   for (int r = block.row; r < block.rows; r += block.gap) {
     const int64_t at = (d * p.B + row0 + r) * p.H + u;
     h_state[r * units] = load<S>(p.h0, at);
@@ -295,7 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
   const int size = p.plan.rows * units;
   float *dh_state = block.state + block.u, *dh_reset = dh_state + size, *dc_state = dh_state + 2 * size,
         *dc_reset = dh_state + 3 * size;
-  __syncthreads();  // the slots of a single block are zero
+  __syncthreads();  // the weights are there, and the slots of a single block zero
+  block.hold();
   for (int r = block.row; r < block.rows; r += block.gap) {
     const int64_t at = (d * p.B + row0 + r) * p.H + u;
     const int i = r * units;
@@ -374,8 +417,8 @@ auto with_product_type(const Layer& p, const F& of) {
 template <class E, class Args>
 Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int states) {
   if (p.P != p.H || p.dtype == DType::f64) return {};
-  const int rate = std::is_same_v<E, float> ? 64 : 128;
-  return make_plan(machine_for(kernel), {p.B, p.H, K, p.D, gates, int(sizeof(E)), states, rate});
+  return make_plan(machine_for(kernel),
+                   {p.B, p.H, K, p.D, gates, int(sizeof(E)), states, std::is_same_v<E, float>});
 }
 
 template <class Cell>

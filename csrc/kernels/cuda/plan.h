@@ -2,12 +2,14 @@
 // rows of one direction; its *members* share the hidden units and exchange their states every step.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace seqkernels::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAhead = 4;  // rows whose inputs a thread loads ahead
+constexpr int kAhead = 4;       // rows whose inputs a thread loads ahead
+constexpr int kHeldWords = 64;  // of weights, in a thread's registers
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
@@ -32,7 +34,7 @@ struct Work {
   int D;
   int gates;            // rows of weights per unit: G forward, 1 backward
   int element, states;  // bytes of an element; floats kept per unit and row
-  int rate = 128;       // bytes of weights a clock: of shared memory 128, FFMA multiplies 64
+  bool ffma = false;    // instead of the matrix instruction
 };
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -51,10 +53,19 @@ struct Layout {
         end(exchange + (p.members == 1 ? 2 * int64_t(p.rows) * p.pitch * element : 0)) {}
 };
 
+// Clocks to multiply the weights with 8 rows. The matrix instruction takes 320 bytes a clock; shared memory
+// gives 128, of what warps do not hold of their first tile. FFMA takes 64.
+constexpr double product_clocks(const Plan& p, const Work& w, double bytes) {
+  if (w.ffma) return bytes / 64;
+  const int tiles = p.units / tile_units(w.gates), first = std::min(tiles, kWarps / p.parts);
+  const double held = first * std::min(bytes / tiles, 128.0 * kHeldWords * p.parts);
+  return std::max((bytes - held) / 128, bytes / 320);
+}
+
 // The cheapest of all spreads that fit. Costs are computed, in clocks of an H100: nothing here was measured.
 //   hop 1200 to see other blocks' states through L2, 60 for a block barrier
-//   weights read from shared memory, multiplied 128 bytes a clock (FFMA 64), once for every 8 rows
 //   exchanged rows 24 bytes a clock and block from L2
+//   products, once for every 8 rows
 //   inputs from memory 700, beside all these; again for whatever exceeds the kAhead rows per thread
 //   gates 60 for every 256 units
 inline Plan make_plan(const Machine& machine, const Work& w) {
@@ -77,9 +88,9 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
       p.exchange_bytes = p.members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
       p.flags = p.members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
       const double product = (p.members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
-                             double(layout.partial) * (rows / 8) / w.rate;
+                             product_clocks(p, w, double(layout.partial)) * (rows / 8);
       const int turns = (p.units * rows + kThreads - 1) / kThreads;
-      p.clocks = (product > 700 ? product : 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
+      p.clocks = std::max(product, 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
       if (best.members == 0 || p.clocks < best.clocks) best = p;
     }
   return best;
