@@ -96,6 +96,17 @@ def test_persistent_in_blocks_that_exchange_states(kind, dtype, T, B, H):
     assert_as_exact(result, run(theirs, x, hx, True), run_exactly(theirs, x, hx, True), dtype, pooled=True)
 
 
+def test_warps_that_take_all_rows_and_parts_of_k():
+    """So that each can hold more of its weights: backward, 16 rows in 8 parts, not twice 8 rows in 4."""
+    ours, theirs = twins("LSTM", 5, 576, dtype=torch.bfloat16)
+    x, hx = torch.randn(2, 16, 5).to(torch.bfloat16), states(theirs, 16)
+    with emulated_gpu(36, 110 << 10):
+        assert plan("LSTM", 16, 576).count("36 to a group, of 16 units x 16 rows") == 2
+        result = run(ours, x, hx, True)
+    exact = run_exactly(theirs, x, hx, True)
+    assert_as_exact(result, run(theirs, x, hx, True), exact, torch.bfloat16, pooled=True)
+
+
 def too_little_for_one_block(*layer) -> int:
     """Shared memory with which forward and backward are both persistent in groups of several blocks."""
     for shared in range(64 << 10, 4 << 10, -1 << 10):

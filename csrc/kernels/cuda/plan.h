@@ -65,33 +65,37 @@ constexpr double product_clocks(const Plan& p, const Work& w, double bytes) {
 // The cheapest of all spreads that fit. Costs are computed, in clocks of an H100: nothing here was measured.
 //   hop 1200 to see other blocks' states through L2, 60 for a block barrier
 //   exchanged rows 24 bytes a clock and block from L2
-//   products, once for every 8 rows
+//   products, once for every 8 rows, and their partial sums, written and read 128 bytes a clock
 //   inputs from memory 700, beside all these; again for whatever exceeds the kAhead rows per thread
 //   gates 60 for every 256 units
+// Warps take groups of 8 rows as well as tiles, or all rows and parts of K: fewer weights for each to hold.
 inline Plan make_plan(const Machine& machine, const Work& w) {
   Plan best;
   const int unit = tile_units(w.gates);
   for (int64_t units = unit; units < 2 * up(w.H, unit) && units <= kThreads; units *= 2)
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
-      Plan p;
-      p.units = static_cast<int>(units), p.rows = rows;
-      p.pitch = static_cast<int>(w.K / w.H * up(w.H, 32));
-      p.members = static_cast<int>((w.H + units - 1) / units);
-      const int64_t groups = (w.B + rows - 1) / rows, grid = groups * w.D * p.members;
+      const int64_t members = (w.H + units - 1) / units, groups = (w.B + rows - 1) / rows;
+      const int64_t grid = groups * w.D * members;
       if (grid > machine.multiprocessors || grid == 0) continue;
-      p.groups = static_cast<int>(groups), p.grid = static_cast<int>(grid);
-      const int items = p.units / unit * (rows / 8);
-      while (2 * items * p.parts <= kWarps) p.parts *= 2;
-      const Layout layout(p, w.gates, w.element, w.states);
-      p.shared = layout.end;
-      if (p.shared > machine.shared) continue;
-      p.exchange_bytes = p.members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
-      p.flags = p.members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
-      const double product = (p.members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
-                             product_clocks(p, w, double(layout.partial)) * (rows / 8);
-      const int turns = (p.units * rows + kThreads - 1) / kThreads;
-      p.clocks = std::max(product, 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
-      if (best.members == 0 || p.clocks < best.clocks) best = p;
+      const int most = std::max(1, kWarps / static_cast<int>(units / unit));
+      for (int parts = std::max(1, most / (rows / 8)); parts <= most; parts *= 2) {
+        Plan p;
+        p.units = static_cast<int>(units), p.rows = rows, p.parts = parts;
+        p.pitch = static_cast<int>(w.K / w.H * up(w.H, 32));
+        p.members = static_cast<int>(members), p.groups = static_cast<int>(groups),
+        p.grid = static_cast<int>(grid);
+        const Layout layout(p, w.gates, w.element, w.states);
+        p.shared = layout.end;
+        if (p.shared > machine.shared) continue;
+        p.exchange_bytes = members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
+        p.flags = members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
+        const double product = (members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
+                               product_clocks(p, w, double(layout.partial)) * (rows / 8) +
+                               double(layout.state - layout.partial) / 64;
+        const int turns = (p.units * rows + kThreads - 1) / kThreads;
+        p.clocks = std::max(product, 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
+        if (best.members == 0 || p.clocks < best.clocks) best = p;
+      }
     }
   return best;
 }
