@@ -53,15 +53,22 @@ Parallel torch_threads() {
 Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
              std::optional<ScalarType> dtype) {
   const auto dims = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t i = dims - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t numel = 1;
+  bool fits = true;
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    strides[i] = numel;
+    fits = fits && !__builtin_mul_overflow(numel, std::max<int64_t>(sizes[i], 1), &numel);
+  }
   const auto type =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype ? *dtype : t.scalar_type()));
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
-                                                         device_type, t.get_device_index(), &out));
+  fits = fits && !aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device_type,
+                                           t.get_device_index(), &out);
+  STD_TORCH_CHECK(fits, "seqkernels: there is no memory for a tensor of shape ",
+                  text({sizes.begin(), sizes.end()}), "; use smaller batches or shorter sequences");
   return Tensor(out);
 }
 

@@ -35,7 +35,8 @@ struct AttentionBwd {
 
   int64_t* next;
   Barrier* barrier;
-  T *dQ, *dsink, *buffers;
+  PerThread<T> dQ;  // or of each task, where a key head has several
+  T *dsink, *buffers;
 
   explicit AttentionBwd(const AttentionBwdParams& params)
       : p(params),
@@ -67,15 +68,14 @@ struct AttentionBwd {
       Q = a.take<O>(rows * f.ldk), dO = a.take<O>(rows * f.ldv);
       QT = a.take<O>(columns * f.ldk), dOT = a.take<O>(columns * f.ldv);
       narrow_dS = a.take<O>(kPacked ? kQ * kK : 0);
+      a.keep_apart();
     }
   };
   void layout(Arena& a) {
     next = a.take<int64_t>(1);
     barrier = a.take<Barrier>(1);
     dsink = a.take<T>(p.dsinks ? p.B * p.Hq : 0);
-    dQ = a.take<T>(dq_buffers() * dq_size());
-    Arena one;
-    Buffers count(*this, one);
+    dQ = a.take_each<T>(dq_buffers(), dq_size());
     buffers = a.take<T>(0);
     for (int i = 0; i < team; i++) Buffers(*this, a);
   }
@@ -105,7 +105,7 @@ struct AttentionBwd {
       if (task >= tasks()) break;
       const int64_t split = task % splits;
       for (int64_t n = in_turn ? 0 : task / splits; n < (in_turn ? p.B * p.Hk : task / splits + 1); n++)
-        worker.run(n / p.Hk, n % p.Hk, split, dQ + (splits == 1 ? id : n * splits + split) * dq_size());
+        worker.run(n / p.Hk, n % p.Hk, split, dQ[splits == 1 ? id : n * splits + split]);
     }
     release_tiles();
     if (splits == 1 && !p.dsinks) return;
@@ -128,11 +128,12 @@ struct AttentionBwd {
   }
   void add_dq(int64_t b, int64_t h) const {
     const Span span(p, b);
-    T* first = dQ + (b * p.Hk + h / group) * splits * dq_size() + h % group * max_q * ldk;
+    const int64_t task = (b * p.Hk + h / group) * splits, at = h % group * max_q * ldk;
+    T* sum = dQ[task] + at;
     for (int64_t s = 1; s < splits; s++)
       for (int64_t n = 0; n < span.Tq * ldk; n += W)
-        store(first + n, load(first + n) + load(first + s * dq_size() + n));
-    write_dq(span, h, first);
+        store(sum + n, load(sum + n) + load(dQ[task + s] + at + n));
+    write_dq(span, h, sum);
   }
 
   struct Worker {
@@ -324,6 +325,7 @@ static void attention_weights(const AttentionWeightsParams& p) {
     Buffers(const AttentionWeightsParams& p, Arena& a, int64_t width) {
       KT = a.take<T>(p.D * kBlock<T>), P = a.take<T>(64 * kBlock<T>);
       Q = a.take<T>(std::is_same_v<S, T> ? 0 : 64 * p.D), rows = a.take<T>(64 * width);
+      a.keep_apart();
     }
   };
   Arena count;

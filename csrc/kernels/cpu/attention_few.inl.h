@@ -81,8 +81,9 @@ struct AttentionFew {
 
   int64_t* next;
   Barrier* barrier;
-  O* q;                    // of each thread: rows of Q
-  T *x, *max, *sum, *out;  // of each thread: scores; of each task: by row
+  PerThread<O> q;      // rows of Q
+  PerThread<T> x;      // scores
+  T *max, *sum, *out;  // of each task: by row
 
   // With more than 8 rows to fill the lanes the other kernel is faster, if it has enough tasks.
   static bool suits(const AttentionFwdParams& p) {
@@ -99,8 +100,8 @@ struct AttentionFew {
   void layout(Arena& a) {
     next = a.take<int64_t>(1);
     barrier = a.take<Barrier>(1);
-    q = a.take<O>(team * kRows * ldq);
-    x = a.take<T>(team * kRows * kK);
+    q = a.take_each<O>(team, kRows * ldq);
+    x = a.take_each<T>(team, kRows * kK);
     max = a.take<T>(tasks() * kRows);
     sum = a.take<T>(tasks() * kRows);
     out = a.take<T>(tasks() * kRows * ldv);
@@ -126,9 +127,8 @@ struct AttentionFew {
     const int64_t head = task / parts, b = head / p.Hk, hk = head % p.Hk;
     const Span span(p, b);
     const int64_t R = group * span.Tq;
-    O* qs = q + id * kRows * ldq;
-    T *xs = x + id * kRows * kK, *m = max + task * kRows, *l = sum + task * kRows,
-      *o = out + task * kRows * ldv;
+    O* qs = q[id];
+    T *xs = x[id], *m = max + task * kRows, *l = sum + task * kRows, *o = out + task * kRows * ldv;
     for (int64_t r = 0; r < R; r++) {
       copy_row(row_of<S>(p.q, span.batch, hk * group + r / span.Tq, span.q0 + r % span.Tq), p.D, qs + r * ldq,
                ldq);

@@ -36,9 +36,9 @@ struct AttentionFwd {
 
   int64_t *first_task, *first_block, *next;  // of each sequence: tasks, packed blocks of keys
   Barrier* barrier;
-  O *QT, *packed;
-  T *OT, *ST, *rows;
-  int64_t rows_size;
+  PerThread<O> QT;
+  PerThread<T> OT, ST, rows;
+  O* packed;
 
   explicit AttentionFwd(const AttentionFwdParams& params)
       : p(params),
@@ -66,13 +66,13 @@ struct AttentionFwd {
     first_block = a.take<int64_t>(p.B + 1);
     next = a.take<int64_t>(1);
     barrier = a.take<Barrier>(1);
-    QT = a.take<O>(team * depth * kQ);
-    OT = a.take<T>(team * ldv * kQ);
-    ST = a.take<T>(team * kBuffers * kK * kUnit);
+    QT = a.take_each<O>(team, depth * kQ);
+    OT = a.take_each<T>(team, ldv * kQ);
+    ST = a.take_each<T>(team, kBuffers * kK * kUnit);
     packed = a.take<O>(kPacked ? key_blocks * p.Hk * block_size() : 0);
-    rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
-                     std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
-    rows = a.take<T>(team * rows_size);
+    const int64_t rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
+                                   std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
+    rows = a.take_each<T>(team, rows_size);
   }
   int64_t tasks() const { return first_task[p.B]; }
   void prepare() {
@@ -147,10 +147,10 @@ struct AttentionFwd {
     Worker(const AttentionFwd& forward, int id)
         : f(forward),
           p(forward.p),
-          QT(f.QT + id * f.depth * kQ),
-          OT(f.OT + id * f.ldv * kQ),
-          ST(f.ST + id * kBuffers * kK * kUnit),
-          rows(f.rows + id * f.rows_size),
+          QT(f.QT[id]),
+          OT(f.OT[id]),
+          ST(f.ST[id]),
+          rows(f.rows[id]),
           c(f.rule.natural ? T(kLog2e) : T(__builtin_fabs(p.scale) * kLog2e)) {}
 
     // Queries [i0, i0 + n) of the heads [h0, h0 + heads), which share key head hk.

@@ -66,9 +66,8 @@ struct LayerBwd {
   Barrier *everyone, *direction_barriers, *row_barriers;
   // One of each per thread: a panel of products; a share of dG, transposed; tokens of x and h to rebuild
   // gates from.
-  T* local;
-  O* local_operand;
-  int64_t local_size, operand_size;
+  PerThread<T> local;
+  PerThread<O> local_operand;
 
   explicit LayerBwd(const Params& params)
       : p(params),
@@ -105,16 +104,19 @@ struct LayerBwd {
     if (steps > p.T) steps = p.T;
     chunk_tokens = steps * B < seq.tokens ? steps * B : seq.tokens;
     const Panels<O> xs{I, chunk_tokens}, hs{P, chunk_tokens};
+    const auto rows = [&](bool wanted, int64_t ld) {
+      return a.take<T>(wanted ? B * ld + apart<T>(team) : 0);
+    };
     for (int64_t d = 0; d < D; d++) {
       dG[d] = a.take<O>(chunk_tokens * ldG);
-      dh[d] = a.take<T>(B * ldh);
-      dc[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
-      c0[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
-      dm[d] = projected ? a.take<T>(B * ldcell) : nullptr;
+      dh[d] = rows(true, ldh);
+      dc[d] = rows(Cell::kCellState, ldcell);
+      c0[d] = rows(Cell::kCellState, ldcell);
+      dm[d] = rows(projected, ldcell);
       dh_chunk[d] = projected ? a.take<O>(chunk_tokens * ldh) : nullptr;
       m_chunk[d] = projected ? a.take<O>(chunk_tokens * ldcell) : nullptr;
-      dh0[d] = p.resets ? a.take<T>(B * ldh) : nullptr;
-      dc0[d] = p.resets && Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
+      dh0[d] = rows(p.resets, ldh);
+      dc0[d] = rows(p.resets && Cell::kCellState, ldcell);
       gates[d] = rebuild ? a.take<S>(chunk_tokens * Cell::kSaved * H) : nullptr;
       x_panels[d] = a.take<O>(xs.size());
       h_panels[d] = a.take<O>(hs.size());
@@ -130,13 +132,14 @@ struct LayerBwd {
     direction_barriers = a.take<Barrier>(2);
     row_barriers = a.take<Barrier>(2 * team);
     const int64_t rebuilt = rebuild ? kRebuildTokens : 0, gate_rows = H > P ? H : P;
-    local_size = (chunk_tokens > (G + 3) * rebuilt ? chunk_tokens : (G + 3) * rebuilt) * NR<T>;
-    operand_size = gate_rows * depth_of(chunk_tokens) + (projected ? NR<T> * depth_of(chunk_tokens) : 0);
+    const int64_t local_size = (chunk_tokens > (G + 3) * rebuilt ? chunk_tokens : (G + 3) * rebuilt) * NR<T>;
+    int64_t operand_size =
+        gate_rows * depth_of(chunk_tokens) + (projected ? NR<T> * depth_of(chunk_tokens) : 0);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
     if (operand_size < rebuild_size) operand_size = rebuild_size;
     if (weights.once && operand_size < weights.kBlockSize) operand_size = weights.kBlockSize;
-    local = a.take<T>(team * local_size);
-    local_operand = a.take<O>(team * operand_size);
+    local = a.take_each<T>(team, local_size);
+    local_operand = a.take_each<O>(team, operand_size);
   }
   // Stride of a transposed chunk: tokens, padded for whole vectors and for the products.
   static int64_t depth_of(int64_t tokens) { return round_up(tokens, 32) + kLanes<T>; }
@@ -176,7 +179,8 @@ struct LayerBwd {
     const Params& p;
     const Sequence& seq;
     const int d, rank, group;
-    const bool owner;      // of rows; other threads only share the chunk's products
+    const bool owner;  // of rows; other threads only share the chunk's products
+    const int row_group;
     const int64_t r0, r1;  // rows
     const int64_t j0, j1;  // unit blocks
     const int64_t k0, k1;  // blocks of P: the units unless projected
@@ -184,6 +188,7 @@ struct LayerBwd {
     const int64_t q0, q1;  // rows of dW_hr
     const int sharing;
     Barrier *direction, *rows_barrier;
+    T *dh, *dc, *dm, *c0, *dh0, *dc0;  // of this direction, [B, ..]; rows of different owners lie apart
     T* local;
     O* local_operand;
     int64_t lo = 0, hi = 0;  // the chunk's steps, in memory order
@@ -198,8 +203,9 @@ struct LayerBwd {
           rank(rank_),
           group(group_),
           owner(rank_ < plan.per_direction()),
-          r0(owner ? row_split(seq, plan.row_groups, rank / plan.unit_groups) : 0),
-          r1(owner ? row_split(seq, plan.row_groups, rank / plan.unit_groups + 1) : 0),
+          row_group(owner ? rank / plan.unit_groups : 0),
+          r0(owner ? row_split(seq, plan.row_groups, row_group) : 0),
+          r1(owner ? row_split(seq, plan.row_groups, row_group + 1) : 0),
           j0(blocks(f.H) * (rank % plan.unit_groups) / plan.unit_groups),
           j1(blocks(f.H) * (rank % plan.unit_groups + 1) / plan.unit_groups),
           k0(blocks(f.P) * (rank % plan.unit_groups) / plan.unit_groups),
@@ -211,8 +217,14 @@ struct LayerBwd {
           sharing(owner ? plan.unit_groups : 1),
           direction(all),
           rows_barrier(own),
-          local(layer.local + id * layer.local_size),
-          local_operand(layer.local_operand + id * layer.operand_size) {}
+          dh(layer.dh[d] + apart<T>(row_group)),
+          dc(layer.dc[d] + apart<T>(row_group)),
+          dm(layer.dm[d] + apart<T>(row_group)),
+          c0(layer.c0[d] + apart<T>(row_group)),
+          dh0(layer.dh0[d] + apart<T>(row_group)),
+          dc0(layer.dc0[d] + apart<T>(row_group)),
+          local(layer.local[id]),
+          local_operand(layer.local_operand[id]) {}
 
     static int64_t blocks(int64_t n) { return (n + NR<T> - 1) / NR<T>; }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
@@ -276,16 +288,16 @@ struct LayerBwd {
       const int64_t h_at = d * f.B * f.P;
       each_state([&](int64_t b, int64_t i, int64_t n) {
         const S* from = static_cast<const S*>(p.dhn) + h_at + b * f.P + i;
-        store(f.dh[d] + b * f.ldh + i, p.dhn ? load(from, n) : Vec<T>{});
-        if (p.resets) store(f.dh0[d] + b * f.ldh + i, Vec<T>{});
+        store(dh + b * f.ldh + i, p.dhn ? load(from, n) : Vec<T>{});
+        if (p.resets) store(dh0 + b * f.ldh + i, Vec<T>{});
       });
       if constexpr (Cell::kCellState) {
         const int64_t c_at = d * f.B * f.H;
         each_cell([&](int64_t b, int64_t i, int64_t n) {
           const S* from = static_cast<const S*>(p.dcn) + c_at + b * f.H + i;
-          store(f.dc[d] + b * f.ldcell + i, p.dcn ? load(from, n) : Vec<T>{});
-          store(f.c0[d] + b * f.ldcell + i, load(static_cast<const S*>(p.c0) + c_at + b * f.H + i, n));
-          if (p.resets) store(f.dc0[d] + b * f.ldcell + i, Vec<T>{});
+          store(dc + b * f.ldcell + i, p.dcn ? load(from, n) : Vec<T>{});
+          store(c0 + b * f.ldcell + i, load(static_cast<const S*>(p.c0) + c_at + b * f.H + i, n));
+          if (p.resets) store(dc0 + b * f.ldcell + i, Vec<T>{});
         });
       }
     }
@@ -359,7 +371,6 @@ struct LayerBwd {
     void step(int64_t s) {
       const int64_t t = time(s), n = seq.rows(t, r0, r1);
       const S* dy = p.dy ? static_cast<const S*>(p.dy) + ((seq.token(t) + r0) * f.D + d) * f.P : nullptr;
-      T* dh = f.dh[d] + r0 * f.ldh;
       if (f.projected) project_gradient(t, n, dy);
       for (int64_t j = j0; j < j1; j++)
         for (int64_t b = 0, end; b < n; b = end) {  // runs of rows that have, or have not, a step before
@@ -371,7 +382,8 @@ struct LayerBwd {
       rows_barrier->wait(sharing);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
       if (n > 0)
-        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kDirect, dh, f.ldh, local_operand);
+        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kDirect, dh + r0 * f.ldh, f.ldh,
+                                    local_operand);
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
     }
@@ -382,7 +394,7 @@ struct LayerBwd {
       for (int64_t b = 0; b < n; b++)
         for (int64_t k = k0; k < k1; k++)
           for (int64_t i = k * NR<T>, e = i + width(f.P, k); i < e; i += kLanes<T>) {
-            Vec<T> g = load(f.dh[d] + (r0 + b) * f.ldh + i);
+            Vec<T> g = load(dh + (r0 + b) * f.ldh + i);
             if (dy) g += load(dy + b * f.D * f.P + i, e - i);
             store(chunk + b * f.ldh + i, g, e - i);
           }
@@ -390,7 +402,7 @@ struct LayerBwd {
       for (int64_t j = j0; j < j1 && n > 0; j++)
         gemm_panel(n, f.weights.proj.width(j), f.weights.proj.depth(), chunk, f.ldh,
                    f.weights.projection(d, j), f.weights.proj.width(j), static_cast<const T*>(nullptr), 0,
-                   f.dm[d] + r0 * f.ldcell + j * NR<T>, f.ldcell);
+                   dm + r0 * f.ldcell + j * NR<T>, f.ldcell);
     }
 
     void epilogue(int64_t t, int64_t j, int64_t b, int64_t n, bool start, const S* dy) const {
@@ -403,10 +415,10 @@ struct LayerBwd {
         tile.gates = static_cast<const S*>(p.gates) + (token * f.D + d) * Cell::kSaved * f.H + u,
         tile.ldgates = f.D * Cell::kSaved * f.H;
       if (f.projected) {
-        tile.dh = f.dm[d] + b * f.ldcell + u, tile.lddh = f.ldcell;
+        tile.dh = dm + b * f.ldcell + u, tile.lddh = f.ldcell;
         tile.m = f.m_chunk[d] + row * f.ldcell + u, tile.ldm = f.ldcell;
       } else {
-        tile.dh = f.dh[d] + b * f.ldh + u, tile.lddh = f.ldh;
+        tile.dh = dh + b * f.ldh + u, tile.lddh = f.ldh;
         if (dy) tile.dy = dy + u, tile.lddy = f.D * f.P;
       }
       tile.dG = f.dG[d] + row * f.ldG + u, tile.lddG = f.ldG;
@@ -416,13 +428,13 @@ struct LayerBwd {
         const T* cells = static_cast<const T*>(p.cells) + d * f.H + u;
         tile.c = cells + token * f.D * f.H, tile.ldc = f.D * f.H;
         if (start)
-          tile.c_prev = f.c0[d] + b * f.ldcell + u, tile.ldc_prev = f.ldcell;
+          tile.c_prev = c0 + b * f.ldcell + u, tile.ldc_prev = f.ldcell;
         else
           tile.c_prev = cells + (seq.token(d ? t + 1 : t - 1) + b) * f.D * f.H, tile.ldc_prev = f.D * f.H;
         if (p.dcells)
           tile.dcells = static_cast<const T*>(p.dcells) + (token * f.D + d) * f.H + u,
           tile.lddcells = f.D * f.H;
-        tile.dc = f.dc[d] + b * f.ldcell + u, tile.lddc = f.ldcell;
+        tile.dc = dc + b * f.ldcell + u, tile.lddc = f.ldcell;
       }
       if constexpr (Cell::kActivation) tile.relu = p.relu;
       Cell::template bwd<S>(tile);
@@ -436,10 +448,10 @@ struct LayerBwd {
       };
       auto flagged = [&](int64_t b) { return b - r0 < n && p.resets[t * f.B + b]; };
       each_state([&](int64_t b, int64_t i, int64_t) {
-        if (flagged(b)) hand_over(f.dh[d] + b * f.ldh + i, f.dh0[d] + b * f.ldh + i);
+        if (flagged(b)) hand_over(dh + b * f.ldh + i, dh0 + b * f.ldh + i);
       });
       each_cell([&](int64_t b, int64_t i, int64_t) {
-        if (flagged(b)) hand_over(f.dc[d] + b * f.ldcell + i, f.dc0[d] + b * f.ldcell + i);
+        if (flagged(b)) hand_over(dc + b * f.ldcell + i, dc0 + b * f.ldcell + i);
       });
     }
 
@@ -535,14 +547,14 @@ struct LayerBwd {
     void finish() const {
       const int64_t h_at = d * f.B * f.P, c_at = d * f.B * f.H;
       each_state([&](int64_t b, int64_t i, int64_t n) {
-        Vec<T> g = load(f.dh[d] + b * f.ldh + i);
-        if (p.resets) g += load(f.dh0[d] + b * f.ldh + i);
+        Vec<T> g = load(dh + b * f.ldh + i);
+        if (p.resets) g += load(dh0 + b * f.ldh + i);
         store(static_cast<S*>(p.dh0) + h_at + b * f.P + i, g, n);
       });
       if constexpr (Cell::kCellState) {
         each_cell([&](int64_t b, int64_t i, int64_t n) {
-          Vec<T> g = load(f.dc[d] + b * f.ldcell + i);
-          if (p.resets) g += load(f.dc0[d] + b * f.ldcell + i);
+          Vec<T> g = load(dc + b * f.ldcell + i);
+          if (p.resets) g += load(dc0 + b * f.ldcell + i);
           store(static_cast<S*>(p.dc0) + c_at + b * f.H + i, g, n);
         });
       }

@@ -71,10 +71,9 @@ struct LayerFwd {
   O *state[2], *m[2];
   T* cell[2];
   Barrier *everyone, *row_barriers;
-  // One of each per thread.
-  T *C, *Q;
-  O *X, *block;
-  int64_t c_size, x_size, block_size;
+  PerThread<T> C, Q;
+  PerThread<O> X, block;
+  int64_t c_size, state_size;  // state_size: of one of the two buffers
   const int64_t ldx, ldh, ldm, ldcell;
 
   explicit LayerFwd(const Params& params)
@@ -106,10 +105,11 @@ struct LayerFwd {
   void layout(Arena& a) {
     seq.layout(a);
     weights.layout(a);
+    state_size = B * ldh + apart<O>(team);
     for (int d = 0; d < p.D; d++) {
-      state[d] = a.take<O>(2 * B * ldh);
+      state[d] = a.take<O>(2 * state_size);
       m[d] = weights.projected ? a.take<O>(B * ldm) : nullptr;
-      cell[d] = Cell::kCellState ? a.take<T>(B * ldcell) : nullptr;
+      cell[d] = a.take<T>(Cell::kCellState ? B * ldcell + apart<T>(team) : 0);
     }
     everyone = a.take<Barrier>(1);
     row_barriers = a.take<Barrier>(2 * team);
@@ -122,12 +122,12 @@ struct LayerFwd {
     chunk_tokens = chunks * kChunkTokens;
     c_size = p.T == 1 ? 0 : chunks * kChunkBytes / int64_t(sizeof(T));
     if (c_size < B * (G * NR<T>)) c_size = B * (G * NR<T>);  // a block of units of one step
-    x_size = x_in_place() || direct ? 0 : (B > chunk_tokens ? B : chunk_tokens) * ldx;
-    C = a.take<T>(team * c_size);
-    Q = a.take<T>(team * B * NR<T>);
-    X = a.take<O>(team * x_size);
-    block_size = once ? G * (weights.in.depth() + weights.rec.depth()) * NR<T> : 0;
-    block = a.take<O>(team * block_size);
+    const int64_t x_size = x_in_place() || direct ? 0 : (B > chunk_tokens ? B : chunk_tokens) * ldx;
+    C = a.take_each<T>(team, c_size);
+    Q = a.take_each<T>(team, B * NR<T>);
+    X = a.take_each<O>(team, x_size);
+    const int64_t block_size = once ? G * (weights.in.depth() + weights.rec.depth()) * NR<T> : 0;
+    block = a.take_each<O>(team, block_size);
   }
 
   void prepare() {
@@ -159,14 +159,14 @@ struct LayerFwd {
     const Params& p;
     const Sequence& seq;
     const ForwardWeights<Cell, S>& weights;
-    const int d;
+    const int d, row_group;
     const int64_t r0, r1, R;  // rows
     const int64_t j0, j1;     // unit blocks
     const int64_t k0, k1;     // projection blocks
     const int64_t u0, width;  // first unit, units (padded)
     const int sharing;        // threads that share these rows
     Barrier* barrier;
-    T *C, *Q;
+    T *C, *Q, *cell;
     O *X, *packed_block;
     int64_t steps;  // in a chunk
     bool by_block;  // a chunk is one step: project block by block, C holds one block
@@ -178,8 +178,9 @@ struct LayerFwd {
           seq(layer.seq),
           weights(layer.weights),
           d(direction),
-          r0(row_split(seq, plan.row_groups, rank / plan.unit_groups)),
-          r1(row_split(seq, plan.row_groups, rank / plan.unit_groups + 1)),
+          row_group(rank / plan.unit_groups),
+          r0(row_split(seq, plan.row_groups, row_group)),
+          r1(row_split(seq, plan.row_groups, row_group + 1)),
           R(r1 - r0),
           j0(weights.in.count() * (rank % plan.unit_groups) / plan.unit_groups),
           j1(weights.in.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
@@ -189,10 +190,11 @@ struct LayerFwd {
           width((j1 * NR<T> < weights.in.padded() ? j1 * NR<T> : weights.in.padded()) - u0),
           sharing(plan.unit_groups),
           barrier(b),
-          C(layer.C + id * layer.c_size),
-          Q(layer.Q + id * layer.B * NR<T>),
-          X(layer.X + id * layer.x_size),
-          packed_block(layer.block + id * layer.block_size) {
+          C(layer.C[id]),
+          Q(layer.Q[id]),
+          cell(layer.cell[d] + apart<T>(row_group)),
+          X(layer.X[id]),
+          packed_block(layer.block[id]) {
       const int64_t fits = f.c_size / (G * width + kLanes<T>),
                     tokens = fits < f.chunk_tokens ? fits : f.chunk_tokens;
       steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
@@ -201,7 +203,7 @@ struct LayerFwd {
       ldc = G * gate + (by_block ? 0 : kLanes<T>);
     }
 
-    O* state(int64_t step) const { return f.state[d] + (step & 1) * f.B * f.ldh; }
+    O* state(int64_t step) const { return f.state[d] + (step & 1) * f.state_size + apart<O>(row_group); }
     const O* input_panel(int g, int64_t j) const {
       return f.once ? packed_block + g * weights.in.depth() * NR<T> : weights.input(d, g, j);
     }
@@ -265,7 +267,7 @@ struct LayerFwd {
     void set_c(int64_t b) const {
       const S* c0 = static_cast<const S*>(p.c0) + (d * f.B + b) * f.H;
       for (int64_t u = u0; u < u0 + width; u += kLanes<T>)
-        store(f.cell[d] + b * f.ldcell + u, load(c0 + u, f.H - u));
+        store(cell + b * f.ldcell + u, load(c0 + u, f.H - u));
     }
 
     // Own rows of x for the steps [lo, hi), converted and padded.
@@ -396,7 +398,7 @@ struct LayerFwd {
         tile.gates = static_cast<S*>(p.gates) + (token * D + d) * Cell::kSaved * f.H + u,
         tile.ldgates = D * Cell::kSaved * f.H;
       if constexpr (Cell::kCellState) {
-        tile.c = f.cell[d] + r0 * f.ldcell + u, tile.ldcell = f.ldcell;
+        tile.c = cell + r0 * f.ldcell + u, tile.ldcell = f.ldcell;
         if (p.cells)
           tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
       }
@@ -442,7 +444,7 @@ struct LayerFwd {
         if constexpr (Cell::kCellState) {
           S* cn = static_cast<S*>(p.cn) + (d * f.B + b) * f.H;
           for (int64_t j = u0; j < u0 + width; j += kLanes<T>)
-            store(cn + j, load(f.cell[d] + b * f.ldcell + j), f.H - j);
+            store(cn + j, load(cell + b * f.ldcell + j), f.H - j);
         }
       }
     }

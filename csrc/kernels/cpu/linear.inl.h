@@ -41,7 +41,9 @@ struct Product {
   int team = 1;
   int64_t column_blocks = 1;
 
-  O *packed = nullptr, *rows = nullptr;
+  O* packed = nullptr;
+  PerThread<O> rows{};
+  PerThread<T> block_sums{};
   T *biases = nullptr, *sums = nullptr, *of_rows = nullptr;
   int64_t* next = nullptr;  // [passes]
   Barrier* barrier = nullptr;
@@ -55,9 +57,10 @@ struct Product {
 
   void layout(Arena& arena) {
     packed = arena.take<O>(panels_of(pass).size());
-    rows = arena.take<O>(team * kRows * ld_rows);
+    rows = arena.take_each<O>(team, kRows * ld_rows);
     biases = arena.take<T>(round_up(N, NR<O>));
-    sums = arena.take<T>(in_place ? 0 : passes > 1 ? M * ld_sums : team * kRows * NR<O>);
+    sums = arena.take<T>(in_place || passes == 1 ? 0 : M * ld_sums);
+    block_sums = arena.take_each<T>(team, in_place || passes > 1 ? 0 : kRows * NR<O>);
     of_rows = arena.take<T>(M);
     next = arena.take<int64_t>(passes);
     barrier = arena.take<Barrier>(1);
@@ -109,16 +112,16 @@ struct Product {
     const Panels<O> shape = panels_of(k);
     const int64_t m = row_block * kRows, n = M - m < kRows ? M - m : kRows;
     const bool first = i == 0, last = i + 1 == passes;
-    const O* from = rows + id * kRows * ld_rows;
+    const O* from = rows[id];
     int64_t ld = ld_rows;
     if (a_as_it_lies(k))
       from = reinterpret_cast<const O*>(a + m * lda + k0), ld = lda;
     else
-      gather(m, n, k0, k, rows + id * kRows * ld_rows);
+      gather(m, n, k0, k, rows[id]);
     if (row_sums && column_block == 0) add_rows(m, n, k, from, ld, first, last);
     for (int64_t j = panels * column_block / column_blocks; j < panels * (column_block + 1) / column_blocks;
          j++) {
-      T* to = sums + (passes > 1 ? m * ld_sums + j * NR<O> : id * kRows * NR<O>);
+      T* to = passes > 1 ? sums + m * ld_sums + j * NR<O> : block_sums[id];
       if constexpr (sizeof(S) == sizeof(T))
         if (in_place) to = c + m * ld_sums + j * NR<O>;
       gemm_panel(n, shape.width(j), shape.depth(), from, ld, packed + shape.offset(j), shape.width(j),

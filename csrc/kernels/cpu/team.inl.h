@@ -60,6 +60,24 @@ static void run_team(const Parallel& parallel, int want, const Body& body) {
       &team);
 }
 
+// What one thread writes lies kApart from what another does: prefetchers run some 16 KiB ahead and take away
+// lines that the other core is writing. Hardly seen while cores share an L3 cache; where they do not (Zen 5),
+// attention in float32 ran at 64 % of the peak instead of 80 % (4 KiB apart: 69 %, 8: 73 %, 16: 78 %, 32 and
+// 64: 80 %), a GRU of 16 rows and 128 units at 69 instead of 77 %.
+constexpr int64_t kApart = 32 << 10;
+
+template <class T>
+constexpr int64_t apart(int64_t neighbours) {
+  return neighbours * kApart / int64_t(sizeof(T));
+}
+
+template <class T>
+struct PerThread {  // a buffer for each thread
+  T* first = nullptr;
+  int64_t step = 0;
+  T* operator[](int64_t id) const { return first + id * step; }
+};
+
 // Scratch memory by two passes over the same take() calls: the first counts, the second hands out.
 struct Arena {
   char* base = nullptr;
@@ -70,5 +88,12 @@ struct Arena {
     used +=
         round_up(n * int64_t(sizeof(T)), 64) + 64;  // the odd line keeps buffers off each other's cache sets
     return p;
+  }
+  void keep_apart() { used += kApart; }
+  template <class T>
+  PerThread<T> take_each(int64_t team, int64_t n) {
+    if (n == 0 || team == 1) return {take<T>(n), 0};
+    const int64_t step = round_up(n, 64) + apart<T>(1);
+    return {take<T>(team * step), step};
   }
 };
