@@ -194,7 +194,7 @@ def _every_row_runs(batch_sizes: Tensor | None, states: States) -> bool:
 
 
 def zeros(cell: Cell, config: Config, B: int, x: Tensor, weights: Sequence[Tensor]) -> States:
-    """The initial states of B rows where none are given: one tensor for both of an LSTM, if they are alike."""
+    """The initial states of B rows where none are given: an LSTM of like sizes has one for both."""
     H, P = weights[0].size(0) // cell.gates, weights[1].size(1)
     L = config.num_layers * (2 if config.bidirectional else 1)
     h0 = x.new_zeros(L, B, P)

@@ -1,15 +1,18 @@
 """What goes beyond torch.nn: lengths, resets, all cell states, recompute, packed weights."""
 
 import copy
+import os
 import pickle
+import sys
 
 import pytest
 import torch
 from devices import everywhere
+from tolerances import assert_as_exact
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
-from twins import KINDS, run, states, torch_instead, twins
+from twins import KINDS, run, run_exactly, states, torch_instead, twins
 
 import seqkernels
 
@@ -289,20 +292,48 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     return sum(seen.values())
 
 
+@everywhere
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_recompute_gives_the_same_with_less_memory(kernels, kind, dtype, packed):
-    module = getattr(seqkernels, kind)(16, 32, 2, bidirectional=True).to(dtype)
+def test_recompute_gives_the_same_with_less_memory(kind, dtype, packed):
+    module, theirs = twins(kind, 16, 32, 2, bidirectional=True, dtype=dtype)
     x = torch.randn(50, 8, 16).to(dtype)
     data = pack_padded_sequence(x, [50, 50, 40, 30, 20, 10, 5, 1]) if packed else x
     plain, bytes_plain = run(module, data, None, True), saved_bytes(module, x)
     module.recompute = True
     recomputed, bytes_recomputed = run(module, data, None, True), saved_bytes(module, x)
-    half = 0.02 if kernels == "cpu" else 0.05  # products of half types are rounded before they are added
-    assert_close(recomputed, plain, **({} if dtype == torch.float32 else {"rtol": half, "atol": half}))
+    expected, exact = run(theirs, data, None, True), run_exactly(theirs, data, None, True)
+    assert_as_exact(recomputed, expected, exact, dtype, pooled=True)
     assert torch.equal(recomputed["y"], plain["y"])
     assert bytes_recomputed < 0.5 * bytes_plain
+
+
+# --------------------------------------------------------------------------------------- saved activations
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_activations_saved_by_two_calls_lie_apart(kind):
+    """8 MiB each: the memory of freed ones is kept for later calls."""
+    module = getattr(seqkernels, kind)(8, 256)
+    xs = [torch.randn(64, 32, 8) for _ in range(3)]
+    alone = [torch.autograd.grad(module(x)[0].sum(), list(module.parameters())) for x in xs]
+    ys = [module(x)[0] for x in xs]
+    for y, expected in zip(ys, alone, strict=True):
+        gradients = torch.autograd.grad(y.sum(), list(module.parameters()))
+        assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_kept_for_activations_has_a_limit():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    module, before = seqkernels.GRU(4, 64), resident()
+    for B in (1000, 1300, 1700, 2200, 1000):  # 62, 81, 106, 138 MiB, none of which fits another
+        module(torch.randn(64, B, 4))[0].sum().backward()
+    assert resident() - before < 320 << 20
 
 
 # -------------------------------------------------------------------------------------------- packed weights
