@@ -65,6 +65,13 @@ def test_states_recompute_and_resets_in_one_graph(kind):
     assert_close(results(compiled, unbatched), results(module, unbatched))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_one_tensor_for_both_states_in_one_graph(kind):
+    module, x = getattr(seqkernels, kind)(5, 7), torch.randn(*((4,) if kind == "LSTM" else ()), 3, 5)
+    h = torch.randn(*((1,) if kind == "LSTM" else ()), 3, 7, requires_grad=True)
+    assert_close(results(in_one_graph(module), x, (h, h)), results(module, x, (h, h)))
+
+
 @kinds
 def test_autocast_in_one_graph(kind):
     module, x = getattr(seqkernels, kind)(5, 7), torch.randn(4, 3, 5)

@@ -33,6 +33,8 @@ def lstm_layer(
     recompute: backward rebuilds the gates instead of keeping them. cells: every c_t, float32 for half types.
     """
     x = ag.unit_last_stride(x)
+    if c0 is h0 and torch.compiler.is_compiling():
+        c0 = c0.view_as(c0)  # dynamo wants the inputs of a Function distinct
     h0, c0, *weights = ag.contiguous((h0, c0, *weights))
     if ag.needs_grad(x, h0, c0, *weights):
         y, hn, cn, cells, _ = _Layer.apply(
