@@ -4,6 +4,7 @@ tests run `everywhere` (devices.py), and with torch's samples."""
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -287,6 +288,19 @@ def test_two_streams_at_a_time(kind):
     torch.cuda.synchronize()
     for i, result in enumerate(results):
         assert_close(result, expected[i % 3], rtol=0, atol=0)
+
+
+@kinds
+def test_threads_with_layers_of_different_sizes(kind):
+    """They launch the same kernels with less and with more shared memory."""
+
+    def repeated(H: int) -> bool:
+        module, (x, *_), (dy, *_), _ = problems(kind, H, False)
+        first = outcome(module, x, dy, None)
+        return all(all(map(torch.equal, outcome(module, x, dy, None), first)) for _ in range(100))
+
+    with ThreadPoolExecutor() as pool:
+        assert all(pool.map(repeated, (64, 256, 768)))
 
 
 @kinds

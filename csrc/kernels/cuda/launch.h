@@ -37,21 +37,20 @@ void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t wo
         name, grid, 0);
 }
 
-// All blocks resident at the same time, or an error: blocks that wait for each other cannot hang.
+// All blocks resident at the same time, or an error: blocks that wait for each other cannot hang. The plan is
+// from machine_for(), which has allowed the kernel its shared memory; an attribute set here, as large as this
+// launch needs, would fail the larger one of another thread.
 template <class Args>
 void launch_together(void (*kernel)(Args), const char* name, const Args& args, Stream stream) {
   const Plan& plan = args.plan;
   void* arguments[] = {const_cast<Args*>(&args)};
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared)),
-        name, plan.grid, plan.shared);
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.grid), dim3(kThreads),
                                     arguments, plan.shared, static_cast<cudaStream_t>(stream)),
         name, plan.grid, plan.shared);
 }
 
-// The current device, asked once per kernel: no multiprocessors if a block of the kernel with all shared
-// memory that one may have cannot be resident.
+// The current device, asked once per kernel, which is then allowed all shared memory that a block may have
+// there: no multiprocessors if such a block cannot be resident.
 template <class Args>
 Machine machine_for(void (*kernel)(Args)) {
   static std::mutex mutex;
