@@ -228,6 +228,15 @@ def test_matmul_precision_allows_tf32(precision):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_programs_without_python_do_not_allow_tf32():
+    code = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
+        "torch.backends.cuda.matmul.allow_tf32 = True; print(torch.ops.seqkernels.allows_tf32())"
+    )
+    result = subprocess.run([sys.executable, "-c", code, LIBRARY], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [None, [2, 5, 4]], ids=str)
 @pytest.mark.filterwarnings("ignore:.*oneDNN")

@@ -10,6 +10,7 @@ namespace {
 
 void set_isa(std::string name) { force_isa(name.c_str()); }
 std::string get_isa() { return isa_name(active_isa()); }
+bool exact_products() { return false; }
 
 }  // namespace
 
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
   m.def("cuda_plan(Tensor x, int gates, int B, int H, int D, bool projected) -> str");
   // Whether torch allows TF32 in products of float32: asked of Python, as the stable ABI does not know.
+  // Programs without Python have exact ones.
   m.def("allows_tf32() -> bool");
   // Shapes and meaning: kernels/attention.h. q [B,Hq,Tq,D], k, v by any strides but the last; with cu_q and
   // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
@@ -87,6 +89,11 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("get_isa", TORCH_BOX(&get_isa));
+}
+
+// Python's goes before it: CompositeExplicitAutograd.
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeImplicitAutograd, m) {
+  m.impl("allows_tf32", TORCH_BOX(&exact_products));
 }
 
 }  // namespace seqkernels::ops
