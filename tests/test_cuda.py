@@ -237,6 +237,23 @@ def test_programs_without_python_do_not_allow_tf32():
     assert (result.stdout, result.stderr) == ("False\n", "")
 
 
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, SHARED])
+def test_ops_take_weights_that_require_gradients(kind, gpu):
+    """Outside of torch.no_grad, as programs from torch.export call them."""
+    ops, name = torch.ops.seqkernels_emulated, kind.lower()
+    module, x = getattr(seqkernels, kind)(5, 18), torch.randn(7, 6, 5)
+    h = [torch.randn(1, 6, 18, requires_grad=True) for _ in range(2 if kind == "LSTM" else 1)]
+    expected = module(x, h if kind == "LSTM" else h[0])[0]
+    flags = {"LSTM": (False, False, False), "GRU": (False, False), "RNN": (False, False)}[kind]
+    with emulated_gpu(gpu):
+        y = getattr(ops, f"{name}_layer_fwd")(x, *h, list(module.parameters()), None, None, None, *flags)[0]
+        h_new = getattr(ops, f"{name}_cell_fwd")(x[0], *(s[0] for s in h), *module.parameters(), False)
+    assert_close(y, expected)
+    assert_close(h_new if kind == "RNN" else h_new[0], expected[0])
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [None, [2, 5, 4]], ids=str)
 @pytest.mark.filterwarnings("ignore:.*oneDNN")

@@ -187,6 +187,8 @@ def test_swapped_and_compiled_models(kind):
     assert_close(model[0](x), expected, rtol=1e-4, atol=1e-5)
     compiled = torch.compile(model[0], fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model[0], (x,)).module()
+    assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
     y = compiled(x)[0]
     grads = torch.autograd.grad((y * y).sum(), list(model[0].parameters()))
     y = theirs(x)[0]

@@ -26,7 +26,18 @@ class OnDevice {
   cuda::Stream stream_ = nullptr;
 };
 
-// out = a b; variants with `out` are what autocast and autograd leave alone. Nothing here adds to a product,
+// Autograd refuses ops with `out` on weights that require gradients, which exported programs pass.
+class NoGrad {
+ public:
+  NoGrad() { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+
+ private:
+  const bool before_ = aoti_torch_grad_mode_is_enabled();
+};
+
+// out = a b; variants with `out` are what autocast leaves alone. Nothing here adds to a product,
 // because the stable ABI cannot pass the scalars of addmm.
 void multiply(const Tensor& a, const Tensor& b, Tensor out);
 void sum_rows(const Tensor& a, Tensor out);
@@ -125,7 +136,8 @@ class GpuLayer {
  private:
   const LayerCall& call;
   const Tensor& x;
-  OnDevice on;
+  const OnDevice on;
+  const NoGrad no_grad;
   const Tensor& h0_;
   const OptionalTensor &c0_, &sizes;
   std::vector<DirectionWeights> w;
@@ -303,6 +315,7 @@ template <class Cell>
 void gpu_cell(const CellCall& cell, const OptionalTensor& c0, Tensor h_new, OptionalTensor c_new,
               OptionalTensor gates, bool relu) {
   const OnDevice on(cell.x);
+  const NoGrad no_grad;
   const std::vector<int64_t> shape{cell.B, Cell::kGates * cell.H};
   Tensor xw = torch::stable::new_empty(cell.x, shape), hw = torch::stable::new_empty(cell.x, shape);
   multiply(cell.x, transposed(cell.w_ih), xw);
