@@ -1,6 +1,7 @@
 """Single properties of the Triton kernels, each a function of the device."""
 
 import math
+import mmap
 
 import torch
 from triton_matrix import NO_LIMIT, philox_keep
@@ -92,6 +93,31 @@ def no_queries_or_keys(device):
         assert (lse == -math.inf).all()
         grads = backward(torch.ones_like(out), q, k, v, out, lse)
         assert all((x == 0).all() for x in grads[:3])
+        for shape in ((1, 1, Tq, Tk), (1, 1, 1, Tk), (1, 1, Tq, 1), (1, 1, 1, 1)):
+            mask = torch.zeros(shape, device=device)
+            dmask = backward(torch.ones_like(out), q, k, v, out, lse, mask, *PLAIN[1:], need_dmask=True)[3]
+            assert dmask.shape == shape
+            assert (dmask == 0).all(), shape
+
+
+def rows_far_apart(device):
+    """Their offsets pass 2^31. They lie in the middle of memory that nobody touches otherwise."""
+    T, D, row, size = 140, 16, 2**24 - 16, 5 * 2**30
+    if device == "cpu":
+        lazy = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * size, lazy), dtype=torch.float16)
+    else:
+        memory = torch.empty(size, dtype=torch.float16, device=device)
+    far = memory.as_strided((3, 1, 1, T, D), (D, 0, 0, row, 1), size // 2)
+    near, mask = torch.randn(3, 1, 1, T, D, device=device).half(), torch.randn(1, 1, T, T, device=device)
+    far.copy_(near)
+    results = []
+    for q, k, v in (near, far):
+        out, lse = forward(q, k, v, mask, *PLAIN[1:])
+        grads = backward(v.transpose(1, 2), q, k, v, out, lse, mask, *PLAIN[1:], need_dmask=True)
+        rest = mask, None, None, 0.3, 0.0, NO_LIMIT, NO_LIMIT, False, 0.0, None, False
+        results.append((out, lse, *grads[:4], launch.attention_weights(q, k, lse, *rest)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def large_logits(device):
@@ -321,6 +347,7 @@ ALL = (
     sums_of_powers_of_two,
     rows_that_see_nothing,
     no_queries_or_keys,
+    rows_far_apart,
     large_logits,
     nan_behind_the_keys,
     mean_weights,

@@ -300,15 +300,15 @@ def attention_dmask(
     for n in tl.range(0, sum_b * sum_h * walk_q * walk_k):
         b = mask_batch + n // walk_k // walk_q // sum_h
         h = mask_head + n // walk_k // walk_q % sum_h
-        i = (tile_q + n // walk_k % walk_q) * BM + tl.arange(0, BM)
-        j0 = (tile_k + n % walk_k) * BN
-        j = j0 + tl.arange(0, BN)
+        i0, j0 = (tile_q + n // walk_k % walk_q) * BM, (tile_k + n % walk_k) * BN
+        r, c = tl.arange(0, BM), tl.arange(0, BN)
+        i, j = i0 + r, j0 + c
         row, first_q, _first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
         ok, there = i < see.len_q, j < see.len_k
-        q = load_rows(Q, row * q_b + h * q_h + i * q_t, ok, F, False)
-        dout = load_rows(DOut, row * dout_b + h * dout_h + i * dout_t, ok, F, True)
-        k = load_rows(K, row * k_b + h // group * k_h + j * k_t, there, F, False)
-        v = load_rows(V, row * v_b + h // group * v_h + j * v_t, there, F, True)
+        q = load_rows(Q + row * q_b + h * q_h + wide(i0) * q_t, r * q_t, ok, F, False)
+        dout = load_rows(DOut + row * dout_b + h * dout_h + wide(i0) * dout_t, r * dout_t, ok, F, True)
+        k = load_rows(K + row * k_b + h // group * k_h + wide(j0) * k_t, c * k_t, there, F, False)
+        v = load_rows(V + row * v_b + h // group * v_h + wide(j0) * v_t, c * v_t, there, F, True)
         lse, delta = load_statistics(Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH, i)
         head = head_of(
             b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,

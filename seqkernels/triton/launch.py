@@ -181,7 +181,7 @@ def attention_bwd(
         if dmask.numel():
             tile = problem.tile(TILES)
             mask_b, mask_h, rows, cols = mask.shape
-            sum_q, sum_k = rows == 1 < Tq, cols == 1 < Tk
+            sum_q, sum_k = rows == 1 != Tq, cols == 1 != Tk  # over no rows too
             own = (1 if sum_q else triton.cdiv(Tq, tile.BM)) * (1 if sum_k else triton.cdiv(Tk, tile.BN))
             launch(
                 backward.attention_dmask, mask_b * mask_h * own, tile,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import INF, LOG2E, dot_rows, head_of, kept, load_rows, logits, sequence
+from .common import INF, LOG2E, dot_rows, head_of, kept, load_rows, logits, sequence, wide
 from .forward import RUNTIME
 
 
@@ -27,9 +27,9 @@ def attention_weights(
     b, plane = pid // planes, pid % planes
     q_b, q_h, q_t = q_b * F.ALIGN, q_h * F.ALIGN, q_t * F.ALIGN
     k_b, k_h, k_t = k_b * F.ALIGN, k_h * F.ALIGN, k_t * F.ALIGN
-    i = tile_q * BM + tl.arange(0, BM)
-    j0 = tile_k * BN
-    j = j0 + tl.arange(0, BN)
+    i0, j0 = tile_q * BM, tile_k * BN
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    i, j = i0 + r, j0 + c
     row, _, _, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
 
     total = tl.zeros([BM, BN], tl.float32)
@@ -38,8 +38,10 @@ def attention_weights(
             b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
             scale, softcap, threshold, factor, F,
         )  # fmt: skip
-        q = load_rows(Q, row * q_b + h * q_h + i * q_t, i < Tq, F, False)
-        k = load_rows(K, row * k_b + h // group * k_h + j * k_t, j < see.len_k, F, False)
+        Qh = Q + row * q_b + h * q_h + wide(i0) * q_t
+        Kh = K + row * k_b + h // group * k_h + wide(j0) * k_t
+        q = load_rows(Qh, r * q_t, i < Tq, F, False)
+        k = load_rows(Kh, c * k_t, j < see.len_k, F, False)
         s, _cap = logits(dot_rows(q, k, F), i[:, None], j[None, :], True, head, F, True)
         lse = tl.load(Lse + (row * heads + h) * Tq + i, mask=i < Tq, other=INF)
         p = tl.exp2(s - tl.where(lse == -INF, INF, lse * LOG2E)[:, None])
