@@ -429,6 +429,25 @@ def test_inputs_of_a_step_are_loaded_before_the_wait(persistent):
 
 
 @compiled
+def test_what_blocks_exchange_is_ordered(persistent):
+    """A counter rises after all that the block wrote; who has seen it drops L1 before it reads. No load takes
+    what another block writes for constant."""
+    for kernel, code in persistent.items():
+        assert not any("LDG" in i and "CONSTANT" in i for i in code), kernel
+        barriers = [n for n, i in enumerate(code) if "BAR.SYNC" in i]
+        rises = [n for n, i in enumerate(code) if re.search(r"REDG?\.E\.ADD\.STRONG\.GPU", i)]
+        looks = [n for n, i in enumerate(code) if "LDG.E.STRONG.GPU" in i]
+        assert (len(rises), len(looks)) == (1, 1 + ("persistent_bwd" in kernel)), kernel
+        for n in rises:
+            before = max(b for b in barriers if b < n)
+            assert any("MEMBAR.ALL.GPU" in i for i in code[before:n]), kernel
+        for n in looks:
+            between = code[n + 1 : min(b for b in barriers if b > n)]
+            assert "CCTL.IVALL" in " ".join(between), kernel
+            assert not any(re.match(r"LD[GS]?\.", i) for i in between), kernel
+
+
+@compiled
 @pytest.mark.parametrize("op", OPS)
 def test_bindings_are_registered(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkernels::{op}", "CUDA")

@@ -96,6 +96,13 @@ def test_splits_and_packs_by_shape_alone():
     assert launch.group_splits(programs=200, group=8, multiprocessors=132) == 1
 
 
+def test_rows_too_far_apart_for_32_bits_are_copied():
+    x = torch.empty_strided((2, 1, 4096, 16), (0, 0, 2**20, 1), device="meta")
+    assert launch.rows_of(x) is x
+    assert launch.rows_of(x, page=2047) is x
+    assert launch.rows_of(x, page=2048).is_contiguous()
+
+
 def test_float32_precision_follows_torch():
     before = torch.get_float32_matmul_precision()
     try:

@@ -255,7 +255,7 @@ def prepare(
     check(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng, *others, batches=batches, paged=page > 0)
     D, DV = q.size(3), v.size(3)
     heads, group = q.size(1), q.size(1) // max(k.size(1), 1)
-    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    q, k, v = rows_of(q), rows_of(k, page), rows_of(v, page)
     align = common_divisor(16 // q.itemsize, q, k, v, *others)
 
     kind, mask_strides, mask_align, mask_unit = 0, (0, 0, 0, 0), 1, False
@@ -347,9 +347,10 @@ def check(
             raise RuntimeError(f"attention on GPUs: expected {name} [{size}], got {list(x.shape)}")
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Rows with their features side by side, near enough for the kernels to count 128 of them in 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous()
+def rows_of(x: Tensor, page: int = 0) -> Tensor:
+    """Rows with their features side by side, near enough for the kernels to count those of a tile, at most
+    128, or of a page in 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(2) < 2**31 // max(128, page) else x.contiguous()
 
 
 def run_forward(
