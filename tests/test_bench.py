@@ -448,7 +448,11 @@ def test_a_wrong_result_makes_the_command_fail(tmp_path, capsys, monkeypatch):
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     command_line = [sys.executable, "-m", "seqkernels", "bench", "--filter", "forward", "--budget", "0.05"]
     process = subprocess.Popen(
-        [*command_line, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*command_line, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run behind "&"
     )
     seen = ""
     for line in process.stdout:

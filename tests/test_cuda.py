@@ -146,14 +146,13 @@ def test_lengths_and_resets_as_on_the_cpu(kind, gpu, extra):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recompute_rebuilds_the_same_gates(kind, gpu, dtype):
-    module = getattr(seqkernels, kind)(5, 18, bidirectional=True).to(dtype)
+    module, theirs = twins(kind, 5, 18, bidirectional=True, dtype=dtype)
     x, hx = torch.randn(7, 6, 5).to(dtype), states(module, 6)
+    module.recompute = True
     with emulated_gpu(gpu):
-        kept = run(module, x, hx, True)
-        module.recompute = True
         rebuilt = run(module, x, hx, True)
-    tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    assert_close(rebuilt, kept, **tolerance)
+    expected, exact = run(theirs, x, hx, True), run_exactly(theirs, x, hx, True)
+    assert_as_exact(rebuilt, expected, exact, dtype, pooled=True)
 
 
 @contextmanager
@@ -202,17 +201,17 @@ def test_tf32_of_packed_sequences_and_recompute(kind):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "value", "allowed"),
+    ("setting", "allowed"),
     [
-        (torch.backends.cuda.matmul, "allow_tf32", True, True),
-        (torch.backends.cuda.matmul, "fp32_precision", "tf32", True),
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee", False),
-        (torch.backends.cudnn, "allow_tf32", True, False),
+        (partial(switched, torch.backends.cuda.matmul, "allow_tf32", True), True),
+        (partial(switched, torch.backends.cuda.matmul, "fp32_precision", "tf32"), True),
+        (partial(switched, torch.backends.cuda.matmul, "fp32_precision", "ieee"), False),
+        (partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=True), False),
     ],
 )
-def test_who_allows_tf32(owner, name, value, allowed):
+def test_who_allows_tf32(setting, allowed):
     assert not torch.ops.seqkernels.allows_tf32()
-    with switched(owner, name, value), emulated_gpu(ALONE):
+    with setting(), emulated_gpu(ALONE):
         assert torch.ops.seqkernels.allows_tf32() == allowed
         assert plan("LSTM", 2, 8, dtype=torch.float32).endswith("in TF32") == allowed
         assert not plan("LSTM", 2, 8).endswith("in TF32")
