@@ -1,9 +1,6 @@
 #include "tensor.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <mutex>
 #include <sstream>
 
 #if defined(__linux__)
@@ -87,76 +84,6 @@ Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef siz
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
 #endif
   return out;
-}
-
-namespace {
-
-constexpr size_t kHugePage = size_t(2) << 20;
-
-struct Kept {
-  void* data;
-  size_t bytes;
-};
-
-class Keeper {
- public:
-  // The smallest block of at least `bytes` that wastes at most a quarter, or a new one.
-  Kept take(size_t bytes) {
-    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    {
-      const std::lock_guard lock(mutex_);
-      auto best = kept_.end();
-      for (auto it = kept_.begin(); it != kept_.end(); ++it)
-        if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 &&
-            (best == kept_.end() || it->bytes < best->bytes))
-          best = it;
-      if (best != kept_.end()) {
-        const Kept block = *best;
-        kept_.erase(best);
-        total_ -= block.bytes;
-        return block;
-      }
-    }
-    void* data = std::aligned_alloc(kHugePage, bytes);
-#if defined(__linux__)
-    if (data) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-    return {data, bytes};
-  }
-  void give_back(Kept block) {
-    if (block.bytes > kMost) return std::free(block.data);
-#if defined(__linux__)
-    madvise(block.data, block.bytes, MADV_FREE);
-#endif
-    const std::lock_guard lock(mutex_);
-    kept_.push_back(block);
-    for (total_ += block.bytes; total_ > kMost; kept_.erase(kept_.begin())) {
-      total_ -= kept_.front().bytes;
-      std::free(kept_.front().data);
-    }
-  }
-
- private:
-  static constexpr size_t kMost = size_t(256) << 20;
-  std::mutex mutex_;
-  std::vector<Kept> kept_;  // the oldest first
-  size_t total_ = 0;
-};
-
-}  // namespace
-
-Tensor activations_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  static Keeper& keeper = *new Keeper;  // outlives every tensor, also those freed at exit
-  size_t bytes = t.element_size();
-  for (const int64_t size : sizes)
-    if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return empty(t, sizes);
-  if (bytes < kHugePage || bytes > size_t(PTRDIFF_MAX) - kHugePage) return empty(t, sizes);
-  const Kept block = keeper.take(bytes);
-  if (!block.data) return empty(t, sizes);  // says that there is no memory
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
-  return torch::stable::from_blob(block.data, sizes, strides, t.device(), t.scalar_type(),
-                                  [block](void*) { keeper.give_back(block); });
 }
 
 Tensor none_like(const Tensor& t, ScalarType dtype) { return empty(t, {0}, dtype); }
