@@ -3,12 +3,13 @@
 import copy
 import gc
 import resource
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from devices import everywhere
-from tolerances import assert_as_exact
+from tolerances import FORWARD, GRADIENT, assert_as_exact, error, floor
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -152,7 +153,7 @@ def scaled(module: nn.Module, factor: float) -> None:
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("factor", [30.0, 1e3, 1e-4])
+@pytest.mark.parametrize("factor", [30.0, 1e-4])
 def test_saturated_and_tiny_gates(kind, dtype, factor):
     pair = twins(kind, 17, 33, dtype=dtype)
     for module in pair:
@@ -160,13 +161,34 @@ def test_saturated_and_tiny_gates(kind, dtype, factor):
     check(pair, torch.randn(2, 5, 17).to(dtype), states(pair[0], 5))  # more steps would be chaos
 
 
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gates_of_a_thousand(kind, dtype):
+    """Few gates are not saturated, and those multiply errors by a hundred: one draw says little, so the
+    medians of 31 are compared."""
+    draws = []
+    for _ in range(31):
+        ours, theirs = twins(kind, 17, 33, dtype=dtype)
+        for module in (ours, theirs):
+            scaled(module, 1e3)
+        x, hx = torch.randn(2, 5, 17).to(dtype), states(ours, 5)
+        truth, result = run_exactly(theirs, x, hx, True), run(ours, x, hx, True)
+        with torch.backends.mkldnn.flags(enabled=dtype != torch.float16):  # as in `check`
+            expected = run(theirs, x, hx, True)
+        draws.append([{name: error(r[name], truth[name]) for name in truth} for r in (result, expected)])
+    for name in truth:
+        own, torchs = (statistics.median(draw[i][name] for draw in draws) for i in (0, 1))
+        k = GRADIENT if name.startswith("grad") else FORWARD
+        assert own <= k * torchs + floor(dtype, truth[name]), (name, own, torchs)
+
+
 @everywhere
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_logits_of_ten_thousand(kind, dtype):
+def test_logits_of_a_billion(kind, dtype):
     """Here every gate is 0, 1 or -1, and the derivatives vanish without a nan."""
     pair = twins(kind, 17, 33, dtype=dtype)
-    x = 1e6 * torch.randn(6, 5, 17).to(dtype)
+    x = 1e9 * torch.randn(6, 5, 17).to(dtype)
     assert all(value.isfinite().all() for value in run(pair[0], x, None, True).values())
     check(pair, x)
 
