@@ -348,13 +348,17 @@ def test_other_streams(call):
 def test_nothing_waits_for_the_device():
     leaves = [t.requires_grad_() for t in qkv()]
     lengths = torch.tensor([500, 77], device=DEVICE)
-    train(windowed, leaves)
+
+    def work():
+        return train(windowed, leaves), seqkernels.decode_attention(leaves[0][:, :, :1], *leaves[1:], lengths)
+
+    expected = work()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train(windowed, leaves)
-        seqkernels.decode_attention(leaves[0][:, :, :1], *leaves[1:], lengths)
+        result = work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert_close(result, expected)
 
 
 # ------------------------------------------------------------------------------- variable lengths, decoding

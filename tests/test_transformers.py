@@ -160,3 +160,4 @@ def test_training_with_dropout_says_that_torch_runs(monkeypatch):
     model = models("gpt2")[0].train()
     with pytest.warns(UserWarning, match="the attention kernels for cpu tensors have no dropout"):
         model(**padded("right")).logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -313,13 +313,13 @@ def check(
 ):
     """Kernels read what pointers and strides say, so nothing that does not fit may reach them."""
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise NotImplementedError(
+        raise RuntimeError(
             f"attention on GPUs: expected q, k and v of one dtype, float16, bfloat16 or float32, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
     dims, limit = (q.size(3), v.size(3)), max_dim(q.dtype)
     if not all(0 < dim <= limit for dim in dims):
-        raise NotImplementedError(
+        raise RuntimeError(
             f"attention on GPUs: expected head dims from 1 to {limit} in {q.dtype}, got {dims}"
         )
     small = (cu_q, cu_k, len_k, alibi, sinks)
