@@ -14,8 +14,6 @@ namespace seqkernels::ops {
 
 namespace {
 
-constexpr size_t kHugePage = size_t(2) << 20;
-
 struct Kept {
   void* data;
   size_t bytes;
@@ -69,15 +67,14 @@ class Keeper {
 
 Tensor activations_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   static Keeper& keeper = *new Keeper;  // outlives every tensor, also those freed at exit
-  size_t bytes = t.element_size();
-  for (const int64_t size : sizes)
-    if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return empty(t, sizes);
-  if (bytes < kHugePage || bytes > size_t(PTRDIFF_MAX) - kHugePage) return empty(t, sizes);
-  const Kept block = keeper.take(bytes);
+  const auto extent = contiguous(sizes);
+  int64_t bytes = 0;
+  if (!extent || __builtin_mul_overflow(extent->numel, int64_t(t.element_size()), &bytes) ||
+      bytes < int64_t(kHugePage) || bytes > PTRDIFF_MAX - int64_t(kHugePage))
+    return empty(t, sizes);
+  const Kept block = keeper.take(static_cast<size_t>(bytes));
   if (!block.data) return empty(t, sizes);  // says that there is no memory
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
-  return torch::stable::from_blob(block.data, sizes, strides, t.device(), t.scalar_type(),
+  return torch::stable::from_blob(block.data, sizes, extent->strides, t.device(), t.scalar_type(),
                                   [block](void*) { keeper.give_back(block); });
 }
 

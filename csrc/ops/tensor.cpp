@@ -50,23 +50,30 @@ Parallel torch_threads() {
           nullptr};
 }
 
+std::optional<Extent> contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  Extent extent{std::vector<int64_t>(sizes.size())};
+  bool none = false;
+  for (size_t i = sizes.size(); i-- > 0;) {  // in strides a size of zero counts as one
+    none |= sizes[i] == 0;
+    extent.strides[i] = extent.numel;
+    if (__builtin_mul_overflow(extent.numel, std::max<int64_t>(sizes[i], 1), &extent.numel))
+      return std::nullopt;
+  }
+  if (none) extent.numel = 0;
+  return extent;
+}
+
 Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
              std::optional<ScalarType> dtype) {
-  const auto dims = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(sizes.size());
-  int64_t numel = 1;
-  bool fits = true;
-  for (int64_t i = dims - 1; i >= 0; i--) {
-    strides[i] = numel;
-    fits = fits && !__builtin_mul_overflow(numel, std::max<int64_t>(sizes[i], 1), &numel);
-  }
+  const auto extent = contiguous(sizes);
   const auto type =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype ? *dtype : t.scalar_type()));
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   AtenTensorHandle out = nullptr;
-  fits = fits && !aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device_type,
-                                           t.get_device_index(), &out);
+  const bool fits = extent && !aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                        extent->strides.data(), type, device_type,
+                                                        t.get_device_index(), &out);
   STD_TORCH_CHECK(fits, "seqkernels: there is no memory for a tensor of shape ",
                   text({sizes.begin(), sizes.end()}), "; use smaller batches or shorter sequences");
   return Tensor(out);
@@ -76,11 +83,10 @@ Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef siz
                    std::optional<ScalarType> dtype) {
   Tensor out = empty(t, sizes, dtype);
 #if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(out.numel()) * out.element_size();
   // Whole huge pages only: what lies around belongs to others.
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
 #endif
   return out;

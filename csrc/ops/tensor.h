@@ -29,6 +29,15 @@ bool same_device(const Tensor& a, const Tensor& b);
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// How a contiguous tensor lies in memory; nothing if its elements are too many to count.
+struct Extent {
+  std::vector<int64_t> strides;
+  int64_t numel = 1;
+};
+std::optional<Extent> contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+
 // An uninitialised contiguous tensor of the device and (unless given) dtype of `t`. stable::new_empty looks
 // its operator up by name: 1 us an output, which shows in a step of one row.
 Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
