@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqkernels import ragged, support
-from seqkernels.ops.gru import gru_layer
-from seqkernels.ops.lstm import lstm_layer
-from seqkernels.ops.rnn import rnn_layer
+from seqkernels.ops import gru as gru_ops
+from seqkernels.ops import lstm as lstm_ops
+from seqkernels.ops import rnn as rnn_ops
 from seqkernels.reference import gru, lstm, rnn
 
 States = Sequence[Tensor]
@@ -19,20 +19,32 @@ States = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Cell:
-    """A kind of cell. Layers take x, *states, weights and return y, *final states, *cells."""
+    """A kind of cell. Layers take x, *states, weights and return y, *final states, *cells.
+
+    native: the op under the layer, and flags, its last arguments where no gradient is wanted. It takes
+    tensors only as they should lie, but two frames of Python less, which show in a step of one row.
+    """
 
     gates: int
     states: int
     layer: Callable
+    native: Callable
+    flags: tuple[bool, ...]
     reference: Callable
     torch: Callable
 
 
-LSTM = Cell(4, 2, lstm_layer, lstm.lstm_layer, torch._VF.lstm)
-GRU = Cell(3, 1, gru_layer, gru.gru_layer, torch._VF.gru)
+LSTM = Cell(4, 2, lstm_ops.lstm_layer, lstm_ops.layer_fwd, (False, False), lstm.lstm_layer, torch._VF.lstm)
+GRU = Cell(3, 1, gru_ops.gru_layer, gru_ops.layer_fwd, (False,), gru.gru_layer, torch._VF.gru)
 RNN = {
     name: Cell(
-        1, 1, partial(rnn_layer, nonlinearity=name), partial(rnn.rnn_layer, nonlinearity=name), in_torch
+        1,
+        1,
+        partial(rnn_ops.rnn_layer, nonlinearity=name),
+        rnn_ops.layer_fwd,
+        (name == "relu",),
+        partial(rnn.rnn_layer, nonlinearity=name),
+        in_torch,
     )
     for name, in_torch in (("tanh", torch._VF.rnn_tanh), ("relu", torch._VF.rnn_relu))
 }

@@ -65,7 +65,7 @@ class Keeper {
 
 }  // namespace
 
-Tensor activations_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+Tensor activations_empty(const Tensor& t, Shape sizes) {
   static Keeper& keeper = *new Keeper;  // outlives every tensor, also those freed at exit
   const auto extent = contiguous(sizes);
   int64_t bytes = 0;

@@ -48,8 +48,8 @@ struct AttentionCall {
   }
 
   void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
-                    ", got ", text(shape_of(t)));
+    STD_TORCH_CHECK(has_shape(t, shape), "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
+                    ", got ", text(t.sizes()));
   }
   ScalarType acc() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
@@ -57,7 +57,7 @@ struct AttentionCall {
   Heads<Void*> heads(const Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4, "seqkernels::", op,
                     ": expected ", name, " of 4 dimensions, with dtype and device of q, got shape ",
-                    text(shape_of(t)));
+                    text(t.sizes()));
     STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1, "seqkernels::", op, ": expected ", name,
                     " with unit stride in its last dimension, got stride ", t.stride(3));
     if constexpr (std::is_const_v<Void>)
@@ -124,7 +124,7 @@ struct AttentionCall {
       for (int i = 0; i < 4; i++) {
         STD_TORCH_CHECK(mask->size(i) == full[i] || mask->size(i) == 1, "seqkernels::", op,
                         ": expected mask that broadcasts to ", text({full, full + 4}), ", got ",
-                        text(shape_of(*mask)));
+                        text(mask->sizes()));
         *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
       }
       p.mask = mask->const_data_ptr();

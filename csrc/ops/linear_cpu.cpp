@@ -11,7 +11,7 @@ LinearParams params_of(const char* op, const Tensor& x, const Tensor& w) {
   STD_TORCH_CHECK(dtype.has_value(), "seqkernels::", op,
                   ": expected x of float32, float64, bfloat16 or float16");
   STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "seqkernels::", op,
-                  ": expected x [M, K] and w [N, K], got ", text(shape_of(x)), " and ", text(shape_of(w)));
+                  ": expected x [M, K] and w [N, K], got ", text(x.sizes()), " and ", text(w.sizes()));
   STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.is_cpu() && w.is_contiguous(), "seqkernels::", op,
                   ": expected w contiguous, on the CPU and of the dtype of x");
   LinearParams p;
@@ -27,7 +27,7 @@ int64_t rows_of(const char* op, const Tensor& t, const char* name, const Tensor&
                       t.scalar_type() == like.scalar_type() && (t.stride(1) == 1 || columns <= 1),
                   "seqkernels::", op, ": expected ", name, " of [", M, ", ", columns,
                   "] on the CPU, of the dtype of w, with unit stride in its last dimension, got ",
-                  text(shape_of(t)));
+                  text(t.sizes()));
   return t.stride(0);
 }
 
@@ -39,7 +39,7 @@ Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
     STD_TORCH_CHECK(b->dim() == 1 && b->size(0) == p.N && b->is_cpu() && b->is_contiguous() &&
                         b->scalar_type() == x.scalar_type(),
                     "seqkernels::linear_fwd: expected b [", p.N,
-                    "], contiguous, on the CPU, of the dtype of x, got ", text(shape_of(*b)));
+                    "], contiguous, on the CPU, of the dtype of x, got ", text(b->sizes()));
     p.b = b->const_data_ptr();
   }
   Tensor y = large_empty(x, {p.M, p.N});

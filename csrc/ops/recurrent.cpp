@@ -10,6 +10,16 @@ int64_t weights_per_direction(const Tensors& weights, int64_t D) {
   return weights.size() % D ? -1 : static_cast<int64_t>(weights.size()) / D;
 }
 
+// Seven of these stand before a step of one row, which takes microseconds: nothing is allocated.
+void check_tensor(const char* op, const Tensor& x, const Tensor& t, const char* name, Shape shape,
+                  ScalarType type) {
+  STD_TORCH_CHECK(same_device(t, x) && t.scalar_type() == type, "seqkernels::", op, ": expected ", name,
+                  type == x.scalar_type() ? "" : " (accumulation type)", " of the dtype and device of x");
+  STD_TORCH_CHECK(has_shape(t, shape) && t.is_contiguous(), "seqkernels::", op, ": expected ", name,
+                  " contiguous of shape ", text(shape), ", got ",
+                  t.is_contiguous() ? "" : "strides of its own and ", text(t.sizes()));
+}
+
 }  // namespace
 
 LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h0,
@@ -22,7 +32,7 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   dtype = *type;
   const int64_t dims = batch_sizes ? 2 : 3;
   STD_TORCH_CHECK(x_.dim() == dims, "seqkernels::", op, ": expected x of ", dims, " dimensions (",
-                  batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(shape_of(x_)));
+                  batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(x_.sizes()));
   const int64_t per = weights_per_direction(weights, D);
   STD_TORCH_CHECK(per == 2 || per == 4 || (G == 4 && (per == 3 || per == 5)), "seqkernels::", op,
                   ": expected for each of ", D, " directions w_ih, w_hh (, b_ih, b_hh)",
@@ -30,8 +40,8 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   has_bias = per >= 4;
   projected = per % 2 == 1;
   STD_TORCH_CHECK(h0.dim() == 3 && weights[0].dim() == 2 && weights[1].dim() == 2, "seqkernels::", op,
-                  ": expected h0 [D, B, P], w_ih [", G, "*H, I], w_hh [", G, "*H, P], got ",
-                  text(shape_of(h0)), ", ", text(shape_of(weights[0])), ", ", text(shape_of(weights[1])));
+                  ": expected h0 [D, B, P], w_ih [", G, "*H, I], w_hh [", G, "*H, P], got ", text(h0.sizes()),
+                  ", ", text(weights[0].sizes()), ", ", text(weights[1].sizes()));
   I = x_.size(dims - 1);
   B = h0.size(1);
   P = h0.size(2);
@@ -67,9 +77,9 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
     leading = {T, B};
     if (resets) {
       STD_TORCH_CHECK(same_device(*resets, x_) && resets->scalar_type() == ScalarType::Bool &&
-                          resets->is_contiguous() && shape_of(*resets) == leading,
+                          resets->is_contiguous() && has_shape(*resets, leading),
                       "seqkernels::", op, ": expected resets as contiguous bool ", text(leading),
-                      " on the device of x, got ", text(shape_of(*resets)));
+                      " on the device of x, got ", text(resets->sizes()));
     }
   }
   STD_TORCH_CHECK(T > 0, "seqkernels::", op, ": Expected sequence length to be larger than 0 in RNN");
@@ -84,21 +94,14 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   STD_TORCH_CHECK(projected || P == H, "seqkernels::", op, ": expected h0 of ", H, " units, got ", P);
 }
 
-void LayerCall::check(const Tensor& t, const char* name, std::vector<int64_t> shape,
-                      bool accumulation) const {
-  STD_TORCH_CHECK(
-      same_device(t, *x) && t.scalar_type() == (accumulation ? accumulation_type() : x->scalar_type()),
-      "seqkernels::", op, ": expected ", name, accumulation ? " (accumulation type)" : "",
-      " of the dtype and device of x");
-  STD_TORCH_CHECK(shape_of(t) == shape, "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
-                  ", got ", text(shape_of(t)));
-  STD_TORCH_CHECK(t.is_contiguous(), "seqkernels::", op, ": expected ", name, " contiguous");
+void LayerCall::check(const Tensor& t, const char* name, Shape shape, bool accumulation) const {
+  check_tensor(op, *x, t, name, shape, accumulation ? accumulation_type() : x->scalar_type());
 }
 
-const void* LayerCall::gradient(const OptionalTensor& t, const char* name, std::vector<int64_t> shape,
+const void* LayerCall::gradient(const OptionalTensor& t, const char* name, Shape shape,
                                 bool accumulation) const {
   if (!t) return nullptr;
-  check(*t, name, std::move(shape), accumulation);
+  check(*t, name, shape, accumulation);
   return t->const_data_ptr();
 }
 
@@ -141,7 +144,7 @@ CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tenso
                   ": expected x of float32, float64, bfloat16 or float16");
   dtype = *type;
   STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 2, "seqkernels::", op, ": expected x [B, I] and h [B, H], got ",
-                  text(shape_of(x)), " and ", text(shape_of(h)));
+                  text(x.sizes()), " and ", text(h.sizes()));
   B = x.size(0), I = x.size(1), H = h.size(1);
   STD_TORCH_CHECK(I > 0 && H > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
   STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "seqkernels::", op,
@@ -153,13 +156,8 @@ CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tenso
   if (b_ih) check(*b_ih, "b_ih", {G * H}), check(*b_hh, "b_hh", {G * H});
 }
 
-void CellCall::check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const {
-  STD_TORCH_CHECK(same_device(t, x) && t.scalar_type() == x.scalar_type(), "seqkernels::", op, ": expected ",
-                  name, " of the dtype and device of x");
-  const auto sizes = t.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_contiguous(),
-                  "seqkernels::", op, ": expected ", name, " contiguous of shape ", text(shape), ", got ",
-                  text(shape_of(t)));
+void CellCall::check(const Tensor& t, const char* name, Shape shape) const {
+  check_tensor(op, x, t, name, shape, x.scalar_type());
 }
 
 void CellCall::fill(LayerParams& p) const {

@@ -25,9 +25,9 @@ struct LayerCall {
 
   void fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
             const OptionalTensor& resets) const;
-  void check(const Tensor& t, const char* name, std::vector<int64_t> shape, bool accumulation = false) const;
+  void check(const Tensor& t, const char* name, Shape shape, bool accumulation = false) const;
   // data of an optional gradient with the given shape, or null
-  const void* gradient(const OptionalTensor& t, const char* name, std::vector<int64_t> shape,
+  const void* gradient(const OptionalTensor& t, const char* name, Shape shape,
                        bool accumulation = false) const;
   std::vector<int64_t> tokens_by(int64_t columns) const;
   ScalarType accumulation_type() const;
@@ -46,7 +46,7 @@ struct CellCall {
   CellCall(const char* op, int G, const Tensor& x, const Tensor& h, const Tensor& w_ih, const Tensor& w_hh,
            const OptionalTensor& b_ih, const OptionalTensor& b_hh);
   void fill(LayerParams& p) const;
-  void check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const;
+  void check(const Tensor& t, const char* name, Shape shape) const;
 };
 
 // New tensors shaped like the weights, and their pointers in `out`.

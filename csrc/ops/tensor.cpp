@@ -9,7 +9,7 @@
 
 namespace seqkernels::ops {
 
-std::string text(const std::vector<int64_t>& shape) {
+std::string text(Shape shape) {
   std::ostringstream out;
   out << "[";
   for (size_t i = 0; i < shape.size(); i++) out << (i ? ", " : "") << shape[i];
@@ -17,9 +17,9 @@ std::string text(const std::vector<int64_t>& shape) {
   return out.str();
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) {
+bool has_shape(const Tensor& t, Shape shape) {
   const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
 std::optional<DType> dtype_of(ScalarType type) {
@@ -50,7 +50,7 @@ Parallel torch_threads() {
           nullptr};
 }
 
-std::optional<Extent> contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+std::optional<Extent> contiguous(Shape sizes) {
   Extent extent{std::vector<int64_t>(sizes.size())};
   bool none = false;
   for (size_t i = sizes.size(); i-- > 0;) {  // in strides a size of zero counts as one
@@ -63,8 +63,7 @@ std::optional<Extent> contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes)
   return extent;
 }
 
-Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-             std::optional<ScalarType> dtype) {
+Tensor empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype) {
   const auto extent = contiguous(sizes);
   const auto type =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype ? *dtype : t.scalar_type()));
@@ -74,13 +73,12 @@ Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
   const bool fits = extent && !aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                         extent->strides.data(), type, device_type,
                                                         t.get_device_index(), &out);
-  STD_TORCH_CHECK(fits, "seqkernels: there is no memory for a tensor of shape ",
-                  text({sizes.begin(), sizes.end()}), "; use smaller batches or shorter sequences");
+  STD_TORCH_CHECK(fits, "seqkernels: there is no memory for a tensor of shape ", text(sizes),
+                  "; use smaller batches or shorter sequences");
   return Tensor(out);
 }
 
-Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                   std::optional<ScalarType> dtype) {
+Tensor large_empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype) {
   Tensor out = empty(t, sizes, dtype);
 #if defined(__linux__)
   const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());

@@ -19,9 +19,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
-std::string text(const std::vector<int64_t>& shape);
-std::vector<int64_t> shape_of(const Tensor& t);
+std::string text(Shape shape);
+bool has_shape(const Tensor& t, Shape shape);
 std::optional<DType> dtype_of(ScalarType type);
 
 bool same_device(const Tensor& a, const Tensor& b);
@@ -36,23 +37,21 @@ struct Extent {
   std::vector<int64_t> strides;
   int64_t numel = 1;
 };
-std::optional<Extent> contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+std::optional<Extent> contiguous(Shape sizes);
 
 // An uninitialised contiguous tensor of the device and (unless given) dtype of `t`. stable::new_empty looks
 // its operator up by name: 1 us an output, which shows in a step of one row.
-Tensor empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-             std::optional<ScalarType> dtype = std::nullopt);
+Tensor empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std::nullopt);
 
 // The same on the CPU with one row per token or weight: if it is large, in huge pages. Fresh memory costs 0.4
 // ms a MiB in pages of 4 KiB (Zen 5 in a virtual machine) and 0.05 ms in huge ones; a training step spent 13
 // % in page faults.
-Tensor large_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                   std::optional<ScalarType> dtype = std::nullopt);
+Tensor large_empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std::nullopt);
 
 // Activations saved for backward, the largest tensors of a training step, which nobody else sees. Freed ones
 // are kept for the next step, up to 256 MiB in the process and marked so that the system may take them back:
 // fresh memory cost 4 % of a step where it is cheap, and a third where a hypervisor had taken it meanwhile.
-Tensor activations_empty(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes);
+Tensor activations_empty(const Tensor& t, Shape sizes);
 
 // A size-0 tensor where an output is not wanted: the arity of an op never changes.
 Tensor none_like(const Tensor& t, ScalarType dtype);

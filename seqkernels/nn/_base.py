@@ -101,15 +101,13 @@ class Recurrent(RNNBase):
         x = input.transpose(0, 1) if batch_first else input
         try:
             if self._prepacked is None:
-                weights = [parameters[name] for name in self._flat_weights_names]
-                options = {}
+                weights, packs = [parameters[name] for name in self._flat_weights_names], None
             else:
-                weights = self._weights()
-                packs = self._fresh_packs()
-                options = {} if packs is None else {"packed": packs[0]}
+                weights, packs = self._weights(), self._fresh_packs()
             if states is None:
                 states = stack.zeros(cell, self, x.size(1), x, weights)
-            y, *finals = cell.layer(x, *states, weights, bidirectional=self.bidirectional, **options)
+            pack = packs[0] if packs else None
+            y, *finals = cell.native(x, *states, weights, None, None, pack, self.bidirectional, *cell.flags)
         except (KeyError, RuntimeError, TypeError):
             return None  # the whole way finds out why, and what to do
         return y.transpose(0, 1) if batch_first else y, *finals[: cell.states]

@@ -8,6 +8,8 @@ from seqkernels import stack
 from seqkernels.nn._base import Recurrent, leave_to_torch, step, torchs_twin
 from seqkernels.ops.rnn import rnn_cell
 
+_CELLS = {"RNN_TANH": stack.RNN["tanh"], "RNN_RELU": stack.RNN["relu"]}
+
 
 class RNN(Recurrent):
     """torch.nn.RNN, with the same constructor, parameters, state_dict and results.
@@ -33,7 +35,7 @@ class RNN(Recurrent):
         super().__init__("RNN_" + self.nonlinearity.upper(), *args, **kwargs)
 
     def _cell(self) -> stack.Cell:
-        return stack.RNN[self.mode.removeprefix("RNN_").lower()]
+        return _CELLS[self.mode]
 
     def forward(
         self,

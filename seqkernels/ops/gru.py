@@ -8,7 +8,7 @@ from torch import Tensor
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import gru as reference
 
-_layer_fwd = torch.ops.seqkernels.gru_layer_fwd.default
+layer_fwd = torch.ops.seqkernels.gru_layer_fwd.default
 _layer_bwd = torch.ops.seqkernels.gru_layer_bwd.default
 _cell_fwd = torch.ops.seqkernels.gru_cell_fwd.default
 
@@ -29,7 +29,7 @@ def gru_layer(
     h0, *weights = ag.contiguous((h0, *weights))
     if ag.needs_grad(x, h0, *weights):
         return _Layer.apply(x, h0, batch_sizes, resets, bidirectional, not recompute, *weights)[:2]
-    return _layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, False)[:2]
+    return layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, False)[:2]
 
 
 def gru_cell(
@@ -45,7 +45,7 @@ def gru_cell(
 class _Layer(ag.Function):
     @staticmethod
     def forward(x, h0, batch_sizes, resets, bidirectional, save_gates, *weights):
-        return _layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, save_gates)
+        return layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, save_gates)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -8,7 +8,7 @@ from torch import Tensor
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import lstm as reference
 
-_layer_fwd = torch.ops.seqkernels.lstm_layer_fwd.default
+layer_fwd = torch.ops.seqkernels.lstm_layer_fwd.default
 _layer_bwd = torch.ops.seqkernels.lstm_layer_bwd.default
 _cell_fwd = torch.ops.seqkernels.lstm_cell_fwd.default
 
@@ -41,7 +41,7 @@ def lstm_layer(
             x, h0, c0, batch_sizes, resets, bidirectional, not recompute, *weights
         )
     else:
-        y, hn, cn, cells, _ = _layer_fwd(
+        y, hn, cn, cells, _ = layer_fwd(
             x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, return_cells, False
         )
     return y, hn, cn, cells if return_cells else None
@@ -61,9 +61,7 @@ def lstm_cell(
 class _Layer(ag.Function):
     @staticmethod
     def forward(x, h0, c0, batch_sizes, resets, bidirectional, save_gates, *weights):
-        return _layer_fwd(
-            x, h0, c0, list(weights), batch_sizes, resets, None, bidirectional, True, save_gates
-        )
+        return layer_fwd(x, h0, c0, list(weights), batch_sizes, resets, None, bidirectional, True, save_gates)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

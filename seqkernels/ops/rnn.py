@@ -8,7 +8,7 @@ from torch import Tensor
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import rnn as reference
 
-_layer_fwd = torch.ops.seqkernels.rnn_layer_fwd.default
+layer_fwd = torch.ops.seqkernels.rnn_layer_fwd.default
 _layer_bwd = torch.ops.seqkernels.rnn_layer_bwd.default
 _cell_fwd = torch.ops.seqkernels.rnn_cell_fwd.default
 
@@ -30,7 +30,7 @@ def rnn_layer(
     relu = _is_relu(nonlinearity)
     if ag.needs_grad(x, h0, *weights):
         return _Layer.apply(x, h0, batch_sizes, resets, bidirectional, relu, *weights)
-    return _layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu)
+    return layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu)
 
 
 def rnn_cell(
@@ -59,7 +59,7 @@ def _is_relu(nonlinearity: str) -> bool:
 class _Layer(ag.Function):
     @staticmethod
     def forward(x, h0, batch_sizes, resets, bidirectional, relu, *weights):
-        return _layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, relu)
+        return layer_fwd(x, h0, list(weights), batch_sizes, resets, None, bidirectional, relu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
