@@ -368,46 +368,38 @@ struct AttentionFwd {
     // S^T of lanes from l0 on becomes P^T, in place; packed: rows k and k + 1, interleaved, replace row k
     // / 2. `step` is called now and then. True when O^T has to be scaled by alpha.
     template <class Step>
-    bool softmax(T* ST_, int64_t l0, int64_t N, int64_t nk, [[maybe_unused]] const Step& step) {
-      constexpr int V = kUnit / W;
+    bool softmax(T* ST_, int64_t l0, int64_t N, int64_t nk, const Step& step) {
+      if (kPacked && N > W) return softmax_of<2>(ST_, l0, nk, step);
+      bool grew = false;
+      for (int64_t l = 0; l < N; l += W) grew |= softmax_of<1>(ST_ + l, l0 + l, nk, step);
+      return grew;
+    }
+    template <int V, class Step>
+    bool softmax_of(T* s, int64_t l0, int64_t nk, [[maybe_unused]] const Step& step) {
       Vec<T> by[V], ref[V], total[V];
       bool grew = false;
-      for (int v = 0; v < N / W; v++) {
-        grew |= move_reference(ST_ + v * W, l0 + v * W, nk, by[v], ref[v]);
+      SEQ_UNROLL for (int v = 0; v < V; v++) {
+        grew |= move_reference(s + v * W, l0 + v * W, nk, by[v], ref[v]);
         total[v] = load(sum + l0 + v * W);
       }
+      const auto weight = [&](int64_t k, int v) __attribute__((always_inline)) {
+        const Vec<T> e = exp2_of<T>(load(s + k * kUnit + v * W), by[v], ref[v]);
+        total[v] += e;
+        return e;
+      };
 #if defined(__AVX512BF16__)
-      if constexpr (kPacked) {
-        const auto weight = [&](int64_t k, int v) __attribute__((always_inline)) {
-          const Vec<T> e = exp2_of<T>(load(ST_ + k * kUnit + v * W), by[v], ref[v]);
-          total[v] += e;
-          return e;
-        };
-        const auto keep = [&](int64_t k, int v, Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
-          store(ST_ + k / 2 * kUnit + v * W, (Vec<T>)as_pairs(narrow(a, b)));
-        };
-        const bool wide = N > W;
-        int64_t k = 0;
-        for (; k + 2 <= nk; k += 2) {
-          if (k % 8 == 0) step();
+      if constexpr (kPacked)
+        for (int64_t k = 0; k < round_up(nk, 32); k += 2) {
+          if (k % 8 == 0 && k + 2 <= nk) step();
           SEQ_UNROLL for (int v = 0; v < V; v++) {
-            if (v && !wide) break;
-            const Vec<T> a = weight(k, v), b = weight(k + 1, v);
-            keep(k, v, a, b);
+            const Vec<T> a = k < nk ? weight(k, v) : Vec<T>{}, b = k + 1 < nk ? weight(k + 1, v) : Vec<T>{};
+            store(s + k / 2 * kUnit + v * W, (Vec<T>)as_pairs(narrow(a, b)));
           }
         }
-        for (; k < round_up(nk, 32); k += 2)
-          for (int v = 0; v < N / W; v++) keep(k, v, k < nk ? weight(k, v) : Vec<T>{}, Vec<T>{});
-      }
 #endif
       if constexpr (!kPacked)
-        for (int v = 0; v < N / W; v++)
-          for (int64_t k = 0; k < nk; k++) {
-            const Vec<T> e = exp2_of<T>(load(ST_ + k * kUnit + v * W), by[v], ref[v]);
-            total[v] += e;
-            store(ST_ + k * kUnit + v * W, e);
-          }
-      for (int v = 0; v < N / W; v++) store(sum + l0 + v * W, total[v]);
+        for (int64_t k = 0; k < nk; k++) store(s + k * kUnit, weight(k, 0));
+      SEQ_UNROLL for (int v = 0; v < V; v++) store(sum + l0 + v * W, total[v]);
       return grew;
     }
 

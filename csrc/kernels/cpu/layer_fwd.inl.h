@@ -218,6 +218,9 @@ struct LayerFwd {
       return recurrent_panel(int(at % G), at / G);
     }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
+    S* y(int64_t t, int64_t j) const {
+      return static_cast<S*>(p.y) + ((seq.token(t) + r0) * p.D + d) * f.P + j * NR<T>;
+    }
 
     void run() {
       init_state();
@@ -333,6 +336,10 @@ struct LayerFwd {
                                packed_block + (G * weights.in.depth() + g * weights.rec.depth()) * NR<T>);
           if (by_block) project(t, t + 1, j, j + 1);
           T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
+          if (!weights.projected)  // y comes while the products run: RNN +2 %
+            for (int64_t b = 0; b < n; b++)
+              for (int64_t v = 0; v < NR<T>; v += kLanes<T>)
+                __builtin_prefetch(y(t, j) + b * p.D * f.P + v, 1);
           const int64_t w = weights.rec.width(j);
           for (int k = 0; k < G; k++) {
             const int g = s % 2 ? G - 1 - k : k;
@@ -392,7 +399,7 @@ struct LayerFwd {
         tile.h = f.m[d] + r0 * f.ldm + u, tile.ldh = f.ldm;
       } else {
         tile.h = state(s + 1) + r0 * f.ldh + u, tile.ldh = f.ldh;
-        tile.y = static_cast<S*>(p.y) + (token * D + d) * f.P + u, tile.ldy = D * f.P;
+        tile.y = y(t, j), tile.ldy = D * f.P;
       }
       if (p.gates)
         tile.gates = static_cast<S*>(p.gates) + (token * D + d) * Cell::kSaved * f.H + u,

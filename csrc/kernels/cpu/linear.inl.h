@@ -3,9 +3,9 @@
 //   y [M, N] = x W^T + b,   dx [M, K] = dy W,   dW [N, K] = dy^T x
 //
 // All threads pack B (up to kPass rows of it at a time) into panels that lie in L2 or L3 for everybody, then
-// take blocks of kRows rows of A from one queue: as many as keep a panel in L1 busy for longer than it takes
-// to come. Rows of A are read where they lie unless they have to be converted, padded or transposed. Up to 8
-// rows of x, packing would cost more than the product: then W is read as it lies.
+// take blocks of up to kRows rows of A from one queue: as many as keep a panel in L1 busy for longer than it
+// takes to come. Rows of A are read where they lie unless they have to be converted, padded or transposed. Up
+// to 8 rows of x, packing would cost more than the product: then W is read as it lies.
 #pragma once
 
 #include "gemm.inl.h"
@@ -34,12 +34,12 @@ struct Product {
 
   const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
   const int64_t passes = K ? (K + kPass - 1) / kPass : 1, pass = round_up((K + passes - 1) / passes, 32);
-  const int64_t row_blocks = (M + kRows - 1) / kRows, panels = (N + NR<O> - 1) / NR<O>;
+  const int64_t panels = (N + NR<O> - 1) / NR<O>;
   const int64_t ld_rows = round_up(pass, 32) + W, ld_sums = in_place     ? N
                                                             : passes > 1 ? round_up(N, W)
                                                                          : NR<O>;
   int team = 1;
-  int64_t column_blocks = 1;
+  int64_t block_rows = kRows, row_blocks = (M + kRows - 1) / kRows, column_blocks = 1;
 
   O* packed = nullptr;
   PerThread<O> rows{};
@@ -69,6 +69,10 @@ struct Product {
   void run() {
     team = work_team();
     column_blocks = row_blocks >= 2 * team || panels < 2 ? 1 : panels < team ? panels : team;
+    if (row_blocks > team) {  // about as many for each thread
+      block_rows = (M + round_up(row_blocks, team) - 1) / round_up(row_blocks, team);
+      row_blocks = (M + block_rows - 1) / block_rows;
+    }
     Arena count;
     layout(count);
     Arena arena{static_cast<char*>(scratch_alloc(count.used))};
@@ -107,10 +111,10 @@ struct Product {
     pack_padding(to, k, width);
   }
 
-  // Rows [m, m + kRows) by a share of the panels.
+  // Rows [m, m + block_rows) by a share of the panels.
   void block(int id, int64_t i, int64_t k0, int64_t k, int64_t row_block, int64_t column_block) const {
     const Panels<O> shape = panels_of(k);
-    const int64_t m = row_block * kRows, n = M - m < kRows ? M - m : kRows;
+    const int64_t m = row_block * block_rows, n = M - m < block_rows ? M - m : block_rows;
     const bool first = i == 0, last = i + 1 == passes;
     const O* from = rows[id];
     int64_t ld = ld_rows;

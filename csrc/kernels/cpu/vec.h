@@ -73,6 +73,11 @@ SEQ_INLINE void store(T* p, Vec<T> v) {
 SEQ_INLINE Vec<float> load(const bf16* p) {
   return (Vec<float>)(__builtin_convertvector((U16)(*reinterpret_cast<const U16u*>(p)), U32) << 16);
 }
+#if defined(__AVX512BF16__)
+SEQ_INLINE void store(bf16* p, Vec<float> v) {  // subnormal numbers become 0, as in the dot products
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#else
 SEQ_INLINE void store(bf16* p, Vec<float> v) {  // to nearest even; a NaN stays a NaN
   U32 u = (U32)v;
   U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -80,6 +85,7 @@ SEQ_INLINE void store(bf16* p, Vec<float> v) {  // to nearest even; a NaN stays 
   *reinterpret_cast<U16u*>(p) =
       __builtin_convertvector((rounded & ~is_nan) | (((u >> 16) | 0x40u) & is_nan), U16);
 }
+#endif
 
 #if defined(__AVX512F__)
 SEQ_INLINE Vec<float> load(const f16* p) {
