@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seqkernels import support
+from seqkernels import stack, support
 from seqkernels.ops import gru, lstm, rnn
 
 NEEDS_GPU = (
@@ -31,10 +31,12 @@ everywhere = pytest.mark.usefixtures("kernels")
 @contextmanager
 def other_ops(make: Callable[[torch._ops.OpOverload], Callable]) -> Iterator[None]:
     """Our layers and cells call `make(op)` where they called op."""
-    with ExitStack() as stack:
+    with ExitStack() as patches:
         for module in (lstm, gru, rnn):
-            for name in ("_layer_fwd", "_layer_bwd", "_cell_fwd"):
-                stack.enter_context(mock.patch.object(module, name, make(getattr(module, name))))
+            for name in ("layer_fwd", "_layer_bwd", "_cell_fwd"):
+                patches.enter_context(mock.patch.object(module, name, make(getattr(module, name))))
+        for cell in (stack.LSTM, stack.GRU, *stack.RNN.values()):  # frozen
+            patches.enter_context(mock.patch.dict(vars(cell), native=make(cell.native)))
         yield
 
 
