@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqkernels import ragged, support
+from seqkernels import pipeline, ragged, support
 from seqkernels.ops import gru as gru_ops
 from seqkernels.ops import lstm as lstm_ops
 from seqkernels.ops import rnn as rnn_ops
@@ -116,8 +116,12 @@ def run(
     if why_torch and resets is None and not return_cells and _every_row_runs(batch_sizes, states):
         outputs, finals = _torch_layers(cell, config, x, states, weights, batch_sizes)
     else:
-        layer = cell.reference if why_torch else _native_layer(cell, config, return_cells)
-        outputs, finals = _layers(layer, config, x, states, weights, batch_sizes, resets, prepacked)
+        layer, plan = cell.reference, None
+        if not why_torch:
+            layer = _native_layer(cell, config, return_cells)
+            simple = batch_sizes is None and resets is None and not config.bidirectional
+            plan = pipeline.plan(x, states, weights, cell.gates, config.num_layers, simple)
+        outputs, finals = _layers(layer, config, x, states, weights, batch_sizes, resets, prepacked, plan)
         outputs = outputs[: 1 + return_cells]
 
     if rows is not None:
@@ -158,29 +162,40 @@ def _layers(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     prepacked: Sequence[Tensor] | None,
+    plan: pipeline.Plan | None,
 ) -> tuple[list[Tensor], States]:
     D = 2 if config.bidirectional else 1
-    per_layer = len(weights) // config.num_layers
-    if any(s.size(0) != config.num_layers * D for s in states):
+    L, per_layer = config.num_layers, len(weights) // config.num_layers
+    if any(s.size(0) != L * D for s in states):
         rows = [s.size(0) for s in states]
-        raise ValueError(f"expected states of {config.num_layers} x {D} layers, got {rows}")
-    finals = []
-    for i in range(config.num_layers):
+        raise ValueError(f"expected states of {L} x {D} layers, got {rows}")
+    states_of = [states if L == 1 else [s[i * D : (i + 1) * D] for s in states] for i in range(L)]
+    weights_of = [weights[i * per_layer : (i + 1) * per_layer] for i in range(L)]
+
+    def one(i: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if i > 0 and config.dropout > 0 and config.training:
             x = F.dropout(x, config.dropout)
         options = {} if prepacked is None else {"packed": prepacked[i]}
-        x, *rest = layer(
+        return layer(
             x,
-            *(states if config.num_layers == 1 else [s[i * D : (i + 1) * D] for s in states]),
-            weights[i * per_layer : (i + 1) * per_layer],
+            *states,
+            weights,
             batch_sizes=batch_sizes,
             resets=resets,
             bidirectional=config.bidirectional,
             **options,
         )
-        finals.append(rest[: len(states)])
-    finals = finals[0] if len(finals) == 1 else [torch.cat(kind) for kind in zip(*finals, strict=True)]
-    return [x, *(c.to(x.dtype) for c in rest[len(states) :] if c is not None)], finals
+
+    if plan is not None:
+        x, finals, cells = pipeline.run(one, plan, x, states_of, weights_of)
+    else:
+        finals = []
+        for i in range(L):
+            x, *rest = one(i, x, states_of[i], weights_of[i])
+            finals.append(rest[: len(states)])
+            cells = rest[len(states) :]
+    finals = finals[0] if L == 1 else [torch.cat(kind) for kind in zip(*finals, strict=True)]
+    return [x, *(c.to(x.dtype) for c in cells if c is not None)], finals
 
 
 def _torch_layers(

@@ -74,11 +74,15 @@ def _inside_vmap() -> bool:
 
 
 def is_plain_call() -> bool:
-    """Nothing but the arguments decides: no compiler, tracer, autocast, vmap or forward-mode AD looks on."""
+    """Nothing but the arguments decides: neither autocast nor anything of `is_eager` looks on."""
+    return is_eager() and not torch._C._is_any_autocast_enabled()
+
+
+def is_eager() -> bool:
+    """No compiler, tracer, vmap, torch.func.grad or forward-mode AD looks on."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

@@ -21,7 +21,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import attention, nn, support
+from seqkernels import attention, nn, pipeline, support
 from seqkernels.triton import choice
 
 Classes = dict[type[Module], type[Module]]
@@ -186,8 +186,9 @@ def _recorder(seen: dict[str, Call], name: str) -> Callable:
     def record(module: Module, args: tuple, kwargs: dict) -> None:
         attends = isinstance(module, torch.nn.MultiheadAttention)
         input = args[0] if args else kwargs.get("query" if attends else "input")
+        simple = isinstance(input, Tensor) and all(kwargs.get(e) is None for e in ("lengths", "resets"))
         input = input.data if isinstance(input, PackedSequence) else input
-        call = _call_with(input if isinstance(input, Tensor) else _weight(module))
+        call = _call_with(input if isinstance(input, Tensor) else _weight(module)) | {"simple": simple}
         if _class(module) is nn.MultiheadAttention:
             call |= signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
         seen[name] = call
@@ -219,7 +220,7 @@ def _explain(module: Module, call: Call | None) -> str:
         return f"seqkernels.{cls.__name__}, but torch runs: {reason}"
     isa, dtype = torch.ops.seqkernels.get_isa(), call["dtype"]
     if support.on_gpu(x):
-        plan = _cuda_plan(module, x) if cls is not nn.MultiheadAttention else _attention_plan(module, call)
+        plan = (_attention_plan if cls is nn.MultiheadAttention else _cuda_plan)(module, call)
         return f"seqkernels.{cls.__name__} on cuda, {dtype}, {plan}"
     return f"seqkernels.{cls.__name__} on {isa}, {dtype}, {torch.get_num_threads()} threads"
 
@@ -239,13 +240,20 @@ def _attention_plan(module: nn.MultiheadAttention, call: Call) -> str:
     return f"torch's attention kernels ({reason})" if reason else "Triton kernels"
 
 
-def _cuda_plan(module: Module, x: Tensor) -> str:
+def _cuda_plan(module: Module, call: Call) -> str:
+    """The kernels of a layer, and whether layers run at the same time where the length is known."""
     if isinstance(module, RNNCellBase):
         return "one fused step"
-    gates = module.weight_hh_l0.size(0) // module.hidden_size
-    B = 1 if x.dim() == 2 else x.size(0 if module.batch_first else 1)
-    D = 2 if module.bidirectional else 1
-    return torch.ops.seqkernels.cuda_plan(x, gates, B, module.hidden_size, D, module.proj_size > 0)
+    x = call["input"]
+    gates, H, L = module.weight_hh_l0.size(0) // module.hidden_size, module.hidden_size, module.num_layers
+    T, B = (x.size(0), 1) if x.dim() == 2 else x.shape[:2][:: -1 if module.batch_first else 1]
+    D, projected = 2 if module.bidirectional else 1, module.proj_size > 0
+    words = pipeline.cuda_plan(x, gates, B, H, D, projected)
+    if L == 1 or D == 2 or projected or not call.get("simple"):
+        return words
+    plans = [pipeline.fit(x, gates, T, B, H, L, gradients) for gradients in (False, True)]
+    forward, training = (str(p or "one layer after the other") for p in plans)
+    return f"{words}, {forward}" + ("" if training == forward else f", with gradients {training}")
 
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:
