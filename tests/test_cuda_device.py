@@ -5,6 +5,7 @@ tests run `everywhere` (devices.py), and with torch's samples."""
 import copy
 import re
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from tolerances import assert_as_exact, error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
-from twins import KINDS, cast, run, run_exactly, states, twins
+from torch.utils.checkpoint import checkpoint
+from twins import KINDS, cast, chunk_by_chunk, run, run_exactly, states, twins
 
 import seqkernels
+from seqkernels import pipeline
 from seqkernels.bench.gpu_recurrence import TF32_ROOM
 
 DEVICE = "cuda"
@@ -235,7 +238,10 @@ def outcome(module: nn.Module, x: Tensor, dy: Tensor, sizes: Tensor | None) -> t
 @forms
 @pytest.mark.parametrize("packed", [False, True])
 def test_graphs_replay_with_new_values(kind, H, packed):
-    module, xs, dys, sizes = problems(kind, H, packed)
+    check_graph(*problems(kind, H, packed))
+
+
+def check_graph(module: nn.Module, xs: list[Tensor], dys: list[Tensor], sizes: Tensor | None) -> None:
     expected = [outcome(module, x, dy, sizes) for x, dy in zip(xs, dys, strict=True)]
     x, dy, side = xs[0].clone(), dys[0].clone(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -258,15 +264,20 @@ def test_graphs_replay_with_new_values(kind, H, packed):
 @forms
 @pytest.mark.parametrize("packed", [False, True])
 def test_work_follows_the_current_stream(kind, H, packed):
+    check_stream(*problems(kind, H, packed))
+
+
+def check_stream(module: nn.Module, xs: list[Tensor], dys: list[Tensor], sizes: Tensor | None) -> None:
     """A stream is busy for long and its input comes late: work elsewhere would find what was there before."""
-    module, (x, other, _), (dy, _, _), sizes = problems(kind, H, packed)
+    (x, other, _), (dy, _, _) = xs, dys
     expected, side = outcome(module, x, dy, sizes), torch.cuda.Stream()
     late = other.clone()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        outcome(module, late, dy, sizes)  # whatever is done once
-        side.synchronize()
         torch.cuda._sleep(300_000_000)  # clocks
+        outcome(module, late, dy, sizes)  # whatever is done once, and memory for all while none comes free
+        side.synchronize()
+        torch.cuda._sleep(300_000_000)
         late.copy_(x)
         result = outcome(module, late, dy, sizes)
         late.fill_(torch.nan)  # comes after all that read it
@@ -319,6 +330,77 @@ def test_the_device_of_the_tensors_counts(kind, H):
     assert_close([t.cpu() for t in result], [t.cpu() for t in expected])
     with pytest.raises(RuntimeError):
         module(x.to(second))
+
+
+# ------------------------------------------------------------------------------------ layers at the same time
+
+# Three layers of 8 rows and 700 steps, in one block or several each.
+pipelined = pytest.mark.parametrize("H", [128, 256])
+
+
+def deep(kind: str, H: int) -> tuple[nn.Module, list[Tensor], list[Tensor], None]:
+    """As `problems`, pipelined."""
+    module = new(kind, 64, H, 3)
+    xs, dys = [randn(700, 8, 64) for _ in range(3)], [randn(700, 8, H) for _ in range(3)]
+    assert "pipelined in 3 chunks" in seqkernels.explain(module, xs[0])
+    return module, xs, dys, None
+
+
+@kinds
+@pipelined
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pipelined_layers_are_as_exact_as_one_after_the_other(kind, dtype, H):
+    ours, theirs = twins(kind, 64, H, 3, dtype=dtype)
+    x, hx = torch.randn(700, 8, 64).to(dtype), states(theirs, 8)
+    result = on_device(ours, x, hx)
+    with mock.patch.object(pipeline, "plan", return_value=None):
+        expected = on_device(ours, x, hx)
+    assert any(not torch.equal(result[name], t) for name, t in expected.items())  # sums of chunks
+    assert_as_exact(result, expected, run_exactly(theirs, x, hx, True), dtype, pooled=True)
+
+
+@kinds
+@pipelined
+def test_pipelined_layers_give_the_bits_of_chunks_in_turn(kind, H):
+    """Every time. Fresh memory is filled with NaN: what is given away too early shows."""
+    module, (x, *_), (dy, *_), _ = deep(kind, H)
+    with chunk_by_chunk(module, 234):
+        expected = outcome(module, x, dy, None)
+    for _ in range(50):
+        result = outcome(module, x, dy, None)
+        torch.empty_like(x), torch.empty_like(dy)
+        assert_close(result, expected, rtol=0, atol=0)
+        with torch.no_grad():
+            assert torch.equal(module(x)[0], expected[0])
+
+
+@kinds
+@pipelined
+def test_graphs_of_pipelined_layers(kind, H):
+    check_graph(*deep(kind, H))
+
+
+@kinds
+@pipelined
+def test_pipelined_layers_follow_the_current_stream(kind, H):
+    check_stream(*deep(kind, H))
+
+
+@kinds
+def test_pipelined_layers_on_two_streams_in_checkpoints(kind):
+    module, xs, dys, _ = deep(kind, 128)
+    expected = [outcome(module, x, dy, None)[1:] for x, dy in zip(xs, dys, strict=True)]
+    streams, results = [torch.cuda.Stream() for _ in xs], []
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream, x, dy in zip(streams, xs, dys, strict=True):
+            with torch.cuda.stream(stream):
+                leaf = x.detach().requires_grad_()
+                y = checkpoint(lambda x: module(x)[0], leaf, use_reentrant=False)
+                results.append(torch.autograd.grad(y, [leaf, *module.parameters()], dy))
+    torch.cuda.synchronize()
+    for i, result in enumerate(results):
+        assert_close(result, expected[i % 3], rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------------- many and large
