@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,9 +133,7 @@ def test_work_goes_with_the_tokens(monkeypatch):
         seen.append(tuple(x.shape))
         return layer(x, *args, **kwargs)
 
-    monkeypatch.setattr(
-        seqkernels.GRU, "_cell", lambda self: stack.Cell(3, 1, spy, stack.GRU.reference, None)
-    )
+    monkeypatch.setattr(seqkernels.GRU, "_cell", lambda self: replace(stack.GRU, layer=spy))
     module_of("GRU")(padded(False), lengths=torch.tensor([1, 0, 2, 1]))
     assert seen == [(4, I), (4, H)]
 
