@@ -55,7 +55,7 @@ def from_lengths(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged |
             return None
         steps = max(longest, 1)
     lengths, order = lengths.sort(descending=True, stable=True)
-    running = lengths > torch.arange(steps).unsqueeze(1)
+    running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)
     step, row = running.nonzero(as_tuple=True)
     row = order[row]
     tokens = row * T + step if batch_first else step * B + row

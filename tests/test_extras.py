@@ -94,6 +94,13 @@ def test_lengths_of_any_integer_type(dtype):
     assert_close(run(module, x, lengths=lengths.to(dtype)), run(module, x, lengths=lengths))
 
 
+def test_lengths_where_tensors_are_made_on_another_device():
+    module, x, lengths = module_of("GRU"), padded(False), torch.tensor([3, 6, 1, 4])
+    expected = module(x, lengths=lengths)
+    with torch.device("meta"):
+        assert_close(module(x, lengths=lengths), expected)
+
+
 @everywhere
 @kinds
 def test_lengths_of_an_unbatched_input(kind):
