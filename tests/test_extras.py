@@ -381,6 +381,10 @@ def changes():
     def elsewhere(module):
         module.weight_hh_l0.data = torch.randn_like(module.weight_hh_l0)
 
+    def elsewhere_and_back(module):  # the second tensor gets the memory of the first, were that free
+        for _ in range(2):
+            module.weight_hh_l0.data = module.weight_hh_l0.data * 2
+
     def parameter(module):
         module.weight_ih_l1 = nn.Parameter(torch.randn_like(module.weight_ih_l1))
 
@@ -390,7 +394,7 @@ def changes():
     def reset(module):
         module.reset_parameters()
 
-    return [in_place, optimizer, state, assigned, elsewhere, parameter, dtype, reset]
+    return [in_place, optimizer, state, assigned, elsewhere, elsewhere_and_back, parameter, dtype, reset]
 
 
 @kinds

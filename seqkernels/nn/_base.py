@@ -33,7 +33,7 @@ class Recurrent(RNNBase):
     """Layers of one kind of cell. Serves as the `stack.Config` of its own call."""
 
     recompute = False
-    _prepacked: tuple[list[tuple[Tensor, list[int]]], list[Tensor]] | None = None
+    _prepacked: tuple[list[tuple[Tensor, list[int], Tensor]], list[Tensor]] | None = None
 
     _torch: type[RNNBase]
 
@@ -160,7 +160,7 @@ class Recurrent(RNNBase):
         The packs serve calls that want no gradients, outside autocast and torch.compile. A call that wants
         gradients of the weights drops them; so do `unprepack_()`, `.to()`, load_state_dict, and any change
         of a weight that torch's version counter sees. Writing into `weight.data`, or into weights made in
-        inference mode, is not seen: unprepack first.
+        inference mode, or by an optimizer with fused=True, is not seen: unprepack first.
         Copies and pickles of the module are without packs.
         """
         weights = self._weights()
@@ -172,7 +172,8 @@ class Recurrent(RNNBase):
                 torch.ops.seqkernels.rnn_pack(rows[i : i + per_layer], gates, bidirectional)
                 for i in range(0, len(weights), per_layer)
             ]
-        self._prepacked = [(w, _version(w)) for w in weights], packs
+        # The alias keeps the memory: nothing else can come to lie where _version() says that the weight lies.
+        self._prepacked = [(w, _version(w), w.detach()) for w in weights], packs
         return self
 
     def unprepack_(self):
@@ -188,7 +189,7 @@ class Recurrent(RNNBase):
         trains = torch.is_grad_enabled() and any(w.requires_grad for w in self._flat_weights)
         same = all(
             w is was and _version(w) == version
-            for w, (was, version) in zip(self._flat_weights, packed_from, strict=True)
+            for w, (was, version, _) in zip(self._flat_weights, packed_from, strict=True)
         )
         if trains or not same:
             self.unprepack_()
