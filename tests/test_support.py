@@ -104,6 +104,21 @@ def test_forward_mode_derivatives(kind):
 
 
 @every_kind
+def test_forward_mode_derivatives_of_gradients(kind):
+    """Forward over reverse where only the gradient that comes in has a tangent."""
+    module = twins(kind, 3, 4)[0]
+    x = sample(kind).requires_grad_()
+    output = module(x)
+    y = output[0] if isinstance(output, tuple) else output
+    slope, direction = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, x, direction, retain_graph=True)[0]  # linear in the slope
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(slope, direction)
+        gradient = torch.autograd.grad(y, x, dual)[0]
+        assert_close(forward_ad.unpack_dual(gradient).tangent, expected)
+
+
+@every_kind
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(kind):
     """Gradients of single samples: what torch can do of it, which is the LSTM, and else its errors."""

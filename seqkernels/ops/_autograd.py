@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import seqkernels.ops._library  # noqa: F401  (defines torch.ops.seqkernels)
 
@@ -68,7 +69,8 @@ def beyond_native(*grads: Tensor | None) -> bool:
     """In backward: the gradients will themselves be differentiated, or come in batches (is_grads_batched)."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or any(g is not None and _is_batched(g) for g in grads)
+    differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return differentiated or any(g is not None and _is_batched(g) for g in grads)
 
 
 def _is_batched(grad: Tensor) -> bool:
