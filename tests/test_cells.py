@@ -110,6 +110,22 @@ def test_one_output_alone_has_a_gradient():
 
 
 @everywhere
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_h_may_be_written_into(kind):
+    """As a mask that ends episodes does it. c of an LSTMCell and h of an RNNCell belong to backward."""
+    results = []
+    for cell in cells(kind, 6, 9):
+        torch.manual_seed(1)
+        x, state = torch.randn(3, 6), hidden(kind, 3, 9)
+        for _ in range(3):
+            state = cell(x, state)
+            h = state[0] if isinstance(state, tuple) else state
+            h *= torch.tensor([[0.0], [1.0], [0.5]])
+        results.append((h, torch.autograd.grad(h.sum(), list(cell.parameters()))))
+    assert_close(*results)
+
+
+@everywhere
 @kinds
 def test_gradients_flow_through_many_steps(kind):
     ours, theirs = cells(kind, 6, 9)

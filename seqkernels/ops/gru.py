@@ -73,13 +73,14 @@ class _Cell(ag.Function):
     def setup_context(ctx, inputs, output):
         ag.keep_none_grads(ctx)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output, *inputs)
+        ctx.save_for_backward(output[1], *inputs)  # not h', so that it may be written into
 
     @staticmethod
     def backward(ctx, dh, _):
-        h, gates, x, h0, *weights = ctx.saved_tensors
-        *saved, x, h0, dh = ag.one_step(h, gates, x, h0, dh)
-        dx, dh0, *dweights = _gradients(ctx, (None, dh), (x, h0, *weights), (*saved, None, None))
+        gates, x, h0, *weights = ctx.saved_tensors
+        gates, x, h0, dh = ag.one_step(gates, x, h0, dh)
+        saved = (h0, gates, None, None)  # h0 for y, which is read where there is a next step
+        dx, dh0, *dweights = _gradients(ctx, (None, dh), (x, h0, *weights), saved)
         return *ag.no_steps(dx, dh0), *dweights
 
 

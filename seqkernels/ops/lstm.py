@@ -89,15 +89,15 @@ class _Cell(ag.Function):
     def setup_context(ctx, inputs, output):
         ag.keep_none_grads(ctx)
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*output, *inputs)
+        ctx.save_for_backward(*output[1:], *inputs)  # not h', so that it may be written into
 
     @staticmethod
     def backward(ctx, dh, dc, _):
-        h, c, gates, x, h0, c0, *weights = ctx.saved_tensors
+        c, gates, x, h0, c0, *weights = ctx.saved_tensors
         cells = c.to(ag.accumulation_dtype(c.dtype))
-        *saved, x, h0, c0, dh, dc = ag.one_step(h, cells, gates, x, h0, c0, dh, dc)
-        dx, dh0, dc0, *dweights = _gradients(
-            ctx, (None, dh, dc, None), (x, h0, c0, *weights), (*saved, None, None)
+        *saved, x, h0, c0, dh, dc = ag.one_step(cells, gates, x, h0, c0, dh, dc)
+        dx, dh0, dc0, *dweights = _gradients(  # h0 for y, which is read where there is a next step
+            ctx, (None, dh, dc, None), (x, h0, c0, *weights), (h0, *saved, None, None)
         )
         return *ag.no_steps(dx, dh0, dc0), *dweights
 
