@@ -169,6 +169,7 @@ def explain(module: Module, *inputs, **kwargs) -> str:
         hooks = [
             m.register_forward_pre_hook(_recorder(seen, name), with_kwargs=True)
             for name, m in modules.items()
+            if not isinstance(m, torch.jit.ScriptModule)  # takes no hooks, and what it gets does not matter
         ]
         try:
             with torch.no_grad():

@@ -304,6 +304,14 @@ def test_explain():
     assert seqkernels.explain(nn.Linear(1, 1)) == "there is nothing to swap in Linear"
 
 
+def test_explain_calls_a_model_with_scripted_modules():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.LSTMCell(3, 4))), nn.Module())
+    model.forward = lambda x: model[0](x)
+    assert seqkernels.explain(model, torch.zeros(2, 3)) == (
+        "0.0: torch's RecursiveScriptModule, torch.jit.script has compiled it"
+    )
+
+
 def test_explain_with_inputs_says_what_runs_for_them(monkeypatch):
     monkeypatch.setattr(seqkernels.support, "_told", set())  # each reason is told once in a process
     model = seqkernels.LSTM(3, 4)
