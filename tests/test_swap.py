@@ -245,6 +245,43 @@ def explain_kinds(model: nn.Module) -> list[str]:
     return [line.split(": ")[1].split(" on ")[0] for line in seqkernels.explain(model).splitlines()]
 
 
+class Straight(Model):
+    """The same without loops over values, which torch.fx cannot trace."""
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x, _ = layer(x)
+        h, c = self.cells["LSTMCell"](self.cells["RNNCell"](self.cells["GRUCell"](x[0])), (x[1], x[2]))
+        attended, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(attended) + self.head(h + c)
+
+
+class WithExtras(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = seqkernels.LSTM(3, 4)
+
+    def forward(self, x, lengths):
+        output, states, cells = self.lstm(x, lengths=lengths, return_cell_states=True)
+        return output, states[1], cells
+
+
+def test_symbolic_tracing_sees_one_node_as_of_torchs_modules():
+    model, graphs = Straight().eval(), []
+    expected = model(tokens)
+    for _ in range(2):
+        traced = torch.fx.symbolic_trace(model)
+        graphs.append([(node.op, node.target) for node in traced.graph.nodes])
+        assert_close(traced(tokens), expected)
+        seqkernels.swap_(model)
+    assert graphs[0] == graphs[1]
+    seqkernels.unswap_(traced)
+    assert_close(traced(tokens), expected)
+    model, x, lengths = WithExtras(), torch.randn(5, 2, 3), torch.tensor([5, 2])
+    assert_close(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
+
+
 def test_patch():
     with seqkernels.patch():
         inside = [

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Module
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
@@ -27,6 +28,13 @@ def torchs_twin(module: Module) -> Module:
     twin = module._torch.__new__(module._torch)
     twin.__dict__.update(module.__dict__)
     return twin
+
+
+def as_one_node(module: Module, input: Proxy, *args, **kwargs) -> Proxy:
+    """What torch.fx.symbolic_trace records of torch's modules, while it looks into those of others."""
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input, *args), given)
 
 
 class Recurrent(RNNBase):
@@ -239,6 +247,8 @@ def leave_to_torch(
 
 def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | None, *options: str):
     """`cell(input, hx)` by `op`. states: hx as a sequence, or None."""
+    if isinstance(input, Proxy):
+        return as_one_node(cell, input, hx)
     if states is not None and input.dim() == 2 and support.is_plain_call():
         try:
             return op(input, *states, *_cell_weights(cell), *options)

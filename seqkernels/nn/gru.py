@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack
-from seqkernels.nn._base import Recurrent, leave_to_torch, step, torchs_twin
+from seqkernels.nn._base import Recurrent, as_one_node, leave_to_torch, step, torchs_twin
 from seqkernels.ops.gru import gru_cell
 
 
@@ -40,6 +41,8 @@ class GRU(Recurrent):
         states = None if hx is None else (hx,)
         if not extras and (short := self._short_cut(input, states)):
             return short
+        if isinstance(input, Proxy):
+            return as_one_node(self, input, hx, lengths=lengths, resets=resets)
         if reason := self._why_torch(input, states, extras):
             return leave_to_torch(self, input, hx, reason, extras)
         (output,), (h_n,) = self._run(input, states, lengths, resets)

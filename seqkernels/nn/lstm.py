@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack
-from seqkernels.nn._base import Recurrent, leave_to_torch, step, torchs_twin
+from seqkernels.nn._base import Recurrent, as_one_node, leave_to_torch, step, torchs_twin
 from seqkernels.ops.lstm import lstm_cell
 
 
@@ -42,6 +43,10 @@ class LSTM(Recurrent):
         extras = lengths is not None or resets is not None or return_cell_states
         if not extras and (short := self._short_cut(input, hx)):
             return short[0], short[1:]
+        if isinstance(input, Proxy):
+            return as_one_node(
+                self, input, hx, lengths=lengths, resets=resets, return_cell_states=return_cell_states
+            )
         if reason := self._why_torch(input, hx, extras):
             return leave_to_torch(self, input, hx, reason, extras)
         (output, *cells), states = self._run(input, hx, lengths, resets, return_cell_states)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from seqkernels import support
 from seqkernels.attention import MISFIT, is_plain, torchs_kernels
-from seqkernels.nn._base import torchs_twin
+from seqkernels.nn._base import as_one_node, torchs_twin
 from seqkernels.ops.attention import NO_LIMIT, attention, attention_weights
 from seqkernels.ops.linear import linear
 
@@ -37,6 +38,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(query, Proxy):
+            options = need_weights, attn_mask, average_attn_weights, is_causal
+            return as_one_node(self, query, key, value, key_padding_mask, *options)
         masks = key_padding_mask, attn_mask
         plain = is_plain(query, key, value, *masks)
         forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
