@@ -132,6 +132,22 @@ def test_calls_from_many_python_threads(kind):
         assert all(pool.map(work, range(4)))
 
 
+@kinds
+def test_threads_that_are_not_woken_take_no_memory(kind, threads):
+    """A layer too small for a second thread, on a machine with many: scratch for all would be fresh pages."""
+    module, x = getattr(seqkernels, kind)(32, 32), torch.randn(16, 1, 32, requires_grad=True)
+    threads(256)
+
+    def faults_of_calls(count: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            module(x)[0].sum().backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_calls(20)
+    assert faults_of_calls(100) < 100
+
+
 # ------------------------------------------------------------------------------------------ long and extreme
 
 

@@ -53,7 +53,7 @@ struct LayerBwd {
   BackwardWeights<Cell, S> weights;
   ForwardWeights<Cell, S> forward;  // to rebuild the gates; panels only then
   const bool rebuild, projected;
-  int team;
+  int team;  // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
   const int64_t ldG, ldh, ldcell;
 
@@ -585,11 +585,11 @@ template <class Cell, class S>
 static void layer_bwd(const typename Cell::BwdParams& p) {
   LayerBwd<Cell, S> layer(p);
   Arena count;
-  layer.team = p.parallel.threads;
+  layer.team = team_size(layer.seq, Cell::kGates);
   layer.layout(count);
   Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   layer.layout(arena);
   layer.prepare();
-  run_team(p.parallel, team_size(layer.seq, Cell::kGates), [&](int id, int size) { layer.thread(id, size); });
+  run_team(p.parallel, layer.team, [&](int id, int size) { layer.thread(id, size); });
   scratch_free(arena.base);
 }

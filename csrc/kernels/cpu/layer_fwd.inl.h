@@ -64,7 +64,7 @@ struct LayerFwd {
   const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
-  int team;
+  int team;  // threads at most
   int64_t chunk_tokens;  // of a projection, at most
 
   // Shared, one of each per direction.
@@ -462,12 +462,11 @@ template <class Cell, class S>
 static void layer_fwd(const typename Cell::FwdParams& p) {
   LayerFwd<Cell, S> layer(p);
   Arena count;
-  layer.team = p.parallel.threads;
+  layer.team = forward_team_size<Operand<S>>(layer.seq, Cell::kGates, layer.once);
   layer.layout(count);
   Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   layer.layout(arena);
   layer.prepare();
-  run_team(p.parallel, forward_team_size<Operand<S>>(layer.seq, Cell::kGates, layer.once),
-           [&](int id, int size) { layer.thread(id, size); });
+  run_team(p.parallel, layer.team, [&](int id, int size) { layer.thread(id, size); });
   scratch_free(arena.base);
 }
