@@ -126,6 +126,15 @@ def test_padding_at_the_end_is_not_merged_with_a_mask(kind, lengths, monkeypatch
     assert seen == [((1, 1, L, S), list(lengths))]
 
 
+def test_two_masks_where_tensors_are_made_on_another_device():
+    module = twins()[0]
+    qkv, padding = inputs(module), torch.arange(S) >= torch.tensor([5, 3, 1])[:, None]
+    kwargs = {"key_padding_mask": padding, "attn_mask": masks("bool", (L, S)), "need_weights": False}
+    expected = module(*qkv, **kwargs)
+    with torch.device("meta"):
+        assert_close(module(*qkv, **kwargs), expected)
+
+
 @constructions
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_the_hint_of_causality(options, need_weights):

@@ -104,7 +104,7 @@ def make_mask(
         )
     mask = attention_mask[:, None, None] if free else attention_mask
     if attention_mask.is_cpu and (free or q_length == kv_length):
-        lengths = attention_mask.sum(1)
-        if torch.equal(attention_mask, torch.arange(kv_length) < lengths[:, None]):
+        lengths, keys = attention_mask.sum(1), torch.arange(kv_length, device="cpu")
+        if torch.equal(attention_mask, keys < lengths[:, None]):
             mask._lengths_of_keys = lengths
     return mask

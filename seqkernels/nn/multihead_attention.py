@@ -240,8 +240,8 @@ def _lengths(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tenso
     if key_padding_mask.dtype != torch.bool:
         return None
     visible = ~key_padding_mask
-    lengths = visible.sum(1)
-    return lengths if torch.equal(visible, torch.arange(visible.size(1)) < lengths[:, None]) else None
+    lengths, keys = visible.sum(1), torch.arange(visible.size(1), device="cpu")
+    return lengths if torch.equal(visible, keys < lengths[:, None]) else None
 
 
 def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, more: int) -> Tensor | None:
