@@ -36,9 +36,13 @@ def why_torch(x: Tensor) -> str | None:
 def _why_torch_alone() -> str | None:
     """What looks on and knows torch's operators only."""
     if torch.compiler.is_compiling():
-        return "ONNX has no operators for our kernels" if _exports_to_onnx() else None
+        return "ONNX has no operators for our kernels" if _exports_to_onnx() else _why_not_transformed()
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace, and the ONNX export on top of it, know torch's operators only"
+    return _why_not_transformed()
+
+
+def _why_not_transformed() -> str | None:
     if forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivatives"
     return "the kernels do not know torch.vmap" if _inside_vmap() else None
@@ -113,4 +117,5 @@ def fall_back(reason: str) -> None:
 # The decorator itself imports torch._dynamo, which takes as long as importing torch.
 _why_not_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_not_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]

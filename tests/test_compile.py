@@ -98,6 +98,20 @@ def test_torch_func_grad_in_one_graph(kind, frozen):
     assert_close(in_one_graph(gradient)(x), gradient(x))
 
 
+@pytest.mark.parametrize("kind", ["GRU", "RNN", *CELLS])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_forward_mode_derivatives_in_one_graph(kind, frozen):
+    module = getattr(seqkernels, kind)(5, 7).requires_grad_(not frozen)
+    x = torch.randn(*((3, 5) if kind in CELLS else (4, 3, 5)))
+
+    def derivative(x, direction):
+        return torch.func.jvp(lambda x: tree_leaves(module(x))[0], (x,), (direction,))
+
+    direction = torch.randn_like(x)
+    assert_close(in_one_graph(derivative)(x, direction), derivative(x, direction))
+
+
 def test_torch_func_grad_of_attention_in_one_graph():
     attend = seqkernels.scaled_dot_product_attention
     gradient, x = torch.func.grad(lambda x: attend(x, x, x).sin().sum()), torch.randn(2, 3, 4, 5)
