@@ -208,6 +208,24 @@ def test_queries_that_see_no_key_give_zero():
         assert dv.isfinite().all()
 
 
+HIDING = [-1e4, -397124374.8651747, -772323417.8225791, -1079102346.3582563, torch.finfo(torch.bfloat16).min]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("queries", [2, 70])
+def test_queries_whose_keys_a_finite_mask_hides(dtype, hiding, queries):
+    """They see all keys alike. What their logits lose to rounding must not make weights that pass 1."""
+    q, k, v = qkv(1, 1, queries, 16, keys=33, dtype=dtype)
+    mask = torch.zeros(queries, 33, dtype=dtype)
+    mask[0] = hiding
+    result, torchs = (with_gradients(f, (q, k, v), mask) for f in (ours, theirs))
+    tolerance = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert_close(result, torchs, **tolerance)
+    _, lse = ours(q, k, v, mask, return_lse=True)
+    assert_close(lse[0, 0, 0], torch.tensor(hiding), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3, None])
 def test_any_scale(scale):
     leaves = qkv(2, 4, 5, 8)

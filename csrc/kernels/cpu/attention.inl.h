@@ -275,8 +275,6 @@ struct ScoreRule {
         natural(p.softcap != 0 || p.scale == 0 || p.alibi || p.mask_kind == MaskKind::additive ||
                 p.mask_kind == MaskKind::additive_acc),
         alibi(p.alibi) {}
-  // What exp2 multiplies scores with.
-  T log2_scale() const { return natural ? T(kLog2e) : T(double(scale) * kLog2e); }
   // Logits but for the mask; `slope` is the derivative of softcap.
   Vec<T> operator()(Vec<T> s, Vec<T> distance, Vec<T> alibi_slope, Vec<T>& slope) const {
     s *= scale;
@@ -355,20 +353,20 @@ struct KeyBlock {
     return nk == N && span.first_key(i + n - 1) <= j && j + nk <= span.end_key(i);
   }
 
-  // Logits of W keys of query i, from lane l on, as powers of 2; -inf where `limits` hide a key. `slope`:
-  // their derivative by the scaled score.
+  // Logits of W keys of query i, from lane l on; -inf where `limits` hide a key. `slope`: their derivative by
+  // the scaled score.
   Vec<T> logits(Vec<T> s, int64_t h, int64_t i, int64_t l, bool limits, Vec<T>& slope) const {
-    const T c = rule.log2_scale();
     slope = splat(T(1));
     if (rule.natural)
       s = rule(s, T(j + l - i - span.offset) + iota<T>(),
                splat(p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0)), slope);
+    else
+      s *= rule.scale;
     const bool masked = p.mask_kind != MaskKind::none && l < nk, boolean = p.mask_kind == MaskKind::boolean;
     const int64_t row = mask_offset(p, b, h, i);
     if (masked && !boolean)
       s += p.mask_kind == MaskKind::additive ? mask_values<S>(p, row, j + l, nk - l)
                                              : mask_values<T>(p, row, j + l, nk - l);
-    s *= c;
     if (masked && boolean) {
       Vec<Word<T>> bit;
       SEQ_UNROLL for (int lane = 0; lane < W; lane++) bit[lane] = 1 << lane;

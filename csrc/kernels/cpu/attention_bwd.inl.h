@@ -12,10 +12,12 @@
 
 #include "attention.inl.h"
 
-// LSE as exp2 subtracts it. Where no key is seen every P is 0.
+// P of logits, given the LSE of their query: at most 1, though the LSE of large logits is rounded by more
+// than exp2 can bear. Where no key is seen every P is 0.
 template <class T>
-SEQ_INLINE T log2_of(T lse) {
-  return lse == -kInf<T> ? kInf<T> : T(double(lse) * kLog2e);
+SEQ_INLINE Vec<T> weights_of(Vec<T> logits, T lse) {
+  const Vec<T> x = logits - (lse == -kInf<T> ? kInf<T> : lse);
+  return exp2_of<T>(x > T(0) ? Vec<T>{} : x, splat(T(kLog2e)), Vec<T>{});
 }
 
 template <class S>
@@ -179,7 +181,7 @@ struct AttentionBwd {
         T delta = dlse ? -dlse[i] : T(0);
         for (int r = 0; r < W; r++) delta += sum[r];
         m.delta[g * f.max_q + i] = delta;
-        m.lse[g * f.max_q + i] = log2_of(lse[i]);
+        m.lse[g * f.max_q + i] = lse[i];
         if (p.dsinks && lse[i] != -kInf<T>)
           dsink -= __builtin_exp(double(static_cast<const T*>(p.sinks)[h]) - double(lse[i])) * double(delta);
       }
@@ -286,7 +288,7 @@ struct AttentionBwd {
                    bool limits) const {
       Vec<T> slope;
       const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, slope),
-                   e = exp2_of<T>(x - m.lse[row + r], splat(T(1)), Vec<T>{}),
+                   e = weights_of<T>(x, m.lse[row + r]),
                    ds = e * (load(m.dS + r * kK + l) - m.delta[row + r]);
       if (p.dmask && l < keys.nk) add_dmask(f.dmask_row(keys.b, h, i + r), keys.j + l, ds, keys.nk - l);
       return {e, ds * slope};
@@ -359,7 +361,7 @@ static void attention_weights(const AttentionWeightsParams& p) {
               Vec<T> unused;
               const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, unused);
               T* to = m.rows + r * width + j + l;
-              store(to, load(to) + exp2_of<T>(x - log2_of(lse[r]), splat(T(1)), Vec<T>{}));
+              store(to, load(to) + weights_of<T>(x, lse[r]));
             }
         }
       }

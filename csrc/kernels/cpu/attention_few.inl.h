@@ -169,11 +169,11 @@ struct AttentionFew {
     for (int r = 0; r < W; r++) now = top[r] > now ? top[r] : now;
     const T zero = now == -kInf<T> ? T(0) : now;
     for (int64_t n = 0; n < block.N; n += W) {
-      const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(1)), Vec<T>{});
+      const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(kLog2e)), Vec<T>{});
       total += e;
       store(xs + n, e);
     }
-    const T by = exp2_of<T>(splat(m - zero), splat(T(1)), Vec<T>{})[0];
+    const T by = exp2_of<T>(splat(m - zero), splat(T(kLog2e)), Vec<T>{})[0];
     m = now;
     l *= by;
     for (int r = 0; r < W; r++) l += total[r];
@@ -208,17 +208,17 @@ struct AttentionFew {
     for (int64_t r = 0; r < group * span.Tq; r++) {
       const int64_t h = hk * group + r / span.Tq, i = r % span.Tq;
       const T *m = max + head * parts * kRows + r, *l = sum + head * parts * kRows + r;
-      const double sink = p.sinks ? double(static_cast<const T*>(p.sinks)[h]) * kLog2e : -kInf<double>;
+      const double sink = p.sinks ? double(static_cast<const T*>(p.sinks)[h]) : -kInf<double>;
       double top = sink, total = 0;
       for (int64_t s = 0; s < parts; s++) top = m[s * kRows] > top ? m[s * kRows] : top;
       const double zero = top == -kInf<double> ? 0 : top;
       T by[kMost];
       for (int64_t s = 0; s < parts; s++) {
-        by[s] = T(__builtin_exp2(double(m[s * kRows]) - zero));
+        by[s] = T(__builtin_exp(double(m[s * kRows]) - zero));
         total += double(by[s]) * l[s * kRows];
       }
-      if (sink != -kInf<double>) total += __builtin_exp2(sink - zero);
-      static_cast<T*>(p.lse)[span.lse + h * span.lse_h + i] = T(zero * kLn2 + __builtin_log(total));
+      if (sink != -kInf<double>) total += __builtin_exp(sink - zero);
+      static_cast<T*>(p.lse)[span.lse + h * span.lse_h + i] = T(zero + __builtin_log(total));
       const T inverse = total == 0 ? T(0) : T(1 / total);
       S* to = row_of<S>(p.out, span.batch, h, span.q0 + i);
       for (int64_t d = 0; d < p.Dv; d += W) {

@@ -449,9 +449,9 @@ struct AttentionFwd {
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t h = h0 + l / n;
         const bool near = reference[l] > -kFar<T> && reference[l] < kFar<T>;
-        double m = reference[l] == -kInf<T> ? 0
-                   : near                   ? double(reference[l]) * kLn2
-                                            : double(max[l]) * (f.rule.natural ? 1 : __builtin_fabs(p.scale));
+        const double scale = f.rule.natural ? 1 : __builtin_fabs(double(f.rule.scale));
+        double m = max[l] == -kInf<T> ? 0 : double(max[l]) * scale;
+        if (near) m += kLn2 * (double(reference[l]) - double(max[l]) * double(c));  // c is rounded
         double total = sum[l], by = 1;
         const double sink = p.sinks ? static_cast<const T*>(p.sinks)[h] : -kInf<double>;
         if (sink != -kInf<double>) {
