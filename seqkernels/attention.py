@@ -186,7 +186,7 @@ def varlen_attention(
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {_described(*cu)}")
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
-    cu_q, cu_k = (c.to(torch.int64) for c in cu)
+    cu_q, cu_k = (c.to(torch.int64).contiguous() for c in cu)
     options |= {"cu_q": cu_q, "cu_k": cu_k, "bottom_right": True}
     reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=max_q, max_k=max_k)
@@ -283,7 +283,7 @@ def attend_with_lengths(
         return _torchs(q, k, v, **options, enable_gqa=q.size(1) != k.size(1)), None
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
     options |= {"mask": mask, "bottom_right": bottom_right, "dropout": dropout_p}
-    options |= {"len_k": None if lengths is None else lengths.to(torch.int64)}
+    options |= {"len_k": None if lengths is None else lengths.to(torch.int64).contiguous()}
     return _attend(q, k, v, options, reason)
 
 
@@ -330,7 +330,7 @@ def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
         and ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and k.is_cuda and v.is_cuda))
         and not (q.is_nested or k.is_nested or v.is_nested)
         and support.is_plain_call()
-        and q.dim() == 4 == k.dim()
+        and q.dim() == k.dim() == v.dim() == 4
         and (gqa or q.size(1) == k.size(1))
         and q.size(3) > 0
         and torch._C._get_flash_sdp_enabled()
@@ -339,7 +339,7 @@ def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
 
 
 def _ours_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    reason = v.dim() != 4 or support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
     return not (reason or support.why_torch_is_faster(q, k, v))
 
 

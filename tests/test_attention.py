@@ -116,6 +116,7 @@ SHAPES = {
     "one head of queries": ((2, 1, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
     "one head of values": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 1, 7, 8)),
     "dims that are not there": ((5, 8), (2, 4, 7, 8), (4, 7, 8)),
+    "dims that only values have not": ((2, 4, 5, 8), (2, 4, 7, 8), (4, 7, 6)),
     "five dims from two": ((5, 1, 4, 3, 8), (2, 1, 6, 8), (6, 8)),
     "no queries": ((2, 4, 0, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
     "no keys": ((2, 4, 5, 8), (2, 4, 0, 8), (2, 4, 0, 8)),
@@ -640,6 +641,19 @@ def test_packed_sequences(is_causal, dtype):
         return torch.cat(outs)
 
     assert_close(with_gradients(packed, (q, k, v)), with_gradients(each_alone, (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_lengths_that_lie_apart(dtype):
+    """Expanded, or a column of something."""
+    q, k, v = qkv(3, 4, 1, 8, keys=9)
+    column = torch.tensor([[0, 1], [5, 1], [9, 1]], dtype=dtype)[:, 0]
+    for lengths in (column, torch.tensor([5], dtype=dtype).expand(3)):
+        result = seqkernels.decode_attention(q, k, v, lengths)
+        assert torch.equal(result, seqkernels.decode_attention(q, k, v, lengths.clone()))
+    x = torch.randn(9, 4, 8)
+    packed = [seqkernels.varlen_attention(x, x, x, cu, cu, 5, 5) for cu in (column, column.clone())]
+    assert torch.equal(*packed)
 
 
 @pytest.mark.parametrize("Tq", [1, 3])
