@@ -520,6 +520,14 @@ def test_memory_does_not_grow_with_the_scores(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
+def test_memory_of_many_rows_with_one_query():
+    """Not many times the 16 MiB of the result."""
+    q, k, v = qkv(8192, 8, 1, 64, keys=2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours(q, k, v)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
 # ---------------------------------------------------------------------------------------------- beyond torch
 
 

@@ -96,6 +96,7 @@ struct AttentionFew {
     parts = busy_splits(p.B * p.Hk, p.parallel.threads, p.Tk / kPart);
   }
   int64_t tasks() const { return p.B * p.Hk * parts; }
+  int64_t out_size() const { return group * p.Tq * ldv; }  // of a task
 
   void layout(Arena& a) {
     next = a.take<int64_t>(1);
@@ -104,7 +105,7 @@ struct AttentionFew {
     x = a.take_each<T>(team, kRows * kK);
     max = a.take<T>(tasks() * kRows);
     sum = a.take<T>(tasks() * kRows);
-    out = a.take<T>(tasks() * kRows * ldv);
+    out = a.take<T>(tasks() * out_size());
   }
   void prepare() {
     *next = 0;
@@ -128,7 +129,7 @@ struct AttentionFew {
     const Span span(p, b);
     const int64_t R = group * span.Tq;
     O* qs = q[id];
-    T *xs = x[id], *m = max + task * kRows, *l = sum + task * kRows, *o = out + task * kRows * ldv;
+    T *xs = x[id], *m = max + task * kRows, *l = sum + task * kRows, *o = out + task * out_size();
     for (int64_t r = 0; r < R; r++) {
       copy_row(row_of<S>(p.q, span.batch, hk * group + r / span.Tq, span.q0 + r % span.Tq), p.D, qs + r * ldq,
                ldq);
@@ -224,7 +225,7 @@ struct AttentionFew {
       for (int64_t d = 0; d < p.Dv; d += W) {
         Vec<T> o{};
         for (int64_t s = 0; s < parts; s++)
-          o += load(out + ((head * parts + s) * kRows + r) * ldv + d) * by[s];
+          o += load(out + (head * parts + s) * out_size() + r * ldv + d) * by[s];
         store(to + d, o * inverse, p.Dv - d);
       }
     }
