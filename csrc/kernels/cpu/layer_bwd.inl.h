@@ -53,7 +53,7 @@ struct LayerBwd {
   BackwardWeights<Cell, S> weights;
   ForwardWeights<Cell, S> forward;  // to rebuild the gates; panels only then
   const bool rebuild, projected;
-  int team;  // threads at most
+  int team;                     // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
   const int64_t ldG, ldh, ldcell;
 

@@ -64,8 +64,8 @@ struct LayerFwd {
   const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
-  int team;  // threads at most
-  int64_t chunk_tokens;  // of a projection, at most
+  int team;               // threads at most
+  int64_t chunk_tokens;   // of a projection, at most
 
   // Shared, one of each per direction.
   O *state[2], *m[2];
