@@ -118,7 +118,7 @@ def run(
     else:
         layer, plan = cell.reference, None
         if not why_torch:
-            layer = _native_layer(cell, config, return_cells)
+            layer = native_layer(cell, config, return_cells)
             simple = batch_sizes is None and resets is None and not config.bidirectional
             plan = pipeline.plan(x, states, weights, cell.gates, config.num_layers, simple)
         outputs, finals = _layers(layer, config, x, states, weights, batch_sizes, resets, prepacked, plan)
@@ -147,7 +147,7 @@ def _check_counts(cell: Cell, config: Config, states: States | None, weights: Se
         )
 
 
-def _native_layer(cell: Cell, config: Config, return_cells: bool) -> Callable:
+def native_layer(cell: Cell, config: Config, return_cells: bool) -> Callable:
     if cell is LSTM:
         return partial(cell.layer, recompute=config.recompute, return_cells=return_cells)
     return partial(cell.layer, recompute=config.recompute) if cell is GRU else cell.layer

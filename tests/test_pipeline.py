@@ -302,7 +302,7 @@ def decision(
     module = getattr(seqkernels, kind)(5, 8, layers, **options)
     with pipelined(Gpu(gpu), 16), planned() as plans, torch.set_grad_enabled(grad):
         module(torch.randn(T, 3, 5, dtype=options.get("dtype")), **call)
-    return plans[-1]
+    return plans[-1] if plans else None  # one layer takes the short cut, where nobody asks
 
 
 def test_who_is_pipelined():
