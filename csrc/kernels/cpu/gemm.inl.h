@@ -59,7 +59,7 @@ SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
 #endif
 
 // `first`: the first tile that reads a panel brings it to L1 for the others. `several`: each brings the rows
-// of the next, as no prefetcher follows 12 rows at once (projections 8 %, layers 2 to 5 %).
+// of the next, as no prefetcher follows 12 rows at once (projections 8 %, layers 1 to 3 %).
 template <class D, int rows, int NV, bool first, bool several>
 static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]] const D* next_rows,
                  const D* __restrict b, int64_t ldb, const D* next, const Acc<D>* init, int64_t ldi,
@@ -118,10 +118,11 @@ template <class D, int... r>
 SEQ_INLINE TileFn<D> tile_of(int vectors, int rows, bool first, bool several,
                              std::integer_sequence<int, r...>) {
   static constexpr TileFn<D> narrow[] = {tile<D, r + 1, 1, false, false>...};
-  static constexpr TileFn<D> alone[] = {tile<D, r + 1, 2, true, false>...};
-  static constexpr TileFn<D> first_of[] = {tile<D, r + 1, 2, true, true>...};
-  static constexpr TileFn<D> following[] = {tile<D, r + 1, 2, false, true>...};
-  return (vectors == 1 ? narrow : !several ? alone : first ? first_of : following)[rows - 1];
+  static constexpr TileFn<D> wide[][sizeof...(r)] = {{tile<D, r + 1, 2, false, false>...},
+                                                     {tile<D, r + 1, 2, true, false>...},
+                                                     {tile<D, r + 1, 2, false, true>...},
+                                                     {tile<D, r + 1, 2, true, true>...}};
+  return (vectors == 1 ? narrow : wide[2 * several + first])[rows - 1];
 }
 
 #if defined(__AMX_BF16__)
@@ -211,6 +212,9 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
 #endif
   // Also where one tile is all there is: a chain of 900 sums has four times the error of torch's.
   const int64_t tiles = (M + MR - 1) / MR, kc = KC * kPair<D> * sets_of(M);
+  // Two tiles' rows stay in L1 beside the panel; lines of longer rows, 2 KiB apart, fall into few of its
+  // sets.
+  const bool several = tiles > 2 && K <= kc;
   int64_t k0 = 0;
   do {
     const int64_t k = K - k0 < kc ? K - k0 : kc;
@@ -219,7 +223,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
       const int64_t m = M * i / tiles, end = M * (i + 1) / tiles;
       const D* next_rows = i + 1 < tiles ? a + end * lda + k0 : a + (k0 + k < K ? k0 + k : 0);
       const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
-      tile_of<D>(int(width / kLanes<Acc<D>>), int(end - m), i == 0, tiles > 1,
+      tile_of<D>(int(width / kLanes<Acc<D>>), int(end - m), i == 0, several,
                  std::make_integer_sequence<int, MR>{})(k, a + m * lda + k0, lda, next_rows, b + k0 * ldb,
                                                         ldb, then, from, k0 ? ldc : ldi, c + m * ldc, ldc);
     }
