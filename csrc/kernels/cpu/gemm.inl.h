@@ -221,7 +221,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
     const D* then = next && k0 + k == K ? next : b + (k0 + k) * ldb;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t m = M * i / tiles, end = M * (i + 1) / tiles;
-      const D* next_rows = i + 1 < tiles ? a + end * lda + k0 : a + (k0 + k < K ? k0 + k : 0);
+      const D* next_rows = a + (i + 1 < tiles ? end * lda : 0);
       const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
       tile_of<D>(int(width / kLanes<Acc<D>>), int(end - m), i == 0, several,
                  std::make_integer_sequence<int, MR>{})(k, a + m * lda + k0, lda, next_rows, b + k0 * ldb,
