@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from triton_matrix import check, pairwise_cases, set_grid
+from triton_matrix import check, failure_of, pairwise_cases, set_grid
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -280,7 +281,8 @@ def test_on_gpu(name: str, times: int, restored_grid):
 @needs_gpu
 @pytest.mark.parametrize("name", UNITS)
 def test_unit_on_gpu(name: str):
-    UNITS[name]("cuda")
+    failure = failure_of(partial(UNITS[name], "cuda"))
+    assert failure is None, failure
 
 
 def _run(q, k, v):

@@ -11,6 +11,8 @@ import json
 import random
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -308,6 +310,15 @@ def interpret_with_this_numpy() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def failure_of(run: Callable[[], None]) -> str | None:
+    torch.manual_seed(0)
+    try:
+        run()
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
 def main(names: list[str]) -> None:
     from triton_units import UNITS
 
@@ -317,14 +328,9 @@ def main(names: list[str]) -> None:
     failures = {}
     for name in names:
         set_grid(cases[name]["grid"] if name in cases else "unpacked")
-        torch.manual_seed(0)
-        try:
-            if name in cases:
-                check(cases[name], "cpu")
-            else:
-                UNITS[name]("cpu")
-        except Exception:
-            failures[name] = traceback.format_exc()
+        run = partial(check, cases[name], "cpu") if name in cases else partial(UNITS[name], "cpu")
+        if failure := failure_of(run):
+            failures[name] = failure
     print(json.dumps(failures))
 
 

@@ -48,8 +48,8 @@ struct AttentionCall {
   }
 
   void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(has_shape(t, shape), "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
-                    ", got ", text(t.sizes()));
+    STD_TORCH_CHECK(t.sizes().equals(shape), "seqkernels::", op, ": expected ", name, " of shape ",
+                    text(shape), ", got ", text(t.sizes()));
   }
   ScalarType acc() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 

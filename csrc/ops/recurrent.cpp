@@ -15,7 +15,7 @@ void check_tensor(const char* op, const Tensor& x, const Tensor& t, const char* 
                   ScalarType type) {
   STD_TORCH_CHECK(same_device(t, x) && t.scalar_type() == type, "seqkernels::", op, ": expected ", name,
                   type == x.scalar_type() ? "" : " (accumulation type)", " of the dtype and device of x");
-  STD_TORCH_CHECK(has_shape(t, shape) && t.is_contiguous(), "seqkernels::", op, ": expected ", name,
+  STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_contiguous(), "seqkernels::", op, ": expected ", name,
                   " contiguous of shape ", text(shape), ", got ",
                   t.is_contiguous() ? "" : "strides of its own and ", text(t.sizes()));
 }
@@ -77,7 +77,7 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
     leading = {T, B};
     if (resets) {
       STD_TORCH_CHECK(same_device(*resets, x_) && resets->scalar_type() == ScalarType::Bool &&
-                          resets->is_contiguous() && has_shape(*resets, leading),
+                          resets->is_contiguous() && resets->sizes().equals(leading),
                       "seqkernels::", op, ": expected resets as contiguous bool ", text(leading),
                       " on the device of x, got ", text(resets->sizes()));
     }

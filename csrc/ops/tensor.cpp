@@ -17,11 +17,6 @@ std::string text(Shape shape) {
   return out.str();
 }
 
-bool has_shape(const Tensor& t, Shape shape) {
-  const auto sizes = t.sizes();
-  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-}
-
 std::optional<DType> dtype_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float:

@@ -22,7 +22,6 @@ using Tensors = std::vector<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::string text(Shape shape);
-bool has_shape(const Tensor& t, Shape shape);
 std::optional<DType> dtype_of(ScalarType type);
 
 bool same_device(const Tensor& a, const Tensor& b);

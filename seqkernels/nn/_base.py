@@ -96,7 +96,7 @@ class Recurrent(RNNBase):
         """[output, *final states] of one layer, or None: go the whole way instead.
 
         That way takes 20 us of Python, as long as the kernels of a short call, and 200 us after kernels that
-        have driven Python out of the caches, 6 % of forward in training at H = 256.
+        have driven Python out of the caches: 7 % of an RNN's forward at H = 256, B = 32.
         """
         plain = (
             type(input) is Tensor
