@@ -362,35 +362,41 @@ SEQ_INLINE void copy_row(const S* from, int64_t n, D* out, int64_t padded) {
 }
 
 // Direct products
-// -------------------------------------------------------------------------------------------------- For a
-// handful of tokens packing would cost more than the product (about as much as 16 tokens), so weights are
-// read as torch keeps them: W dot products along the rows of w at once, W sums by a tree of interleaved
-// additions.
+//
+// For a handful of tokens packing would cost more than the product (about as much as 16 tokens), so weights
+// are read as torch keeps them: W dot products along the rows of w at once, W sums by a tree of interleaved
+// additions. Part of x stays in registers while the rows pass by in the order of memory, which is what
+// hardware prefetches: 210 to 260 GB/s from L2 and 120 to 130 from L3 (Zen 5), where a vector of eight rows
+// in turn got 125 and 105.
 
-// acc[r] += w[r][:] x, rows ldw apart; rows at and beyond n repeat the last one.
+// acc[r] += w[r][0, N * W) x, rows ldw apart; rows at and beyond n repeat the last one.
+template <int N, class S, class X, class T = Acc<S>>
+SEQ_INLINE void dot_rows_part(const S* w, int64_t ldw, int64_t n, const X* x,
+                              Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
+  constexpr int W = kLanes<T>;
+  constexpr int64_t kAhead = 1024 / sizeof(S);
+  Vec<T> v[N];
+  SEQ_UNROLL for (int i = 0; i < N; i++) v[i] = load(x + i * W);
+  SEQ_UNROLL for (int r = 0; r < W; r++) {
+    const S* row = w + (r < n ? r : n - 1) * ldw;
+    SEQ_UNROLL for (int i = 0; i < N; i++) {
+      __builtin_prefetch(row + i * W + kAhead);
+      acc[r] += v[i] * load(row + i * W);
+    }
+  }
+}
+
+// acc[r] += w[r][:] x.
 template <class S, class X, class T = Acc<S>>
 SEQ_INLINE void dot_rows(const S* w, int64_t ldw, int64_t n, const X* x, int64_t K,
                          Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
-  constexpr int W = kLanes<T>, kGroup = W < 8 ? W : 8;
-  for (int r0 = 0; r0 < W; r0 += kGroup) {
-    const S* row[kGroup];
-    for (int r = 0; r < kGroup; r++) row[r] = w + (r0 + r < n ? r0 + r : n - 1) * ldw;
-    Vec<T> sum[kGroup];
-    SEQ_UNROLL for (int r = 0; r < kGroup; r++) sum[r] = acc[r0 + r];
-    int64_t k = 0;
-    for (; k + W <= K; k += W) {
-      const Vec<T> v = load(x + k);
-      SEQ_UNROLL for (int r = 0; r < kGroup; r++) {
-        __builtin_prefetch(row[r] + k +
-                           kGroup * ldw);  // the rows after these: short rows end before hardware wakes up
-        sum[r] += v * load(row[r] + k);
-      }
-    }
-    if (k < K) {
-      const Vec<T> v = load(x + k, K - k);
-      for (int r = 0; r < kGroup; r++) sum[r] += v * load(row[r] + k, K - k);
-    }
-    SEQ_UNROLL for (int r = 0; r < kGroup; r++) acc[r0 + r] = sum[r];
+  constexpr int W = kLanes<T>, kPart = W == 16 ? 8 : 4;  // sums and x fit the registers
+  int64_t k = 0;
+  for (; k + kPart * W <= K; k += kPart * W) dot_rows_part<kPart>(w + k, ldw, n, x + k, acc);
+  for (; k + W <= K; k += W) dot_rows_part<1>(w + k, ldw, n, x + k, acc);
+  if (k < K) {
+    const Vec<T> v = load(x + k, K - k);
+    SEQ_UNROLL for (int r = 0; r < W; r++) acc[r] += v * load(w + (r < n ? r : n - 1) * ldw + k, K - k);
   }
 }
 
