@@ -7,36 +7,60 @@
 
 #include "attention.inl.h"
 
-constexpr int64_t kRowsAhead =
-    64;  // rows of K and V to prefetch: a block, so that memory has the time of one
+constexpr int64_t kBytesAhead = 8192;  // of K and V to prefetch: memory has the time of 32 rows of D = 64
 
-// Sums of products along D of W / rows keys and `rows` rows of Q, by one tree of W sums: x[row][key].
-template <class S, int rows>
-static void dots(const S* k, int64_t ldk, int64_t nk, const Operand<S>* q, int64_t ldq, int64_t D, Acc<S>* x,
-                 int64_t ldx) {
-  using T = Acc<S>;
-  constexpr int W = kLanes<T>, keys = W / rows;
-  Vec<T> acc[W] = {};
-  const S* row[keys];
-  for (int i = 0; i < keys; i++) row[i] = k + least(i, nk - 1) * ldk;
-  int64_t d = 0;
+// The features of one product.
+template <class S>
+constexpr int64_t kStep = kLanes<Acc<S>> * kPair<Operand<S>>;
+template <class S>
+SEQ_INLINE auto features(const S* x) {
+  return load(x);
+}
+template <class V>
+SEQ_INLINE void multiply_add(V& acc, V a, V b) {
+  acc += a * b;
+}
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(Operand<S>) == 2)
-    for (; d + 2 * W <= D; d += 2 * W) SEQ_UNROLL for (int i = 0; i < keys; i++) {
-        const __m512bh v = (__m512bh)_mm512_loadu_si512(row[i] + d);
-        __builtin_prefetch(row[i] + d + kRowsAhead * ldk);
-        SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r * keys + i] = (Vec<T>)_mm512_dpbf16_ps(
-            (__m512)acc[r * keys + i], v, (__m512bh)_mm512_loadu_si512(q + r * ldq + d));
-      }
+SEQ_INLINE auto features(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
+SEQ_INLINE void multiply_add(Vec<float>& acc, __m512bh a, __m512bh b) {
+  acc = (Vec<float>)_mm512_dpbf16_ps((__m512)acc, a, b);
+}
 #endif
-  for (; d + W <= D; d += W) SEQ_UNROLL for (int i = 0; i < keys; i++) {
-      const Vec<T> v = load(row[i] + d);
-      __builtin_prefetch(row[i] + d + kRowsAhead * ldk);
-      SEQ_UNROLL for (int r = 0; r < rows; r++) acc[r * keys + i] += v * load(q + r * ldq + d);
-    }
-  if (d < D)
+
+// acc[row][key] += products along N * kStep features. That part of Q stays in registers while the keys pass
+// by in the order of memory.
+template <class S, int rows, int N>
+SEQ_INLINE void dots_part(const S* const (&key)[kLanes<Acc<S>> / rows], int64_t d, int64_t ahead,
+                          const Operand<S>* q, int64_t ldq, Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
+  constexpr int keys = kLanes<Acc<S>> / rows;
+  decltype(features(q)) x[rows][N];
+  SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int n = 0; n < N; n++) x[r][n] =
+      features(q + r * ldq + d + n * kStep<S>);
+  SEQ_UNROLL for (int i = 0; i < keys; i++) SEQ_UNROLL for (int n = 0; n < N; n++) {
+    const S* from = key[i] + d + n * kStep<S>;
+    const auto v = features(from);
+    __builtin_prefetch(from + ahead);
+    SEQ_UNROLL for (int r = 0; r < rows; r++) multiply_add(acc[r * keys + i], v, x[r][n]);
+  }
+}
+
+// Scores of W / rows keys and `rows` rows of Q, by one tree of W sums: x[row][key].
+template <class S, int rows>
+static void dots(const S* k, int64_t ldk, int64_t nk, int64_t ahead, const Operand<S>* q, int64_t ldq,
+                 int64_t D, Acc<S>* x, int64_t ldx) {
+  using T = Acc<S>;
+  constexpr int W = kLanes<T>, keys = W / rows,
+                N = rows == 1 ? 4 : 1;  // with more rows the sums take the registers
+  Vec<T> acc[W] = {};
+  const S* key[keys];
+  for (int i = 0; i < keys; i++) key[i] = k + least(i, nk - 1) * ldk;
+  int64_t d = 0;
+  for (; d + N * kStep<S> <= D; d += N * kStep<S>) dots_part<S, rows, N>(key, d, ahead, q, ldq, acc);
+  for (; d + kStep<S> <= D; d += kStep<S>) dots_part<S, rows, 1>(key, d, ahead, q, ldq, acc);
+  for (; d < D; d += W)
     for (int i = 0; i < keys; i++)
-      for (int r = 0; r < rows; r++) acc[r * keys + i] += load(row[i] + d, D - d) * load(q + r * ldq + d);
+      for (int r = 0; r < rows; r++)
+        acc[r * keys + i] += load(key[i] + d, least(W, D - d)) * load(q + r * ldq + d);
   const Vec<T> sums = sum_lanes<T>(acc);
   for (int r = 0; r < rows; r++)
     __builtin_memcpy(x + r * ldx, reinterpret_cast<const T*>(&sums) + r * keys, keys * sizeof(T));
@@ -44,8 +68,8 @@ static void dots(const S* k, int64_t ldk, int64_t nk, const Operand<S>* q, int64
 
 // out [rows, features] = out * by[row] + P [rows, nk] V, features in the lanes.
 template <class S, int rows, int NV>
-static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, int64_t ldv, int64_t features,
-                        const Acc<S>* by, Acc<S>* out, int64_t ldo) {
+static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, int64_t ldv, int64_t ahead,
+                        int64_t features, const Acc<S>* by, Acc<S>* out, int64_t ldo) {
   using T = Acc<S>;
   constexpr int W = kLanes<T>;
   Vec<T> acc[rows][NV];
@@ -54,7 +78,7 @@ static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, in
   const bool whole = features >= NV * W;
   _Pragma("GCC unroll 1") for (int64_t k = 0; k < nk; k++, v += ldv) {
     SEQ_UNROLL for (int i = 0; i < NV; i++) {
-      __builtin_prefetch(v + kRowsAhead * ldv + i * W);
+      __builtin_prefetch(v + ahead + i * W);
       const Vec<T> x = whole              ? load(v + i * W)
                        : i * W < features ? load(v + i * W, features - i * W)
                                           : Vec<T>{};
@@ -65,16 +89,29 @@ static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, in
       store(out + r * ldo + i * W, acc[r][i]);
 }
 
+template <int n, class V, int... i>
+SEQ_INLINE V exchange(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ n)...);
+}
+// All lanes joined into one value, by halves.
+template <class T, int n = kLanes<T> / 2, class Join>
+SEQ_INLINE T across(Vec<T> v, const Join& join) {
+  if constexpr (n == 0)
+    return v[0];
+  else
+    return across<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})), join);
+}
+
 template <class S>
 struct AttentionFew {
   using T = Acc<S>;
   using O = Operand<S>;
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kRows = 16, kK = 64,
+  static constexpr int64_t kRows = 16, kK = 256,
                            kPart = 256;  // most rows; keys at a time; least keys of a part
 
   const AttentionFwdParams& p;
-  const int64_t group, ldq, ldv;
+  const int64_t group, ldq, ldv, k_ahead, v_ahead;
   const ScoreRule<T> rule;
   int64_t parts = 1;
   int team = 1;
@@ -92,8 +129,18 @@ struct AttentionFew {
   }
 
   explicit AttentionFew(const AttentionFwdParams& params)
-      : p(params), group(p.Hq / p.Hk), ldq(round_up(p.D, W)), ldv(round_up(p.Dv, W)), rule(p) {
+      : p(params),
+        group(p.Hq / p.Hk),
+        ldq(round_up(p.D, W)),
+        ldv(round_up(p.Dv, W)),
+        k_ahead(ahead_of(p.D, p.k.t)),
+        v_ahead(ahead_of(p.Dv, p.v.t)),
+        rule(p) {
     parts = busy_splits(p.B * p.Hk, p.parallel.threads, p.Tk / kPart);
+  }
+  static int64_t ahead_of(int64_t features, int64_t stride) {
+    return (kBytesAhead + int64_t(sizeof(S)) * features - 1) / (int64_t(sizeof(S)) * most(1, features)) *
+           stride;
   }
   int64_t tasks() const { return p.B * p.Hk * parts; }
   int64_t out_size() const { return group * p.Tq * ldv; }  // of a task
@@ -147,8 +194,8 @@ struct AttentionFew {
         constexpr int kMany = W < 4 ? W : 4;
         rows = R - r >= kMany ? kMany : 1;
         for (int64_t n = 0; n < block.nk; n += W / rows)
-          (rows == kMany ? dots<S, kMany> : dots<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, qs + r * ldq, ldq,
-                                                        p.D, xs + r * kK + n, kK);
+          (rows == kMany ? dots<S, kMany> : dots<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, k_ahead,
+                                                        qs + r * ldq, ldq, p.D, xs + r * kK + n, kK);
       }
       T by[kRows];
       for (int64_t r = 0; r < R; r++)
@@ -166,8 +213,7 @@ struct AttentionFew {
       top = logit > top ? logit : top;
       store(xs + n, logit);
     }
-    T now = m;
-    for (int r = 0; r < W; r++) now = top[r] > now ? top[r] : now;
+    const T now = across<T>(top, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
     const T zero = now == -kInf<T> ? T(0) : now;
     for (int64_t n = 0; n < block.N; n += W) {
       const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(kLog2e)), Vec<T>{});
@@ -176,8 +222,7 @@ struct AttentionFew {
     }
     const T by = exp2_of<T>(splat(m - zero), splat(T(kLog2e)), Vec<T>{})[0];
     m = now;
-    l *= by;
-    for (int r = 0; r < W; r++) l += total[r];
+    l = l * by + across<T>(total, [](Vec<T> a, Vec<T> b) { return a + b; });
     return by;
   }
 
@@ -189,11 +234,11 @@ struct AttentionFew {
         const auto tile = [&]<int rows>() {
           T* to = o + r * ldv + d;
           if (left >= NV * W)
-            values_tile<S, rows, NV>(nk, P + r * kK, kK, v + d, p.v.t, p.Dv - d, by + r, to, ldv);
+            values_tile<S, rows, NV>(nk, P + r * kK, kK, v + d, p.v.t, v_ahead, p.Dv - d, by + r, to, ldv);
           else
             for (int64_t i = 0; i < left; i += W)
-              values_tile<S, rows, 1>(nk, P + r * kK, kK, v + d + i, p.v.t, p.Dv - d - i, by + r, to + i,
-                                      ldv);
+              values_tile<S, rows, 1>(nk, P + r * kK, kK, v + d + i, p.v.t, v_ahead, p.Dv - d - i, by + r,
+                                      to + i, ldv);
           r += rows;
         };
         if (R - r >= 4)
