@@ -9,58 +9,14 @@
 
 constexpr int64_t kBytesAhead = 8192;  // of K and V to prefetch: memory has the time of 32 rows of D = 64
 
-// The features of one product.
-template <class S>
-constexpr int64_t kStep = kLanes<Acc<S>> * kPair<Operand<S>>;
-template <class S>
-SEQ_INLINE auto features(const S* x) {
-  return load(x);
-}
-template <class V>
-SEQ_INLINE void multiply_add(V& acc, V a, V b) {
-  acc += a * b;
-}
-#if defined(__AVX512BF16__)
-SEQ_INLINE auto features(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
-SEQ_INLINE void multiply_add(Vec<float>& acc, __m512bh a, __m512bh b) {
-  acc = (Vec<float>)_mm512_dpbf16_ps((__m512)acc, a, b);
-}
-#endif
-
-// acc[row][key] += products along N * kStep features. That part of Q stays in registers while the keys pass
-// by in the order of memory.
-template <class S, int rows, int N>
-SEQ_INLINE void dots_part(const S* const (&key)[kLanes<Acc<S>> / rows], int64_t d, int64_t ahead,
-                          const Operand<S>* q, int64_t ldq, Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
-  constexpr int keys = kLanes<Acc<S>> / rows;
-  decltype(features(q)) x[rows][N];
-  SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int n = 0; n < N; n++) x[r][n] =
-      features(q + r * ldq + d + n * kStep<S>);
-  SEQ_UNROLL for (int i = 0; i < keys; i++) SEQ_UNROLL for (int n = 0; n < N; n++) {
-    const S* from = key[i] + d + n * kStep<S>;
-    const auto v = features(from);
-    __builtin_prefetch(from + ahead);
-    SEQ_UNROLL for (int r = 0; r < rows; r++) multiply_add(acc[r * keys + i], v, x[r][n]);
-  }
-}
-
-// Scores of W / rows keys and `rows` rows of Q, by one tree of W sums: x[row][key].
+// Scores of W / rows keys and `rows` rows of Q: x[row][key].
 template <class S, int rows>
-static void dots(const S* k, int64_t ldk, int64_t nk, int64_t ahead, const Operand<S>* q, int64_t ldq,
-                 int64_t D, Acc<S>* x, int64_t ldx) {
+static void scores(const S* k, int64_t ldk, int64_t nk, int64_t ahead, const Operand<S>* q, int64_t ldq,
+                   int64_t D, Acc<S>* x, int64_t ldx) {
   using T = Acc<S>;
-  constexpr int W = kLanes<T>, keys = W / rows,
-                N = rows == 1 ? 4 : 1;  // with more rows the sums take the registers
+  constexpr int W = kLanes<T>, keys = W / rows;
   Vec<T> acc[W] = {};
-  const S* key[keys];
-  for (int i = 0; i < keys; i++) key[i] = k + least(i, nk - 1) * ldk;
-  int64_t d = 0;
-  for (; d + N * kStep<S> <= D; d += N * kStep<S>) dots_part<S, rows, N>(key, d, ahead, q, ldq, acc);
-  for (; d + kStep<S> <= D; d += kStep<S>) dots_part<S, rows, 1>(key, d, ahead, q, ldq, acc);
-  for (; d < D; d += W)
-    for (int i = 0; i < keys; i++)
-      for (int r = 0; r < rows; r++)
-        acc[r * keys + i] += load(key[i] + d, least(W, D - d)) * load(q + r * ldq + d);
+  dots<rows>(k, ldk, nk, ahead, q, ldq, D, acc);
   const Vec<T> sums = sum_lanes<T>(acc);
   for (int r = 0; r < rows; r++)
     __builtin_memcpy(x + r * ldx, reinterpret_cast<const T*>(&sums) + r * keys, keys * sizeof(T));
@@ -194,8 +150,8 @@ struct AttentionFew {
         constexpr int kMany = W < 4 ? W : 4;
         rows = R - r >= kMany ? kMany : 1;
         for (int64_t n = 0; n < block.nk; n += W / rows)
-          (rows == kMany ? dots<S, kMany> : dots<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, k_ahead,
-                                                        qs + r * ldq, ldq, p.D, xs + r * kK + n, kK);
+          (rows == kMany ? scores<S, kMany> : scores<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, k_ahead,
+                                                            qs + r * ldq, ldq, p.D, xs + r * kK + n, kK);
       }
       T by[kRows];
       for (int64_t r = 0; r < R; r++)

@@ -54,13 +54,13 @@ struct LayerFwd {
   using O = Operand<S>;
   using Params = typename Cell::FwdParams;
   static constexpr int G = Cell::kGates;
-  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 1 << 20, kDirectTokens = 8;
+  static constexpr int64_t kChunkTokens = 128, kChunkBytes = 1 << 20, kDirectTokens = 16, kDirectSteps = 4;
   static constexpr int64_t kMostChunks = 8;
 
   const Params& p;
   Sequence seq;
   const int64_t I, H, P, B;
-  const bool direct;  // few tokens: weights are read in place
+  const bool direct;  // few steps of few rows: weights are read in place
   const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
@@ -83,7 +83,7 @@ struct LayerFwd {
         H(p.H),
         P(p.P),
         B(p.B),
-        direct(seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
+        direct(p.T <= kDirectSteps && seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
         once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
         past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
@@ -327,7 +327,7 @@ struct LayerFwd {
         for (int64_t i = j0; i < j1; i++) {
           const int64_t j = s % 2 ? j0 + j1 - 1 - i : i;
           if (f.direct) {
-            direct_products(s, t, n, j);
+            direct(s, t, n, j);
             epilogue(s, t, n, j, C);
             continue;
           }
@@ -363,29 +363,27 @@ struct LayerFwd {
     }
 
     // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them.
-    void direct_products(int64_t s, int64_t t, int64_t n, int64_t j) {
+    void direct(int64_t s, int64_t t, int64_t n, int64_t j) {
       constexpr int W = kLanes<T>;
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
-      for (int64_t b = 0; b < n; b++) {
-        const S* x = seq.template x<S>(t, r0 + b);
-        const O* h = state(s) + (r0 + b) * f.ldh;
-        for (int g = 0; g < G; g++) {
-          const bool split = g == Cell::kSplitGate;
-          for (int64_t u = j * NR<T>; u < j * NR<T> + weights.in.width(j); u += W) {
-            const int64_t row = g * f.H + u, i = u - j * NR<T>;
-            const T* bias = weights.bias[d] + g * weights.in.padded() + u;
-            Vec<T> acc[W] = {};
-            dot_rows(w_ih + row * f.I, f.I, f.H - u, x, f.I, acc);
-            if (split) {
-              store(C + b * ldc + g * gate + i, load(bias) + sum_lanes<T>(acc));
-              for (int r = 0; r < W; r++) acc[r] = Vec<T>{};
-              bias = weights.q_bias[d] + u;
-            }
-            dot_rows(w_hh + row * f.P, f.P, f.H - u, h, f.P, acc);
-            store(split ? Q + b * NR<T> + i : C + b * ldc + g * gate + i, load(bias) + sum_lanes<T>(acc));
+      for (int g = 0; g < G; g++)
+        for (int64_t i = 0; i < weights.in.width(j); i += W) {
+          const int64_t u = j * NR<T> + i, row = g * f.H + u, valid = f.H - u < W ? f.H - u : W;
+          const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
+          const Term<S, O> state{w_hh + row * f.P, f.P, this->state(s) + r0 * f.ldh, f.ldh, f.P};
+          const auto add = [&](T* to, int64_t ld, const T* bias) {
+            for (int64_t b = 0; b < n; b++) store(to + b * ld, load(to + b * ld) + load(bias + u));
+          };
+          T *c = C + g * gate + i, *q = Q + i;
+          if (g == Cell::kSplitGate) {
+            direct_products(n, valid, c, ldc, input);
+            direct_products(n, valid, q, NR<T>, state);
+            add(q, NR<T>, weights.q_bias[d]);
+          } else {
+            direct_products(n, valid, c, ldc, input, state);
           }
+          add(c, ldc, weights.bias[d] + g * weights.in.padded());
         }
-      }
     }
 
     void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, T* block) {

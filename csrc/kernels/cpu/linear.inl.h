@@ -5,7 +5,7 @@
 // All threads pack B (up to kPass rows of it at a time) into panels that lie in L2 or L3 for everybody, then
 // take blocks of up to kRows rows of A from one queue: as many as keep a panel in L1 busy for longer than it
 // takes to come. Rows of A are read where they lie unless they have to be converted, padded or transposed. Up
-// to 8 rows of x, packing would cost more than the product: then W is read as it lies.
+// to 12 rows of x, packing would cost more than the product: then W is read as it lies.
 #pragma once
 
 #include "gemm.inl.h"
@@ -161,7 +161,7 @@ template <class S>
 struct FewRows {
   using T = Acc<S>;
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kRows = 8;
+  static constexpr int64_t kRows = 12;
   const LinearFwdParams& p;
 
   void run() const {
@@ -185,13 +185,14 @@ struct FewRows {
   }
   void outputs(int64_t begin, int64_t end) const {
     const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *b = static_cast<const S*>(p.b);
-    for (int64_t n = begin * W; n < end * W && n < p.N; n += W)
-      for (int64_t m = 0; m < p.M; m++) {
-        Vec<T> acc[W] = {};
-        dot_rows(w + n * p.K, p.K, p.N - n, x + m * p.x_m, p.K, acc);
-        const Vec<T> y = sum_lanes<T>(acc) + (b ? load(b + n, p.N - n) : Vec<T>{});
-        store(static_cast<S*>(p.y) + m * p.N + n, y, p.N - n);
-      }
+    T y[kRows * W];
+    for (int64_t n = begin * W; n < end * W && n < p.N; n += W) {
+      const int64_t columns = p.N - n < W ? p.N - n : W;
+      direct_products(p.M, columns, y, W, Term<S, S>{w + n * p.K, p.K, x, p.x_m, p.K});
+      const Vec<T> bias = b ? load(b + n, columns) : Vec<T>{};
+      for (int64_t m = 0; m < p.M; m++)
+        store(static_cast<S*>(p.y) + m * p.N + n, load(y + m * W) + bias, columns);
+    }
   }
 };
 

@@ -11,7 +11,7 @@ struct StepFwd {
   using O = Operand<S>;
   using Params = typename Cell::FwdParams;
   static constexpr int G = Cell::kGates, W = kLanes<T>;
-  static constexpr int64_t kRows = 8;
+  static constexpr int64_t kRows = 12;
 
   static constexpr int kShares = 64;  // threads at most
 
@@ -51,9 +51,8 @@ struct StepFwd {
     alignas(64) O h_prev[kRows * NR<T>], h[kRows * NR<T>];
     const int64_t u = j * NR<T>, units = p.H - u < NR<T> ? p.H - u : NR<T>;
     const S* h0 = static_cast<const S*>(p.h0) + d * p.B * p.H;
+    products(d, u, units, h0, C, Q);
     for (int64_t b = 0; b < p.B; b++) {
-      products(d, u, units, static_cast<const S*>(p.x) + b * p.x_b, h0 + b * p.H, C + b * G * NR<T>,
-               Q + b * NR<T>);
       copy_row(h0 + b * p.H + u, units, h_prev + b * NR<T>, NR<T>);
       if constexpr (Cell::kCellState)
         copy_row(static_cast<const S*>(p.c0) + (d * p.B + b) * p.H + u, units, c + b * NR<T>, NR<T>);
@@ -84,24 +83,31 @@ struct StepFwd {
     }
   }
 
-  // C = x W_ih^T + h W_hh^T + biases of one row for units [u, u + units); Q keeps the split gate's W_hh h +
-  // b_hh.
-  void products(int d, int64_t u, int64_t units, const S* x, const S* h, T* C, T* Q) const {
+  // C = x W_ih^T + h W_hh^T + biases for units [u, u + units); Q keeps the split gate's W_hh h + b_hh.
+  void products(int d, int64_t u, int64_t units, const S* h, T* C, T* Q) const {
     const Weights<const void*>& w = p.w[d];
-    for (int g = 0; g < G; g++) {
+    const S *w_ih = static_cast<const S*>(w.w_ih), *w_hh = static_cast<const S*>(w.w_hh),
+            *x = static_cast<const S*>(p.x);
+    for (int g = 0; g < G; g++)
       for (int64_t i = 0; i < units; i += W) {
-        const int64_t row = g * p.H + u + i, left = units - i;
-        auto bias = [&](const void* b) { return b ? load(static_cast<const S*>(b) + row, left) : Vec<T>{}; };
-        Vec<T> sums[W] = {}, constant = bias(w.b_ih);
-        dot_rows(static_cast<const S*>(w.w_ih) + row * p.I, p.I, left, x, p.I, sums);
+        const int64_t row = g * p.H + u + i, n = units - i < W ? units - i : W;
+        const Term<S, S> input{w_ih + row * p.I, p.I, x, p.x_b, p.I},
+            state{w_hh + row * p.H, p.H, h, p.H, p.H};
+        const auto bias = [&](const void* b) {
+          return b ? load(static_cast<const S*>(b) + row, n) : Vec<T>{};
+        };
+        const auto add = [&](T* to, int64_t ld, Vec<T> constant) {
+          for (int64_t b = 0; b < p.B; b++) store(to + b * ld, load(to + b * ld) + constant);
+        };
+        T *c = C + g * NR<T> + i, *q = Q + i;
         if (g == Cell::kSplitGate) {
-          store(C + g * NR<T> + i, constant + sum_lanes<T>(sums));
-          for (int r = 0; r < W; r++) sums[r] = Vec<T>{};
-          constant = Vec<T>{};
+          direct_products(p.B, n, c, G * NR<T>, input);
+          direct_products(p.B, n, q, NR<T>, state);
+          add(c, G * NR<T>, bias(w.b_ih)), add(q, NR<T>, bias(w.b_hh));
+        } else {
+          direct_products(p.B, n, c, G * NR<T>, input, state);
+          add(c, G * NR<T>, bias(w.b_ih) + bias(w.b_hh));
         }
-        dot_rows(static_cast<const S*>(w.w_hh) + row * p.H, p.H, left, h, p.H, sums);
-        store((g == Cell::kSplitGate ? Q : C + g * NR<T>)+i, constant + bias(w.b_hh) + sum_lanes<T>(sums));
       }
-    }
   }
 };
