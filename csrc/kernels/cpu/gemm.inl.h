@@ -345,6 +345,35 @@ SEQ_INLINE void pack_row(const bf16* b, int64_t n, bf16* panel, int64_t k, int64
   }
 }
 #endif
+// Rows [k, end) of a panel from rows ldb apart.
+template <class T, class S>
+SEQ_INLINE void pack_rows(const S* b, int64_t ldb, int64_t n, T* panel, int64_t k, int64_t end,
+                          int64_t width) {
+  for (; k < end; k++, b += ldb) {
+    __builtin_prefetch(b + kAhead * ldb);
+    __builtin_prefetch(b + kAhead * ldb + kLanes<T>);
+    pack_row(b, n, panel, k, width);
+  }
+}
+#if defined(__AVX512BF16__)
+SEQ_INLINE void pack_rows(const bf16* b, int64_t ldb, int64_t n, bf16* panel, int64_t k, int64_t end,
+                          int64_t width) {
+  typedef uint16_t Lanes __attribute__((vector_size(64)));
+  const Lanes order = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __mmask32 there = n < 32 ? (__mmask32(1) << n) - 1 : ~__mmask32(0);
+  if (k % 2 && k < end) pack_row(b, n, panel, k++, width), b += ldb;
+  for (; k + 2 <= end; k += 2, b += 2 * ldb) {
+    __builtin_prefetch(b + kAhead * ldb);
+    __builtin_prefetch(b + (kAhead + 1) * ldb);
+    const __m512i even = _mm512_maskz_loadu_epi16(there, b), odd = _mm512_maskz_loadu_epi16(there, b + ldb);
+    bf16* to = panel + k * width;
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, (__m512i)order, odd));
+    if (width > 16) _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, (__m512i)(order + 16), odd));
+  }
+  if (k < end) pack_row(b, n, panel, k, width);
+}
+#endif
 // Rows [K, depth) of a panel.
 template <class D>
 SEQ_INLINE void pack_padding(D* panel, int64_t K, int64_t width) {

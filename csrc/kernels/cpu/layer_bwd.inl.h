@@ -45,7 +45,7 @@ struct LayerBwd {
   using O = Operand<S>;
   using Params = typename Cell::BwdParams;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
-  static constexpr int64_t kRebuildTokens = 48, kDirectTokens = 8;
+  static constexpr int64_t kRebuildTokens = 48, kDirectTokens = 8, kGradientRows = 48;
 
   const Params& p;
   Sequence seq;
@@ -91,6 +91,8 @@ struct LayerBwd {
   static constexpr bool kSame = sizeof(S) == sizeof(T);
   int64_t padded(int64_t n) const { return round_up(n, kLanes<T>); }
   bool in_place(int64_t columns) const { return kSame && columns == padded(columns); }
+  // Weight gradients become what the caller wants tile by tile: no sums of several chunks in between.
+  bool one_chunk() const { return steps == p.T; }
 
   void layout(Arena& a) {
     seq.layout(a);
@@ -120,8 +122,9 @@ struct LayerBwd {
       gates[d] = rebuild ? a.take<S>(chunk_tokens * Cell::kSaved * H) : nullptr;
       x_panels[d] = a.take<O>(xs.size());
       h_panels[d] = a.take<O>(hs.size());
-      dw_ih[d] = in_place(I) ? static_cast<T*>(p.dw[d].w_ih) : a.take<T>(G * H * padded(I));
-      dw_hh[d] = in_place(P) ? static_cast<T*>(p.dw[d].w_hh) : a.take<T>(G * H * padded(P));
+      const int64_t sums = one_chunk() ? 0 : G * H;
+      dw_ih[d] = in_place(I) ? static_cast<T*>(p.dw[d].w_ih) : a.take<T>(sums * padded(I));
+      dw_hh[d] = in_place(P) ? static_cast<T*>(p.dw[d].w_hh) : a.take<T>(sums * padded(P));
       dw_hr[d] = !projected    ? nullptr
                  : in_place(H) ? static_cast<T*>(p.dw[d].w_hr)
                                : a.take<T>(P * padded(H));
@@ -132,13 +135,14 @@ struct LayerBwd {
     direction_barriers = a.take<Barrier>(2);
     row_barriers = a.take<Barrier>(2 * team);
     const int64_t rebuilt = rebuild ? kRebuildTokens : 0, gate_rows = H > P ? H : P;
-    const int64_t local_size = (chunk_tokens > (G + 3) * rebuilt ? chunk_tokens : (G + 3) * rebuilt) * NR<T>;
+    int64_t local_rows = chunk_tokens > kGradientRows ? chunk_tokens : kGradientRows;
+    if (local_rows < (G + 3) * rebuilt) local_rows = (G + 3) * rebuilt;
     int64_t operand_size =
         gate_rows * depth_of(chunk_tokens) + (projected ? NR<T> * depth_of(chunk_tokens) : 0);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
     if (operand_size < rebuild_size) operand_size = rebuild_size;
     if (weights.once && operand_size < weights.kBlockSize) operand_size = weights.kBlockSize;
-    local = a.take_each<T>(team, local_size);
+    local = a.take_each<T>(team, local_rows * NR<T>);
     local_operand = a.take_each<O>(team, operand_size);
   }
   // Stride of a transposed chunk: tokens, padded for whole vectors and for the products.
@@ -495,9 +499,10 @@ struct LayerBwd {
         end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
         const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
         transpose_gate(in, u, end - n);
-        outer(end - n, f.x_panels[d], f.I, f.dw_ih[d] + n * f.padded(f.I));
+        const Weights<void*>& out = p.dw[d];
+        outer(n, end - n, f.x_panels[d], f.I, f.dw_ih[d], static_cast<S*>(out.w_ih));
         if (rec != in) transpose_gate(rec, u, end - n);
-        outer(end - n, f.h_panels[d], f.P, f.dw_hh[d] + n * f.padded(f.P));
+        outer(n, end - n, f.h_panels[d], f.P, f.dw_hh[d], static_cast<S*>(out.w_hh));
       }
       if (f.projected && q0 < q1) projection_gradient();
     }
@@ -518,13 +523,21 @@ struct LayerBwd {
         store(to + i, first_chunk ? chunk : load(to + i, n - i) + chunk, n - i);
       }
     }
-    void outer(int64_t n, const O* panels, int64_t columns, T* dw) const {
+    // Gate rows [n0, n0 + n) of dW, in the sums; or some at a time converted to where the caller wants them.
+    void outer(int64_t n0, int64_t n, const O* panels, int64_t columns, T* sums, S* dw) const {
       const Panels<O> shape{columns, chunk_size()};
-      const int64_t ld = f.padded(columns);
-      for (int64_t j = 0; j < shape.count(); j++) {
-        T* to = dw + j * NR<T>;
-        gemm_panel(n, shape.width(j), shape.depth(), local_operand, depth_of(shape.K),
-                   panels + shape.offset(j), shape.width(j), first_chunk ? nullptr : to, ld, to, ld);
+      const bool convert = f.one_chunk() && !f.in_place(columns);
+      const int64_t ld = convert ? NR<T> : f.padded(columns), depth = depth_of(shape.K),
+                    most = convert ? kGradientRows : n;
+      for (int64_t i = 0; i < n; i += most) {
+        const int64_t rows = n - i < most ? n - i : most;
+        for (int64_t j = 0; j < shape.count(); j++) {
+          T* to = convert ? local : sums + (n0 + i) * ld + j * NR<T>;
+          gemm_panel(rows, shape.width(j), shape.depth(), local_operand + i * depth, depth,
+                     panels + shape.offset(j), shape.width(j), first_chunk ? nullptr : to, ld, to, ld);
+          for (int64_t r = 0; convert && r < rows; r++)
+            write_row(to + r * ld, dw + (n0 + i + r) * columns + j * NR<T>, width(columns, j));
+        }
       }
     }
     // dW_hr += dh^T m for this thread's rows.
@@ -559,7 +572,7 @@ struct LayerBwd {
         });
       }
       const Weights<void*>& out = p.dw[d];
-      for (int64_t n = n0; n < n1; n++) {
+      for (int64_t n = n0; n < n1 && !f.one_chunk(); n++) {
         if (!f.in_place(f.I))
           write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
         if (!f.in_place(f.P))
@@ -585,7 +598,7 @@ template <class Cell, class S>
 static void layer_bwd(const typename Cell::BwdParams& p) {
   LayerBwd<Cell, S> layer(p);
   Arena count;
-  layer.team = team_size(layer.seq, Cell::kGates);
+  layer.team = team_size(layer.seq, 3 * Cell::kGates);  // three products of the size of forward's
   layer.layout(count);
   Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   layer.layout(arena);

@@ -107,7 +107,7 @@ struct Product {
     O* to = packed + shape.offset(j);
     const int64_t n = j * NR<O>, width = shape.width(j);
     if (b_across) return pack_panel(b + n * ldb + k0, ldb, N - n, k, to, width);
-    for (int64_t r = 0; r < k; r++) pack_row(b + (k0 + r) * ldb + n, N - n, to, r, width);
+    pack_rows(b + k0 * ldb + n, ldb, N - n, to, 0, k, width);
     pack_padding(to, k, width);
   }
 

@@ -135,12 +135,12 @@ struct BackwardWeights {
   }
   void pack_columns(const S* w, Panels<O> shape, const int (&slot)[G], O* out, int rank, int size) const {
     for (int64_t j = shape.count() * rank / size; j < shape.count() * (rank + 1) / size; j++)
-      pack_rows(w, shape, slot, j, 0, shape.K, out + shape.offset(j));
+      pack_gates(w, shape, slot, j, 0, shape.K, out + shape.offset(j));
   }
   // Rows [k0, k1) of panel j. Gate g's rows are the K range of its slot, counted from the first slot. In the
   // order of k: the second row of a pair is added to the first.
-  void pack_rows(const S* w, const Panels<O>& shape, const int (&slot)[G], int64_t j, int64_t k0, int64_t k1,
-                 O* to) const {
+  void pack_gates(const S* w, const Panels<O>& shape, const int (&slot)[G], int64_t j, int64_t k0, int64_t k1,
+                  O* to) const {
     const int64_t N = shape.N, column = j * NR<O>;
     for (int n = 0; n < G; n++) {
       int g = 0;
@@ -148,11 +148,7 @@ struct BackwardWeights {
       const int64_t first = n * p.H, begin = k0 > first ? k0 : first,
                     end = k1 < first + p.H ? k1 : first + p.H;
       const S* from = w + (g * p.H - first) * N + column;
-      for (int64_t k = begin; k < end; k++) {
-        __builtin_prefetch(from + (k + kAhead) * N);
-        __builtin_prefetch(from + (k + kAhead) * N + kLanes<T>);
-        pack_row(from + k * N, N - column, to, k - k0, shape.width(j));
-      }
+      if (begin < end) pack_rows(from + begin * N, N, N - column, to, begin - k0, end - k0, shape.width(j));
     }
     pack_padding(to, k1 - k0, shape.width(j));
   }
@@ -178,7 +174,7 @@ struct BackwardWeights {
       T* to = c + j * NR<O>;
       for (int64_t k = 0; k < shape.K; k += kBlockRows) {
         const int64_t rows = shape.K - k < kBlockRows ? shape.K - k : kBlockRows;
-        pack_rows(static_cast<const S*>(w), shape, slot, j, k, k + rows, block);
+        pack_gates(static_cast<const S*>(w), shape, slot, j, k, k + rows, block);
         gemm_panel(n, shape.width(j), round_up(rows, kDepth<O>), dG + first_slot(slot) * p.H + k, ldG, block,
                    shape.width(j), add || k ? to : nullptr, ldc, to, ldc);
       }
