@@ -65,7 +65,8 @@ def test_results_and_gradients_are_torchs(kind, bias, rows):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "inputs", "units"), [(1, 1, 1), (1, 64, 64), (5, 33, 31), (40, 17, 65), (13, 128, 96)]
+    ("rows", "inputs", "units"),
+    [(1, 1, 1), (1, 64, 64), (5, 33, 31), (40, 17, 65), (13, 128, 96), (17, 20, 171)],
 )
 def test_as_exact_as_torch(kind, dtype, rows, inputs, units):
     ours, theirs = cells(kind, inputs, units, dtype=dtype)

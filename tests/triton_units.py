@@ -84,6 +84,38 @@ def rows_that_see_nothing(device):
         assert all(x.isfinite().all() for x in grads)
 
 
+def rows_hidden_by_finite_masks(device):
+    """They see all keys alike, as in torch. What their logits lose to rounding makes no weights above 1."""
+    q, k, v = (torch.randn(1, 1, n, 16, device=device) for n in (20, 33, 33))
+    dout = torch.randn(1, 20, 1, 16, device=device)
+    least = torch.finfo(torch.float32).min
+    for hiding in (-1e4, -397124374.8651747, -1079102346.3582563, least):
+        mask = torch.zeros(1, 1, 20, 33, device=device)
+        mask[..., 4, :] = hiding
+        options = (mask, *PLAIN[1:])
+        out, lse = forward(q, k, v, *options)
+        exact = [t.double().requires_grad_() for t in (q, k, v)]
+        expected, _ = attention(*exact, mask=mask.double(), scale=0.3)
+        if hiding < -1e8:  # where one unit in the last place is more than all logits: the mean
+            torch.testing.assert_close(out[:, 4], v.mean(2), rtol=1e-5, atol=1e-5)
+        seen = [i for i in range(20) if i != 4 or hiding == -1e4]
+        torch.testing.assert_close(
+            out[:, seen].transpose(1, 2).double(), expected[:, :, seen], rtol=1e-3, atol=1e-3
+        )
+        dout[:, 4] = 0  # of such a row, as a rule, nothing is used
+        grads = backward(dout, q, k, v, out, lse, *options)[:3]
+        truth = torch.autograd.grad(expected, exact, dout.transpose(1, 2).double())
+        for got, want in zip(grads, truth, strict=True):
+            torch.testing.assert_close(got.transpose(1, 2).double(), want, rtol=1e-4, atol=1e-4)
+        dout[:, 4] = 1
+        dv = backward(dout, q, k, v, out, lse, *options)[2]
+        assert (dv.abs() <= 1.001 * dout.abs().sum(1)).all(), hiding
+        weights = launch.attention_weights(
+            q, k, lse, mask, None, None, 0.3, 0.0, NO_LIMIT, NO_LIMIT, False, 0.0, None, False
+        )
+        assert (weights <= 1.001).all(), hiding
+
+
 def no_queries_or_keys(device):
     for B, Tq, Tk in ((2, 0, 5), (2, 5, 0), (0, 5, 5)):
         q, k, v = (torch.randn(B, 2, T, 16, device=device) for T in (Tq, Tk, Tk))
@@ -346,6 +378,7 @@ ALL = (
     head_dims,
     sums_of_powers_of_two,
     rows_that_see_nothing,
+    rows_hidden_by_finite_masks,
     no_queries_or_keys,
     rows_far_apart,
     large_logits,

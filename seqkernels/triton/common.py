@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-3e38)  # of a finite mask, so that a logit can be added
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 BOOL, FLOAT = tl.constexpr(1), tl.constexpr(2)  # kinds of masks
@@ -292,8 +293,10 @@ def logits(s, i, j, cut, head, F: tl.constexpr, SCALE: tl.constexpr):
         bias = tl.load(rule.mask + i * rule.mask_q + j * stride_k, mask=there, other=0)
         if F.MASK == BOOL:
             s = tl.where(bias != 0, s, -INF)
-        else:
-            s += bias.to(tl.float32) * LOG2E
+        else:  # what is finite stays finite: a row of the least numbers is no row without keys
+            bias = bias.to(tl.float32)
+            shift = bias * LOG2E
+            s += tl.where(bias > -INF, tl.maximum(shift, LEAST), shift)
     if cut:
         ok = j < see.len_k
         if F.RIGHT:

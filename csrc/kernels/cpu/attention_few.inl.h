@@ -7,7 +7,7 @@
 
 #include "attention.inl.h"
 
-constexpr int64_t kBytesAhead = 8192;  // of K and V to prefetch: memory has the time of 32 rows of D = 64
+constexpr int64_t kBytesAhead = 8192;  // of K and V to prefetch: 2 KB are too late for memory, 16 for L3
 
 // Scores of W / rows keys and `rows` rows of Q: x[row][key].
 template <class S, int rows>
@@ -146,13 +146,11 @@ struct AttentionFew {
       const KeyBlock<S> block(p, rule, span, b, j, least(j + kK, j1));
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + j),
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + j);
-      for (int64_t r = 0, rows; r < R; r += rows) {
-        constexpr int kMany = W < 4 ? W : 4;
-        rows = R - r >= kMany ? kMany : 1;
+      by_rows<T>(R, [&]<int rows>(int64_t r) {
         for (int64_t n = 0; n < block.nk; n += W / rows)
-          (rows == kMany ? scores<S, kMany> : scores<S, 1>)(k + n * p.k.t, p.k.t, block.nk - n, k_ahead,
-                                                            qs + r * ldq, ldq, p.D, xs + r * kK + n, kK);
-      }
+          scores<S, rows>(k + n * p.k.t, p.k.t, block.nk - n, k_ahead, qs + r * ldq, ldq, p.D,
+                          xs + r * kK + n, kK);
+      });
       T by[kRows];
       for (int64_t r = 0; r < R; r++)
         by[r] = softmax(block, hk * group + r / span.Tq, r % span.Tq, xs + r * kK, m[r], l[r]);
@@ -185,23 +183,15 @@ struct AttentionFew {
   void values(int64_t R, int64_t nk, const T* P, const S* v, const T* by, T* o) const {
     constexpr int NV = 4;
     for (int64_t d = 0; d < ldv; d += NV * W)
-      for (int64_t r = 0; r < R;) {
-        const int64_t left = ldv - d;
-        const auto tile = [&]<int rows>() {
-          T* to = o + r * ldv + d;
-          if (left >= NV * W)
-            values_tile<S, rows, NV>(nk, P + r * kK, kK, v + d, p.v.t, v_ahead, p.Dv - d, by + r, to, ldv);
-          else
-            for (int64_t i = 0; i < left; i += W)
-              values_tile<S, rows, 1>(nk, P + r * kK, kK, v + d + i, p.v.t, v_ahead, p.Dv - d - i, by + r,
-                                      to + i, ldv);
-          r += rows;
-        };
-        if (R - r >= 4)
-          tile.template operator()<4>();
+      by_rows<T>(R, [&]<int rows>(int64_t r) {
+        T* to = o + r * ldv + d;
+        if (ldv - d >= NV * W)
+          values_tile<S, rows, NV>(nk, P + r * kK, kK, v + d, p.v.t, v_ahead, p.Dv - d, by + r, to, ldv);
         else
-          tile.template operator()<1>();
-      }
+          for (int64_t i = 0; i < ldv - d; i += W)
+            values_tile<S, rows, 1>(nk, P + r * kK, kK, v + d + i, p.v.t, v_ahead, p.Dv - d - i, by + r,
+                                    to + i, ldv);
+      });
   }
 
   void join(int64_t head) const {

@@ -345,7 +345,7 @@ SEQ_INLINE void pack_row(const bf16* b, int64_t n, bf16* panel, int64_t k, int64
   }
 }
 #endif
-// Rows [k, end) of a panel from rows ldb apart.
+// Rows [k, end) of a panel from rows ldb apart, n elements of each; width is 1 or 2 vectors.
 template <class T, class S>
 SEQ_INLINE void pack_rows(const S* b, int64_t ldb, int64_t n, T* panel, int64_t k, int64_t end,
                           int64_t width) {
@@ -454,11 +454,12 @@ SEQ_INLINE void dots_along(const S* const (&w)[kGroup<S, rows>], int64_t ahead, 
 template <int rows, class S, class X>
 SEQ_INLINE void dots(const S* w, int64_t ldw, int64_t n, int64_t ahead, const X* x, int64_t ldx, int64_t K,
                      Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
-  constexpr int W = kLanes<Acc<S>>, N = rows < 4 ? W / 2 / rows : 1;  // sums and x fit the registers
+  constexpr int W = kLanes<Acc<S>>;
+  constexpr int N = rows < 4 && W / 2 > rows ? W / 2 / rows : 1;  // sums and x fit the registers
   SEQ_UNROLL for (int i0 = 0; i0 < W / rows; i0 += kGroup<S, rows>) {
     const S* row[kGroup<S, rows>];
     for (int i = 0; i < kGroup<S, rows>; i++) row[i] = w + (i0 + i < n ? i0 + i : n - 1) * ldw;
-    dots_along<rows, (N > 1 ? N : 1)>(row, ahead, x, ldx, 0, K, acc + i0);
+    dots_along<rows, N>(row, ahead, x, ldx, 0, K, acc + i0);
   }
 }
 
@@ -476,7 +477,17 @@ SEQ_INLINE Vec<T> sum_lanes(Vec<T> (&v)[kLanes<T>]) {
   return v[0];
 }
 
-// c [M, W] = the sum over `terms` of x w^T, of whose columns n are there.
+// fn<rows>(m) for the rows [0, M), by four, two and one.
+template <class T, class Fn>
+SEQ_INLINE void by_rows(int64_t M, const Fn& fn) {
+  constexpr int kMost = kLanes<T> < 4 ? kLanes<T> : 4;
+  int64_t m = 0;
+  for (; m + kMost <= M; m += kMost) fn.template operator()<kMost>(m);
+  if (kMost > 2 && m + 2 <= M) fn.template operator()<2>(m), m += 2;
+  if (m < M) fn.template operator()<1>(m);
+}
+
+// One of the products x w^T that are added up, for rows of x and w.
 template <class S, class X>
 struct Term {
   const S* w;
@@ -496,12 +507,11 @@ static void direct_rows(int64_t m, int64_t n, T* c, int64_t ldc, const Terms&...
     SEQ_UNROLL for (int r = 0; r < rows; r++) __builtin_memcpy(
         c + (m + r) * ldc + j, reinterpret_cast<const T*>(&sums) + r * columns, columns * sizeof(T));
   }
+  for (int64_t j = round_up(n, columns); j < W; j++)
+    for (int r = 0; r < rows; r++) c[(m + r) * ldc + j] = T(0);
 }
+// c [M, W] = the sum of `terms`; n of the columns have rows of w, the others become 0.
 template <class T, class... Terms>
 static void direct_products(int64_t M, int64_t n, T* c, int64_t ldc, const Terms&... terms) {
-  constexpr int kMost = kLanes<T> < 4 ? kLanes<T> : 4;
-  int64_t m = 0;
-  for (; m + kMost <= M; m += kMost) direct_rows<kMost>(m, n, c, ldc, terms...);
-  if (kMost > 2 && m + 2 <= M) direct_rows<2>(m, n, c, ldc, terms...), m += 2;
-  if (m < M) direct_rows<1>(m, n, c, ldc, terms...);
+  by_rows<T>(M, [&]<int rows>(int64_t m) { direct_rows<rows>(m, n, c, ldc, terms...); });
 }

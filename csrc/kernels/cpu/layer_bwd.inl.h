@@ -45,7 +45,7 @@ struct LayerBwd {
   using O = Operand<S>;
   using Params = typename Cell::BwdParams;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
-  static constexpr int64_t kRebuildTokens = 48, kDirectTokens = 8, kGradientRows = 48;
+  static constexpr int64_t kRebuildTokens = 48, kInPlaceTokens = 8, kGradientRows = 48;
 
   const Params& p;
   Sequence seq;
@@ -58,7 +58,7 @@ struct LayerBwd {
   const int64_t ldG, ldh, ldcell;
 
   // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows,
-  // padded].
+  // padded], where there are several chunks or the caller's tensors have that layout.
   O *dG[2], *dh_chunk[2], *m_chunk[2], *x_panels[2], *h_panels[2];
   S* gates[2];
   T *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
@@ -77,7 +77,7 @@ struct LayerBwd {
         P(p.P),
         B(p.B),
         D(p.D),
-        weights(params, seq.tokens <= kDirectTokens),
+        weights(params, seq.tokens <= kInPlaceTokens),
         forward(params),
         rebuild(Cell::kSaved > 0 && !p.gates),
         projected(weights.projected),
@@ -91,7 +91,7 @@ struct LayerBwd {
   static constexpr bool kSame = sizeof(S) == sizeof(T);
   int64_t padded(int64_t n) const { return round_up(n, kLanes<T>); }
   bool in_place(int64_t columns) const { return kSame && columns == padded(columns); }
-  // Weight gradients become what the caller wants tile by tile: no sums of several chunks in between.
+  // All steps are one chunk: dW_ih and dW_hh are converted tile by tile, there are no sums to add to.
   bool one_chunk() const { return steps == p.T; }
 
   void layout(Arena& a) {
@@ -122,9 +122,13 @@ struct LayerBwd {
       gates[d] = rebuild ? a.take<S>(chunk_tokens * Cell::kSaved * H) : nullptr;
       x_panels[d] = a.take<O>(xs.size());
       h_panels[d] = a.take<O>(hs.size());
-      const int64_t sums = one_chunk() ? 0 : G * H;
-      dw_ih[d] = in_place(I) ? static_cast<T*>(p.dw[d].w_ih) : a.take<T>(sums * padded(I));
-      dw_hh[d] = in_place(P) ? static_cast<T*>(p.dw[d].w_hh) : a.take<T>(sums * padded(P));
+      const auto sums = [&](int64_t columns, void* dw) {
+        return in_place(columns) ? static_cast<T*>(dw)
+               : one_chunk()     ? nullptr
+                                 : a.take<T>(G * H * padded(columns));
+      };
+      dw_ih[d] = sums(I, p.dw[d].w_ih);
+      dw_hh[d] = sums(P, p.dw[d].w_hh);
       dw_hr[d] = !projected    ? nullptr
                  : in_place(H) ? static_cast<T*>(p.dw[d].w_hr)
                                : a.take<T>(P * padded(H));
@@ -523,8 +527,9 @@ struct LayerBwd {
         store(to + i, first_chunk ? chunk : load(to + i, n - i) + chunk, n - i);
       }
     }
-    // Gate rows [n0, n0 + n) of dW, in the sums; or some at a time converted to where the caller wants them.
-    void outer(int64_t n0, int64_t n, const O* panels, int64_t columns, T* sums, S* dw) const {
+    // Gate rows [first, first + n) of dW, in the sums; or some at a time converted to where the caller wants
+    // them.
+    void outer(int64_t first, int64_t n, const O* panels, int64_t columns, T* sums, S* dw) const {
       const Panels<O> shape{columns, chunk_size()};
       const bool convert = f.one_chunk() && !f.in_place(columns);
       const int64_t ld = convert ? NR<T> : f.padded(columns), depth = depth_of(shape.K),
@@ -532,11 +537,11 @@ struct LayerBwd {
       for (int64_t i = 0; i < n; i += most) {
         const int64_t rows = n - i < most ? n - i : most;
         for (int64_t j = 0; j < shape.count(); j++) {
-          T* to = convert ? local : sums + (n0 + i) * ld + j * NR<T>;
+          T* to = convert ? local : sums + (first + i) * ld + j * NR<T>;
           gemm_panel(rows, shape.width(j), shape.depth(), local_operand + i * depth, depth,
                      panels + shape.offset(j), shape.width(j), first_chunk ? nullptr : to, ld, to, ld);
           for (int64_t r = 0; convert && r < rows; r++)
-            write_row(to + r * ld, dw + (n0 + i + r) * columns + j * NR<T>, width(columns, j));
+            write_row(to + r * ld, dw + (first + i + r) * columns + j * NR<T>, width(columns, j));
         }
       }
     }
@@ -547,8 +552,7 @@ struct LayerBwd {
       O* panel = local_operand + (q1 - q0) * depth_of(m);
       pack_transposed(f.dh_chunk[d] + q0, f.ldh, m, q1 - q0, local_operand, depth_of(m), round_up(m, 32));
       for (int64_t j = 0; j < shape.count(); j++) {
-        for (int64_t row = 0; row < m; row++)
-          pack_row(f.m_chunk[d] + row * f.ldcell + j * NR<T>, f.H - j * NR<T>, panel, row, shape.width(j));
+        pack_rows(f.m_chunk[d] + j * NR<T>, f.ldcell, f.H - j * NR<T>, panel, 0, m, shape.width(j));
         pack_padding(panel, m, shape.width(j));
         T* to = f.dw_hr[d] + q0 * ld + j * NR<T>;
         gemm_panel(q1 - q0, shape.width(j), shape.depth(), local_operand, depth_of(m), panel, shape.width(j),
@@ -572,7 +576,7 @@ struct LayerBwd {
         });
       }
       const Weights<void*>& out = p.dw[d];
-      for (int64_t n = n0; n < n1 && !f.one_chunk(); n++) {
+      for (int64_t n = f.one_chunk() ? n1 : n0; n < n1; n++) {
         if (!f.in_place(f.I))
           write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
         if (!f.in_place(f.P))

@@ -327,7 +327,7 @@ struct LayerFwd {
         for (int64_t i = j0; i < j1; i++) {
           const int64_t j = s % 2 ? j0 + j1 - 1 - i : i;
           if (f.direct) {
-            direct(s, t, n, j);
+            direct_block(s, t, n, j);
             epilogue(s, t, n, j, C);
             continue;
           }
@@ -363,24 +363,24 @@ struct LayerFwd {
     }
 
     // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them.
-    void direct(int64_t s, int64_t t, int64_t n, int64_t j) {
+    void direct_block(int64_t s, int64_t t, int64_t n, int64_t j) {
       constexpr int W = kLanes<T>;
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
       for (int g = 0; g < G; g++)
         for (int64_t i = 0; i < weights.in.width(j); i += W) {
           const int64_t u = j * NR<T> + i, row = g * f.H + u, valid = f.H - u < W ? f.H - u : W;
           const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
-          const Term<S, O> state{w_hh + row * f.P, f.P, this->state(s) + r0 * f.ldh, f.ldh, f.P};
+          const Term<S, O> recurrent{w_hh + row * f.P, f.P, state(s) + r0 * f.ldh, f.ldh, f.P};
           const auto add = [&](T* to, int64_t ld, const T* bias) {
             for (int64_t b = 0; b < n; b++) store(to + b * ld, load(to + b * ld) + load(bias + u));
           };
           T *c = C + g * gate + i, *q = Q + i;
           if (g == Cell::kSplitGate) {
             direct_products(n, valid, c, ldc, input);
-            direct_products(n, valid, q, NR<T>, state);
+            direct_products(n, valid, q, NR<T>, recurrent);
             add(q, NR<T>, weights.q_bias[d]);
           } else {
-            direct_products(n, valid, c, ldc, input, state);
+            direct_products(n, valid, c, ldc, input, recurrent);
           }
           add(c, ldc, weights.bias[d] + g * weights.in.padded());
         }

@@ -131,20 +131,28 @@ SEQ_INLINE unsigned first_lanes(int64_t n) { return (1u << n) - 1; }
 template <class S>
 SEQ_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
   if (n >= kLanes<Acc<S>>) return load(p);
-  if constexpr (sizeof(S) == 8) return (Vec<Acc<S>>)_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
-  if constexpr (sizeof(S) == 4) return (Vec<Acc<S>>)_mm512_maskz_loadu_ps(__mmask16(first_lanes(n)), p);
-  alignas(32) S some[16];
-  _mm256_store_si256((__m256i*)some, _mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), p));
-  return load(static_cast<const S*>(some));
+  if constexpr (sizeof(S) == 8) {
+    return (Vec<Acc<S>>)_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
+  } else if constexpr (sizeof(S) == 4) {
+    return (Vec<Acc<S>>)_mm512_maskz_loadu_ps(__mmask16(first_lanes(n)), p);
+  } else {
+    alignas(32) S some[16];
+    _mm256_store_si256((__m256i*)some, _mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), p));
+    return load(static_cast<const S*>(some));
+  }
 }
 template <class S>
 SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
   if (n >= kLanes<Acc<S>>) return store(p, v);
-  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), (__m512d)v);
-  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n)), (__m512)v);
-  alignas(32) S some[16];
-  store(static_cast<S*>(some), v);
-  _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(n)), _mm256_load_si256((const __m256i*)some));
+  if constexpr (sizeof(S) == 8) {
+    _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), (__m512d)v);
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n)), (__m512)v);
+  } else {
+    alignas(32) S some[16];
+    store(static_cast<S*>(some), v);
+    _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(n)), _mm256_load_si256((const __m256i*)some));
+  }
 }
 #else
 template <class S>

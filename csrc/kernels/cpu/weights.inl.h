@@ -122,9 +122,8 @@ struct BackwardWeights {
     pack_columns(static_cast<const S*>(w.w_hh), rec, Cell::kRecurrentSlot, panels[d] + in.size(), rank, size);
     if (!projected) return;
     for (int64_t j = rank; j < proj.count(); j += size) {
-      for (int64_t k = 0; k < proj.K; k++)
-        pack_row(static_cast<const S*>(w.w_hr) + k * proj.N + j * NR<O>, proj.N - j * NR<O>, projection(d, j),
-                 k, proj.width(j));
+      pack_rows(static_cast<const S*>(w.w_hr) + j * NR<O>, proj.N, proj.N - j * NR<O>, projection(d, j), 0,
+                proj.K, proj.width(j));
       pack_padding(projection(d, j), proj.K, proj.width(j));
     }
   }
