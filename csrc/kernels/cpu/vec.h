@@ -70,49 +70,44 @@ SEQ_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
 }
 
-SEQ_INLINE Vec<float> load(const bf16* p) {
-  return (Vec<float>)(__builtin_convertvector((U16)(*reinterpret_cast<const U16u*>(p)), U32) << 16);
-}
+// 16-bit floats to float and back.
+SEQ_INLINE Vec<float> widen(U16 half, bf16) { return (Vec<float>)(__builtin_convertvector(half, U32) << 16); }
 #if defined(__AVX512BF16__)
-SEQ_INLINE void store(bf16* p, Vec<float> v) {  // subnormal numbers become 0, as in the dot products
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+SEQ_INLINE U16 narrow(Vec<float> v, bf16) {  // subnormal numbers become 0, as in the dot products
+  return (U16)_mm512_cvtneps_pbh((__m512)v);
 }
 #else
-SEQ_INLINE void store(bf16* p, Vec<float> v) {  // to nearest even; a NaN stays a NaN
+SEQ_INLINE U16 narrow(Vec<float> v, bf16) {  // to nearest even; a NaN stays a NaN
   U32 u = (U32)v;
   U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   U32 is_nan = (U32)(v != v);
-  *reinterpret_cast<U16u*>(p) =
-      __builtin_convertvector((rounded & ~is_nan) | (((u >> 16) | 0x40u) & is_nan), U16);
+  return __builtin_convertvector((rounded & ~is_nan) | (((u >> 16) | 0x40u) & is_nan), U16);
 }
 #endif
 
 #if defined(__AVX512F__)
-SEQ_INLINE Vec<float> load(const f16* p) {
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+SEQ_INLINE Vec<float> widen(U16 half, f16) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
 }
-SEQ_INLINE void store(f16* p, Vec<float> v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+SEQ_INLINE U16 narrow(Vec<float> v, f16) {
+  return (U16)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__F16C__)
-SEQ_INLINE Vec<float> load(const f16* p) {
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-}
-SEQ_INLINE void store(f16* p, Vec<float> v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+SEQ_INLINE Vec<float> widen(U16 half, f16) { return (Vec<float>)_mm256_cvtph_ps((__m128i)half); }
+SEQ_INLINE U16 narrow(Vec<float> v, f16) {
+  return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-// Half precision by integer arithmetic: normal numbers rebias the exponent, subnormals go through a float
-// addition.
-SEQ_INLINE Vec<float> load(const f16* p) {
-  U32 h = __builtin_convertvector((U16)(*reinterpret_cast<const U16u*>(p)), U32);
+// By integer arithmetic: normal numbers rebias the exponent, subnormals go through a float addition.
+SEQ_INLINE Vec<float> widen(U16 half, f16) {
+  U32 h = __builtin_convertvector(half, U32);
   U32 sign = (h & 0x8000u) << 16, mag = (h & 0x7fffu) << 13;
   U32 is_max = (U32)(mag >= (0x7c00u << 13)), is_sub = (U32)(mag < (0x0400u << 13));
   U32 normal = mag + (112u << 23) + (is_max & (112u << 23));
   U32 sub = (U32)((Vec<float>)(mag + (113u << 23)) - splat(6.103515625e-05f));
   return (Vec<float>)(sign | (is_sub & sub) | (~is_sub & normal));
 }
-SEQ_INLINE void store(f16* p, Vec<float> v) {
+SEQ_INLINE U16 narrow(Vec<float> v, f16) {
   U32 u = (U32)v, sign = u & 0x80000000u, mag = u ^ sign;
   U32 is_nan = (U32)(mag > 0x7f800000u), is_inf = (U32)(mag >= 0x47800000u),
       is_sub = (U32)(mag < 0x38800000u);
@@ -121,57 +116,51 @@ SEQ_INLINE void store(f16* p, Vec<float> v) {
   U32 out = (is_sub & sub) | (~is_sub & normal);
   out = (is_inf & 0x7c00u) | (~is_inf & out);
   out = (is_nan & 0x7e00u) | (~is_nan & out);
-  *reinterpret_cast<U16u*>(p) = __builtin_convertvector(out | (sign >> 16), U16);
+  return __builtin_convertvector(out | (sign >> 16), U16);
 }
 #endif
+SEQ_INLINE Vec<float> load(const bf16* p) { return widen(*reinterpret_cast<const U16u*>(p), bf16{}); }
+SEQ_INLINE Vec<float> load(const f16* p) { return widen(*reinterpret_cast<const U16u*>(p), f16{}); }
+SEQ_INLINE void store(bf16* p, Vec<float> v) { *reinterpret_cast<U16u*>(p) = narrow(v, bf16{}); }
+SEQ_INLINE void store(f16* p, Vec<float> v) { *reinterpret_cast<U16u*>(p) = narrow(v, f16{}); }
 
 // The first n (1 or more) elements only; the other lanes read as zero and are not written.
-#if defined(__AVX512F__)
-SEQ_INLINE unsigned first_lanes(int64_t n) { return (1u << n) - 1; }
-template <class S>
-SEQ_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
-  if (n >= kLanes<Acc<S>>) return load(p);
-  if constexpr (sizeof(S) == 8) {
-    return (Vec<Acc<S>>)_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
-  } else if constexpr (sizeof(S) == 4) {
-    return (Vec<Acc<S>>)_mm512_maskz_loadu_ps(__mmask16(first_lanes(n)), p);
-  } else {
-    alignas(32) S some[16];
-    _mm256_store_si256((__m256i*)some, _mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), p));
-    return load(static_cast<const S*>(some));
-  }
-}
-template <class S>
-SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
-  if (n >= kLanes<Acc<S>>) return store(p, v);
-  if constexpr (sizeof(S) == 8) {
-    _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), (__m512d)v);
-  } else if constexpr (sizeof(S) == 4) {
-    _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n)), (__m512)v);
-  } else {
-    alignas(32) S some[16];
-    store(static_cast<S*>(some), v);
-    _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(n)), _mm256_load_si256((const __m256i*)some));
-  }
-}
-#else
 template <class S>
 SEQ_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
   constexpr int W = kLanes<Acc<S>>;
   if (n >= W) return load(p);
-  S tmp[W] = {};
-  for (int64_t i = 0; i < n; i++) tmp[i] = p[i];
-  return load(static_cast<const S*>(tmp));
+#if defined(__AVX512F__)
+  const unsigned some = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8)
+    return (Vec<Acc<S>>)_mm512_maskz_loadu_pd(__mmask8(some), p);
+  else if constexpr (sizeof(S) == 4)
+    return (Vec<Acc<S>>)_mm512_maskz_loadu_ps(__mmask16(some), p);
+  else
+    return widen((U16)_mm256_maskz_loadu_epi16(__mmask16(some), p), S{});
+#else
+  S some[W] = {};
+  for (int64_t i = 0; i < n; i++) some[i] = p[i];
+  return load(static_cast<const S*>(some));
+#endif
 }
 template <class S>
 SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
   constexpr int W = kLanes<Acc<S>>;
   if (n >= W) return store(p, v);
-  S tmp[W];
-  store(static_cast<S*>(tmp), v);
-  for (int64_t i = 0; i < n; i++) p[i] = tmp[i];
-}
+#if defined(__AVX512F__)
+  const unsigned some = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8)
+    _mm512_mask_storeu_pd(p, __mmask8(some), (__m512d)v);
+  else if constexpr (sizeof(S) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16(some), (__m512)v);
+  else
+    _mm256_mask_storeu_epi16(p, __mmask16(some), (__m256i)narrow(v, S{}));
+#else
+  S some[W];
+  store(static_cast<S*>(some), v);
+  for (int64_t i = 0; i < n; i++) p[i] = some[i];
 #endif
+}
 
 // Store past the caches, for what is read only in backward: no line is fetched before it is overwritten. p is
 // aligned to the vector and n is whole (see `stream` in FwdTile); fence() makes the stores visible to other
