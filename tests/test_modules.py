@@ -318,6 +318,18 @@ def test_errors_are_torchs(kind, call):
         assert outcome(ours, *args) == expected
 
 
+@kinds
+@pytest.mark.parametrize(
+    "hx", [h, torch.zeros(4, 2, 5), torch.zeros(2, 1, 5), torch.zeros(2, 2, 4), h[0], h[0, 0, 0]]
+)
+def test_errors_of_several_layers_are_torchs(kind, hx):
+    ours, theirs = twins(kind, 3, 5, 2)
+    args = torch.zeros(1, 2, 3), (hx, hx) if kind == "LSTM" else hx
+    expected = outcome(theirs, *args)
+    assert expected is not None
+    assert outcome(ours, *args) == expected
+
+
 @pytest.mark.parametrize(
     "hx",
     [h, (h,), (h, c[:, :1]), (h, c[..., :4]), (h, c[0]), (h[0], c[0]), (h.double(), c), (h, c.double())],

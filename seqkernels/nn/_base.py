@@ -120,7 +120,7 @@ class Recurrent(RNNBase):
                 y, *finals = self._layer(cell, x, states, weights, packs[0] if packs else None)
             else:
                 y, *finals = self._layers(cell, x, states, weights, packs or [None] * L)
-        except (KeyError, RuntimeError, TypeError):
+        except (AttributeError, KeyError, RuntimeError, TypeError):
             return None  # the whole way finds out why, and what to do
         return y.transpose(0, 1) if batch_first else y, *finals[: cell.states]
 

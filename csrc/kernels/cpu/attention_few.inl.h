@@ -6,21 +6,9 @@
 #pragma once
 
 #include "attention.inl.h"
+#include "direct.inl.h"
 
 constexpr int64_t kBytesAhead = 8192;  // of K and V to prefetch: 2 KB are too late for memory, 16 for L3
-
-// Scores of W / rows keys and `rows` rows of Q: x[row][key].
-template <class S, int rows>
-static void scores(const S* k, int64_t ldk, int64_t nk, int64_t ahead, const Operand<S>* q, int64_t ldq,
-                   int64_t D, Acc<S>* x, int64_t ldx) {
-  using T = Acc<S>;
-  constexpr int W = kLanes<T>, keys = W / rows;
-  Vec<T> acc[W] = {};
-  dots<rows>(k, ldk, nk, ahead, q, ldq, D, acc);
-  const Vec<T> sums = sum_lanes<T>(acc);
-  for (int r = 0; r < rows; r++)
-    __builtin_memcpy(x + r * ldx, reinterpret_cast<const T*>(&sums) + r * keys, keys * sizeof(T));
-}
 
 // out [rows, features] = out * by[row] + P [rows, nk] V, features in the lanes.
 template <class S, int rows, int NV>
@@ -146,11 +134,7 @@ struct AttentionFew {
       const KeyBlock<S> block(p, rule, span, b, j, least(j + kK, j1));
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + j),
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + j);
-      by_rows<T>(R, [&]<int rows>(int64_t r) {
-        for (int64_t n = 0; n < block.nk; n += W / rows)
-          scores<S, rows>(k + n * p.k.t, p.k.t, block.nk - n, k_ahead, qs + r * ldq, ldq, p.D,
-                          xs + r * kK + n, kK);
-      });
+      direct_products(R, block.nk, xs, kK, Term<S, O>{k, p.k.t, qs, ldq, p.D, k_ahead});
       T by[kRows];
       for (int64_t r = 0; r < R; r++)
         by[r] = softmax(block, hk * group + r / span.Tq, r % span.Tq, xs + r * kK, m[r], l[r]);

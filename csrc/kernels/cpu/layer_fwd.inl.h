@@ -8,7 +8,7 @@
 // units; see step_cycles for what that costs.
 #pragma once
 
-#include "gemm.inl.h"
+#include "direct.inl.h"
 #include "sequence.inl.h"
 #include "team.inl.h"
 #include "weights.inl.h"
@@ -364,26 +364,27 @@ struct LayerFwd {
 
     // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them.
     void direct_block(int64_t s, int64_t t, int64_t n, int64_t j) {
-      constexpr int W = kLanes<T>;
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
-      for (int g = 0; g < G; g++)
-        for (int64_t i = 0; i < weights.in.width(j); i += W) {
-          const int64_t u = j * NR<T> + i, row = g * f.H + u, valid = f.H - u < W ? f.H - u : W;
-          const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
-          const Term<S, O> recurrent{w_hh + row * f.P, f.P, state(s) + r0 * f.ldh, f.ldh, f.P};
-          const auto add = [&](T* to, int64_t ld, const T* bias) {
-            for (int64_t b = 0; b < n; b++) store(to + b * ld, load(to + b * ld) + load(bias + u));
-          };
-          T *c = C + g * gate + i, *q = Q + i;
-          if (g == Cell::kSplitGate) {
-            direct_products(n, valid, c, ldc, input);
-            direct_products(n, valid, q, NR<T>, recurrent);
-            add(q, NR<T>, weights.q_bias[d]);
-          } else {
-            direct_products(n, valid, c, ldc, input, recurrent);
-          }
-          add(c, ldc, weights.bias[d] + g * weights.in.padded());
+      const int64_t u = j * NR<T>, units = f.H - u < NR<T> ? f.H - u : NR<T>;
+      for (int g = 0; g < G; g++) {
+        const int64_t row = g * f.H + u;
+        const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
+        const Term<S, O> recurrent{w_hh + row * f.P, f.P, state(s) + r0 * f.ldh, f.ldh, f.P};
+        const auto add = [&](T* to, int64_t ld, const T* bias) {
+          for (int64_t i = 0; i < units; i += kLanes<T>)
+            for (int64_t b = 0; b < n; b++)
+              store(to + b * ld + i, load(to + b * ld + i) + load(bias + u + i));
+        };
+        T* c = C + g * gate;
+        if (g == Cell::kSplitGate) {
+          direct_products(n, units, c, ldc, input);
+          direct_products(n, units, Q, NR<T>, recurrent);
+          add(Q, NR<T>, weights.q_bias[d]);
+        } else {
+          direct_products(n, units, c, ldc, input, recurrent);
         }
+        add(c, ldc, weights.bias[d] + g * weights.in.padded());
+      }
     }
 
     void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, T* block) {

@@ -8,7 +8,7 @@
 // to 12 rows of x, packing would cost more than the product: then W is read as it lies.
 #pragma once
 
-#include "gemm.inl.h"
+#include "direct.inl.h"
 #include "team.inl.h"
 
 // C [M, N] = A [M, K] B [K, N] + bias. A by rows, or across: element [m, k] at a[k * lda + m]. B likewise: by

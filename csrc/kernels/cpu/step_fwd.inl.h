@@ -88,26 +88,24 @@ struct StepFwd {
     const Weights<const void*>& w = p.w[d];
     const S *w_ih = static_cast<const S*>(w.w_ih), *w_hh = static_cast<const S*>(w.w_hh),
             *x = static_cast<const S*>(p.x);
-    for (int g = 0; g < G; g++)
-      for (int64_t i = 0; i < units; i += W) {
-        const int64_t row = g * p.H + u + i, n = units - i < W ? units - i : W;
-        const Term<S, S> input{w_ih + row * p.I, p.I, x, p.x_b, p.I},
-            state{w_hh + row * p.H, p.H, h, p.H, p.H};
-        const auto bias = [&](const void* b) {
-          return b ? load(static_cast<const S*>(b) + row, n) : Vec<T>{};
-        };
-        const auto add = [&](T* to, int64_t ld, Vec<T> constant) {
-          for (int64_t b = 0; b < p.B; b++) store(to + b * ld, load(to + b * ld) + constant);
-        };
-        T *c = C + g * NR<T> + i, *q = Q + i;
-        if (g == Cell::kSplitGate) {
-          direct_products(p.B, n, c, G * NR<T>, input);
-          direct_products(p.B, n, q, NR<T>, state);
-          add(c, G * NR<T>, bias(w.b_ih)), add(q, NR<T>, bias(w.b_hh));
-        } else {
-          direct_products(p.B, n, c, G * NR<T>, input, state);
-          add(c, G * NR<T>, bias(w.b_ih) + bias(w.b_hh));
+    for (int g = 0; g < G; g++) {
+      const int64_t row = g * p.H + u;
+      const Term<S, S> input{w_ih + row * p.I, p.I, x, p.x_b, p.I}, state{w_hh + row * p.H, p.H, h, p.H, p.H};
+      const auto add = [&](T* to, int64_t ld, const void* b) {
+        for (int64_t i = 0; b && i < units; i += W) {
+          const Vec<T> bias = load(static_cast<const S*>(b) + row + i, units - i);
+          for (int64_t r = 0; r < p.B; r++) store(to + r * ld + i, load(to + r * ld + i) + bias);
         }
+      };
+      T* c = C + g * NR<T>;
+      if (g == Cell::kSplitGate) {
+        direct_products(p.B, units, c, G * NR<T>, input);
+        direct_products(p.B, units, Q, NR<T>, state);
+        add(c, G * NR<T>, w.b_ih), add(Q, NR<T>, w.b_hh);
+      } else {
+        direct_products(p.B, units, c, G * NR<T>, input, state);
+        add(c, G * NR<T>, w.b_ih), add(c, G * NR<T>, w.b_hh);
       }
+    }
   }
 };
