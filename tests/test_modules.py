@@ -318,16 +318,34 @@ def test_errors_are_torchs(kind, call):
         assert outcome(ours, *args) == expected
 
 
+SEVERAL = [
+    h,
+    torch.zeros(4, 2, 5),
+    torch.zeros(2, 1, 5),
+    torch.zeros(2, 2, 4),
+    torch.zeros(0, 2, 5),
+    h[0],
+    h[0, 0, 0],
+]
+
+
 @kinds
-@pytest.mark.parametrize(
-    "hx", [h, torch.zeros(4, 2, 5), torch.zeros(2, 1, 5), torch.zeros(2, 2, 4), h[0], h[0, 0, 0]]
-)
+@pytest.mark.parametrize("hx", SEVERAL, ids=lambda t: str(tuple(t.shape)))
 def test_errors_of_several_layers_are_torchs(kind, hx):
     ours, theirs = twins(kind, 3, 5, 2)
     args = torch.zeros(1, 2, 3), (hx, hx) if kind == "LSTM" else hx
     expected = outcome(theirs, *args)
     assert expected is not None
     assert outcome(ours, *args) == expected
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("hx", [(), [], (h,), (h, h, h)], ids=len)
+def test_errors_of_how_many_states_are_torchs(layers, hx):
+    ours, theirs = twins("LSTM", 3, 5, layers)
+    expected = outcome(theirs, torch.zeros(1, 2, 3), hx)
+    assert expected is not None
+    assert outcome(ours, torch.zeros(1, 2, 3), hx) == expected
 
 
 @pytest.mark.parametrize(

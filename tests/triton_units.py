@@ -85,7 +85,7 @@ def rows_that_see_nothing(device):
 
 
 def rows_hidden_by_finite_masks(device):
-    """They see all keys alike, as in torch. What their logits lose to rounding makes no weights above 1."""
+    """Their output is the mean, as torch's. In backward rounding may take weights to 0, but not above 1."""
     q, k, v = (torch.randn(1, 1, n, 16, device=device) for n in (20, 33, 33))
     dout = torch.randn(1, 20, 1, 16, device=device)
     least = torch.finfo(torch.float32).min

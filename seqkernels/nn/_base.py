@@ -135,19 +135,19 @@ class Recurrent(RNNBase):
     def _layers(
         self,
         cell: stack.Cell,
-        y: Tensor,
+        x: Tensor,
         states: States,
         weights: Sequence[Tensor],
         packs: Sequence[Tensor | None],
     ) -> Sequence[Tensor]:
         L, finals = self.num_layers, []
-        states_of = zip(*(s.tensor_split(L) for s in states), strict=True)
         per_layer = len(weights) // L
-        for i, layer_states in enumerate(states_of):
+        states_of = [s.tensor_split(L) for s in states]
+        for i in range(L):
             layer_weights = weights[i * per_layer : (i + 1) * per_layer]
-            y, *layer_finals = self._layer(cell, y, layer_states, layer_weights, packs[i])
+            x, *layer_finals = self._layer(cell, x, [s[i] for s in states_of], layer_weights, packs[i])
             finals.append(layer_finals[: cell.states])
-        return y, *(torch.cat(kind) for kind in zip(*finals, strict=True))
+        return x, *(torch.cat(kind) for kind in zip(*finals, strict=True))
 
     def _run(
         self,

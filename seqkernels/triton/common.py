@@ -293,7 +293,7 @@ def logits(s, i, j, cut, head, F: tl.constexpr, SCALE: tl.constexpr):
         bias = tl.load(rule.mask + i * rule.mask_q + j * stride_k, mask=there, other=0)
         if F.MASK == BOOL:
             s = tl.where(bias != 0, s, -INF)
-        else:  # what is finite stays finite: a row of the least numbers is no row without keys
+        else:  # the least numbers stay finite: a row of them has the mean for its output, though no gradients
             bias = bias.to(tl.float32)
             shift = bias * LOG2E
             s += tl.where(bias > -INF, tl.maximum(shift, LEAST), shift)

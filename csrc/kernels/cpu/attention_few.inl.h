@@ -8,7 +8,8 @@
 #include "attention.inl.h"
 #include "direct.inl.h"
 
-constexpr int64_t kBytesAhead = 8192;  // of K and V to prefetch: 2 KB are too late for memory, 16 for L3
+constexpr int64_t kBytesAhead =
+    8192;  // of K and V to prefetch: 2 KB are too few for memory, 16 too many for L3
 
 // out [rows, features] = out * by[row] + P [rows, nk] V, features in the lanes.
 template <class S, int rows, int NV>

@@ -88,7 +88,7 @@ SEQ_INLINE Vec<T> sum_lanes(Vec<T> (&v)[kLanes<T>]) {
   return v[0];
 }
 
-// fn<rows>(m) for the rows [0, M), by four, two and one.
+// fn<rows>(m) for the rows [0, M): by four (or as many as lanes), two and one.
 template <class T, class Fn>
 SEQ_INLINE void by_rows(int64_t M, const Fn& fn) {
   constexpr int kMost = kLanes<T> < 4 ? kLanes<T> : 4;
@@ -122,7 +122,7 @@ static void direct_rows(int64_t m, int64_t n, T* c, int64_t ldc, const Terms&...
   for (int64_t j = round_up(n, columns); j < round_up(n, W); j++)
     for (int r = 0; r < rows; r++) c[(m + r) * ldc + j] = T(0);
 }
-// c [M, n] = the sum of `terms`; columns up to the next whole vector become 0.
+// c [M, n] = the sum of `terms`. Columns up to the next whole vector are written too, and mean nothing.
 template <class T, class... Terms>
 static void direct_products(int64_t M, int64_t n, T* c, int64_t ldc, const Terms&... terms) {
   by_rows<T>(M, [&]<int rows>(int64_t m) { direct_rows<rows>(m, n, c, ldc, terms...); });

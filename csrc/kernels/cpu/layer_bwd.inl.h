@@ -58,7 +58,7 @@ struct LayerBwd {
   const int64_t ldG, ldh, ldcell;
 
   // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows,
-  // padded], where there are several chunks or the caller's tensors have that layout.
+  // padded]; of dW_ih and dW_hh only where there are several chunks or the caller's have that layout.
   O *dG[2], *dh_chunk[2], *m_chunk[2], *x_panels[2], *h_panels[2];
   S* gates[2];
   T *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
@@ -576,7 +576,8 @@ struct LayerBwd {
         });
       }
       const Weights<void*>& out = p.dw[d];
-      for (int64_t n = f.one_chunk() ? n1 : n0; n < n1; n++) {
+      const bool converted = f.one_chunk();
+      for (int64_t n = n0; n < n1 && !converted; n++) {
         if (!f.in_place(f.I))
           write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
         if (!f.in_place(f.P))

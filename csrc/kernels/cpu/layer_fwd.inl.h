@@ -362,7 +362,8 @@ struct LayerFwd {
       barrier->wait(sharing);
     }
 
-    // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them.
+    // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them; Q keeps
+    // the split gate's W_hh h + b_hh.
     void direct_block(int64_t s, int64_t t, int64_t n, int64_t j) {
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
       const int64_t u = j * NR<T>, units = f.H - u < NR<T> ? f.H - u : NR<T>;
