@@ -1,6 +1,6 @@
-// One step of a few rows: a cell, or a layer that streams. Memory is the limit, each weight is used once per
-// row: they are read as torch keeps them, and threads take blocks of NR units in turn, so that nobody waits
-// for a thread that wakes up late (50 us and more, as long as 2 MB of weights take).
+// One step of a few rows: a cell, or a layer that streams. Memory is the limit: weights are read as torch
+// keeps them, by up to four rows at once (direct.inl.h), and threads take blocks of NR units in turn, so that
+// nobody waits for a thread that wakes up late (50 us and more, as long as 2 MB of weights take).
 #pragma once
 
 #include "layer_fwd.inl.h"
