@@ -101,7 +101,8 @@ class Recurrent(RNNBase):
         L = self.num_layers
         plain = (
             type(input) is Tensor
-            and (input.is_cpu or (input.is_cuda and L == 1))  # there several layers have a pipeline
+            and (input.is_cpu or input.is_cuda)
+            and (L == 1 or not support.on_gpu(input))  # there several layers have a pipeline
             and input.dim() == 3
             and input.numel() > 0
         )
