@@ -164,14 +164,6 @@ def _layers(
     prepacked: Sequence[Tensor] | None,
     plan: pipeline.Plan | None,
 ) -> tuple[list[Tensor], States]:
-    D = 2 if config.bidirectional else 1
-    L, per_layer = config.num_layers, len(weights) // config.num_layers
-    if any(s.size(0) != L * D for s in states):
-        rows = [s.size(0) for s in states]
-        raise ValueError(f"expected states of {L} x {D} layers, got {rows}")
-    states_of = [states if L == 1 else [s[i * D : (i + 1) * D] for s in states] for i in range(L)]
-    weights_of = [weights[i * per_layer : (i + 1) * per_layer] for i in range(L)]
-
     def one(i: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if i > 0 and config.dropout > 0 and config.training:
             x = F.dropout(x, config.dropout)
@@ -186,16 +178,46 @@ def _layers(
             **options,
         )
 
+    states_of, weights_of = by_layer(config, states, weights)
     if plan is not None:
         x, finals, cells = pipeline.run(one, plan, x, states_of, weights_of)
+        finals = _joined(finals)
     else:
-        finals = []
-        for i in range(L):
-            x, *rest = one(i, x, states_of[i], weights_of[i])
-            finals.append(rest[: len(states)])
-            cells = rest[len(states) :]
-    finals = finals[0] if L == 1 else [torch.cat(kind) for kind in zip(*finals, strict=True)]
+        x, finals, cells = in_turn(one, x, states_of, weights_of)
     return [x, *(c.to(x.dtype) for c in cells if c is not None)], finals
+
+
+def by_layer(
+    config: Config, states: States, weights: Sequence[Tensor]
+) -> tuple[list[States], list[Sequence[Tensor]]]:
+    """The states and the weights of each layer."""
+    D = 2 if config.bidirectional else 1
+    L, per_layer = config.num_layers, len(weights) // config.num_layers
+    if any(s.size(0) != L * D for s in states):
+        rows = [s.size(0) for s in states]
+        raise ValueError(f"expected states of {L} x {D} layers, got {rows}")
+    states_of = [states if L == 1 else [s[i * D : (i + 1) * D] for s in states] for i in range(L)]
+    weights_of = [weights[i * per_layer : (i + 1) * per_layer] for i in range(L)]
+    return states_of, weights_of
+
+
+def in_turn(
+    one: Callable[..., Sequence[Tensor | None]],
+    x: Tensor,
+    states_of: Sequence[States],
+    weights_of: Sequence[Sequence[Tensor]],
+) -> tuple[Tensor, States, Sequence[Tensor | None]]:
+    """one(i, x, states, weights) of each layer -> output, final states of all, what else the last returns."""
+    finals = []
+    for i, (states, weights) in enumerate(zip(states_of, weights_of, strict=True)):
+        x, *rest = one(i, x, states, weights)
+        finals.append(rest[: len(states)])
+        others = rest[len(states) :]
+    return x, _joined(finals), others
+
+
+def _joined(finals: Sequence[States]) -> States:
+    return finals[0] if len(finals) == 1 else [torch.cat(kind) for kind in zip(*finals, strict=True)]
 
 
 def _torch_layers(

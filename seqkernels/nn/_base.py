@@ -120,8 +120,13 @@ class Recurrent(RNNBase):
             if L == 1:
                 y, *finals = self._layer(cell, x, states, weights, packs[0] if packs else None)
             else:
-                y, *finals = self._layers(cell, x, states, weights, packs or [None] * L)
-        except (AttributeError, KeyError, RuntimeError, TypeError):
+                packs = packs or [None] * L
+                y, finals, _ = stack.in_turn(
+                    lambda i, x, states, weights: self._layer(cell, x, states, weights, packs[i]),
+                    x,
+                    *stack.by_layer(self, states, weights),
+                )
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             return None  # the whole way finds out why, and what to do
         return y.transpose(0, 1) if batch_first else y, *finals[: cell.states]
 
@@ -132,23 +137,6 @@ class Recurrent(RNNBase):
             layer = stack.native_layer(cell, self, False)
             return layer(x, *states, weights, packed=pack, bidirectional=self.bidirectional)
         return cell.native(x, *states, weights, None, None, pack, self.bidirectional, *cell.flags)
-
-    def _layers(
-        self,
-        cell: stack.Cell,
-        x: Tensor,
-        states: States,
-        weights: Sequence[Tensor],
-        packs: Sequence[Tensor | None],
-    ) -> Sequence[Tensor]:
-        L, finals = self.num_layers, []
-        per_layer = len(weights) // L
-        states_of = [s.tensor_split(L) for s in states]
-        for i in range(L):
-            layer_weights = weights[i * per_layer : (i + 1) * per_layer]
-            x, *layer_finals = self._layer(cell, x, [s[i] for s in states_of], layer_weights, packs[i])
-            finals.append(layer_finals[: cell.states])
-        return x, *(torch.cat(kind) for kind in zip(*finals, strict=True))
 
     def _run(
         self,

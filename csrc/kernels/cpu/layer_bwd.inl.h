@@ -576,13 +576,13 @@ struct LayerBwd {
         });
       }
       const Weights<void*>& out = p.dw[d];
-      const bool converted = f.one_chunk();
-      for (int64_t n = n0; n < n1 && !converted; n++) {
-        if (!f.in_place(f.I))
-          write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
-        if (!f.in_place(f.P))
-          write_row(f.dw_hh[d] + n * f.padded(f.P), static_cast<S*>(out.w_hh) + n * f.P, f.P);
-      }
+      if (!f.one_chunk())
+        for (int64_t n = n0; n < n1; n++) {
+          if (!f.in_place(f.I))
+            write_row(f.dw_ih[d] + n * f.padded(f.I), static_cast<S*>(out.w_ih) + n * f.I, f.I);
+          if (!f.in_place(f.P))
+            write_row(f.dw_hh[d] + n * f.padded(f.P), static_cast<S*>(out.w_hh) + n * f.P, f.P);
+        }
       for (int64_t n = n0, end; out.b_ih && n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
         end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
