@@ -126,7 +126,7 @@ class Recurrent(RNNBase):
                     x,
                     *stack.by_layer(self, states, weights),
                 )
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return None  # the whole way finds out why, and what to do
         return y.transpose(0, 1) if batch_first else y, *finals[: cell.states]
 
