@@ -9,9 +9,9 @@
 //
 // float, double, f16: K and V are read where they lie (f16 converts a block at a time); Q^T, P^T, O^T stay in
 // L1 and L2. bf16 with dot products: K and V^T are packed first, by all threads, because products read pairs
-// along the features and along the keys. Softmax takes as long as the matrix unit does, so both run at once:
-// softmax of one block makes the steps of the next block's scores and of the last block's values (see
-// TileProduct).
+// along the features and along the keys; some key heads at a time, which bounds the memory and leaves what
+// was packed in L2 and L3. Softmax takes as long as the matrix unit does, so both run at once: softmax of one
+// block makes the steps of the next block's scores and of the last block's values (see TileProduct).
 #pragma once
 
 #include "attention_few.inl.h"
@@ -26,30 +26,21 @@ struct AttentionFwd {
   static constexpr int64_t kQ = kBlock<T>, kK = kPacked ? 256 : 64;
   static constexpr int64_t kUnit = kPacked ? 32 : kQ, kUnits = kQ / kUnit, kBuffers = kPacked ? 3 : 1;
   static constexpr T kGrowth = 8;  // log2 of how far P may pass 1
+  static constexpr int64_t kPass =
+      2 << 20;  // bytes that are packed at a time: a head of 8192 keys, D = Dv = 64
 
   const AttentionFwdParams& p;
   const int64_t group;
   const ScoreRule<T> rule;
-  const int64_t depth, ldv;  // D and Dv as products see them
-  int64_t key_blocks = 0;    // of all sequences
+  const int64_t depth, ldv;   // D and Dv as products see them
+  int64_t at_once, room = 0;  // key heads of a pass, blocks of keys that are packed for one
   int team = 1;
 
-  int64_t *first_task, *first_block, *next;  // of each sequence: tasks, packed blocks of keys
+  int64_t *first_task, *first_block, *next;  // of each sequence: tasks, blocks of keys
   Barrier* barrier;
   PerThread<O> QT;
   PerThread<T> OT, ST, rows;
   O* packed;
-
-  explicit AttentionFwd(const AttentionFwdParams& params)
-      : p(params),
-        group(p.Hk ? p.Hq / p.Hk : 0),
-        rule(p),
-        depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
-        ldv(kPacked ? round_up(p.Dv, 32) : p.Dv) {
-    for (int64_t b = 0; kPacked && b < p.B; b++) key_blocks += blocks_of(Span(p, b).Tk);
-  }
-  static int64_t blocks_of(int64_t Tk) { return (Tk + kK - 1) / kK; }
-  int64_t block_size() const { return kK * (depth + ldv); }
 
   // Blocks of a sequence: heads x queries.
   struct Blocks {
@@ -59,7 +50,38 @@ struct AttentionFwd {
           queries(least(Tq, kQ)),
           chunks((group + heads - 1) / heads),
           per_head(queries ? (Tq + queries - 1) / queries : 0) {}
+    int64_t tasks() const { return chunks * per_head; }  // of one key head
   };
+
+  explicit AttentionFwd(const AttentionFwdParams& params)
+      : p(params),
+        group(p.Hk ? p.Hq / p.Hk : 0),
+        rule(p),
+        depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
+        ldv(kPacked ? round_up(p.Dv, 32) : p.Dv),
+        at_once(heads()) {
+    if (kPacked && at_once > 0) split_heads();
+  }
+  int64_t heads() const { return p.B * p.Hk; }
+  static int64_t blocks_of(int64_t Tk) { return (Tk + kK - 1) / kK; }
+  int64_t block_size() const { return kK * (depth + ldv); }
+
+  // As many heads in a pass as fit in kPass and as give each thread four tasks: the last ones wait for the
+  // others.
+  void split_heads() {
+    int64_t all_blocks = 0, all_tasks = 0, longest = 1;
+    for (int64_t b = 0; b < p.B; b++) {
+      const Span span(p, b);
+      all_blocks += blocks_of(span.Tk) * p.Hk;
+      all_tasks += Blocks(span.Tq, group).tasks() * p.Hk;
+      longest = most(longest, blocks_of(span.Tk));
+    }
+    const int64_t fit = kPass / (longest * block_size() * int64_t(sizeof(O))),
+                  busy = 4 * p.parallel.threads * heads() / most(1, all_tasks) + 1,
+                  passes = (heads() - 1) / most(fit, busy) + 1;
+    at_once = (heads() - 1) / passes + 1;
+    room = least(all_blocks, at_once * longest);
+  }
 
   void layout(Arena& a) {
     first_task = a.take<int64_t>(p.B + 1);
@@ -69,7 +91,7 @@ struct AttentionFwd {
     QT = a.take_each<O>(team, depth * kQ);
     OT = a.take_each<T>(team, ldv * kQ);
     ST = a.take_each<T>(team, kBuffers * kK * kUnit);
-    packed = a.take<O>(kPacked ? key_blocks * p.Hk * block_size() : 0);
+    packed = a.take<O>(room * block_size());
     const int64_t rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
                                    std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
     rows = a.take_each<T>(team, rows_size);
@@ -81,51 +103,59 @@ struct AttentionFwd {
     first_task[0] = first_block[0] = 0;
     for (int64_t b = 0; b < p.B; b++) {
       const Span span(p, b);
-      const Blocks blocks(span.Tq, group);
-      first_task[b + 1] = first_task[b] + p.Hk * blocks.chunks * blocks.per_head;
-      first_block[b + 1] = first_block[b] + blocks_of(span.Tk);
+      first_task[b + 1] = first_task[b] + p.Hk * Blocks(span.Tq, group).tasks();
+      first_block[b + 1] = first_block[b] + p.Hk * blocks_of(span.Tk);
     }
   }
-
-  // Packed block of keys: K [kK, depth] as it lies, V^T [ldv, kK], zeros around.
-  O* block(int64_t b, int64_t hk, int64_t i) const {
-    return packed + (first_block[b] * p.Hk + hk * (first_block[b + 1] - first_block[b]) + i) * block_size();
+  // Of head n, and of those before it.
+  int64_t first_of(const int64_t* first, int64_t n) const {
+    const int64_t b = n / p.Hk;
+    return b == p.B ? first[b] : first[b] + n % p.Hk * ((first[b + 1] - first[b]) / p.Hk);
   }
+
 #if defined(__AVX512BF16__)
-  void pack(int64_t b, int64_t hk, int64_t i) const {
-    const Span span(p, b);
+  // Packed block of keys: K [kK, depth] as it lies, V^T [ldv, kK], zeros around.
+  void pack(const Span& span, int64_t hk, int64_t i, O* K) const {
     const int64_t j = span.k0 + i * kK, n = least(kK, span.Tk - i * kK), to = round_up(n, 32);
-    O* K = block(b, hk, i);
     pad_rows(row_of<S>(p.k, span.batch, hk, j), p.k.t, n, p.D, K, to, depth);
     pad_transposed(row_of<S>(p.v, span.batch, hk, j), p.v.t, n, p.Dv, K + kK * depth, ldv, kK, to);
+  }
+  // Blocks of the heads from n on, this thread's share of `count`.
+  void pack_heads(int64_t n, int64_t count, int id, int size) const {
+    const int64_t first = first_of(first_block, n);
+    int64_t b = n / p.Hk;
+    for (int64_t k = first + count * id / size; k < first + count * (id + 1) / size; k++) {
+      while (first_block[b + 1] <= k) b++;
+      const Span span(p, b);
+      const int64_t i = k - first_block[b], blocks = blocks_of(span.Tk);
+      pack(span, i / blocks, i % blocks, packed + (k - first) * block_size());
+    }
   }
 #endif
 
   void thread(int id, int size) {
-    if constexpr (kPacked) {
-      const int64_t all = key_blocks * p.Hk;
-      int64_t b = 0;
-      for (int64_t n = all * id / size; n < all * (id + 1) / size; n++) {
-        while (first_block[b + 1] * p.Hk <= n) b++;
-        const int64_t i = n - first_block[b] * p.Hk, blocks = first_block[b + 1] - first_block[b];
-        this->pack(b, i / blocks, i % blocks);
-      }
-      barrier->wait(size);
-      prepare_tiles();
-    }
+    if (kPacked) prepare_tiles();
     Worker worker(*this, id);
-    int64_t b = 0;
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks()) break;
-      while (first_task[b + 1] <= task) b++;
-      const Span span(p, b);
-      const Blocks blocks(span.Tq, group);
-      const int64_t i = task - first_task[b], head = i / (blocks.chunks * blocks.per_head),
-                    block = blocks.per_head - 1 - i / blocks.chunks % blocks.per_head,
-                    chunk = i % blocks.chunks, h = chunk * blocks.heads, q = block * blocks.queries;
-      worker.run(span, b, head, head * group + h, least(blocks.heads, group - h), q,
-                 least(blocks.queries, span.Tq - q));
+    const auto take = [&] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
+    int64_t task = take(), b = 0;
+    for (int64_t n = 0; n < heads(); n += at_once) {
+      const int64_t end = least(heads(), n + at_once), blocks_before = first_of(first_block, n);
+      if constexpr (kPacked) {
+        if (n > 0) barrier->wait(size);
+        this->pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
+        barrier->wait(size);
+      }
+      for (const int64_t last = first_of(first_task, end); task < last; task = take()) {
+        while (first_task[b + 1] <= task) b++;
+        const Span span(p, b);
+        const Blocks blocks(span.Tq, group);
+        const int64_t i = task - first_task[b], head = i / blocks.tasks(),
+                      block = blocks.per_head - 1 - i / blocks.chunks % blocks.per_head,
+                      chunk = i % blocks.chunks, h = chunk * blocks.heads, q = block * blocks.queries;
+        worker.keys = packed + (first_of(first_block, b * p.Hk + head) - blocks_before) * block_size();
+        worker.run(span, b, head, head * group + h, least(blocks.heads, group - h), q,
+                   least(blocks.queries, span.Tq - q));
+      }
     }
     release_tiles();
   }
@@ -142,6 +172,7 @@ struct AttentionFwd {
     // Of this task: keys [j0, j1) are seen by some query, [full0, full1) by all.
     int64_t lanes, j0, j1, full0, full1;
     bool started;  // O^T holds a sum
+    O* keys;       // packed blocks of its key head
     T c;           // what exp2 multiplies scores with
 
     Worker(const AttentionFwd& forward, int id)
@@ -170,7 +201,7 @@ struct AttentionFwd {
       j0 = span.first_key(i0) / 32 * 32, j1 = most(j0, span.end_key(i0 + n - 1));
       pack_queries(span, h0, heads, i0, n);
       if constexpr (kPacked)
-        this->packed_blocks(span, b, hk);
+        this->packed_blocks(span);
       else
         blocks(span, hk);
       finish(span, h0, i0, n);
@@ -201,7 +232,7 @@ struct AttentionFwd {
 
 #if defined(__AVX512BF16__)
     // Stage t: softmax of unit t % units of the lanes in block t / units of the keys.
-    void packed_blocks(const Span& span, int64_t b, int64_t hk) {
+    void packed_blocks(const Span& span) {
       const int64_t units = (lanes + kUnit - 1) / kUnit, first_block = j0 / kK,
                     stages = j1 > j0 ? (blocks_of(j1) - first_block) * units : 0;
       struct Stage {
@@ -214,8 +245,8 @@ struct AttentionFwd {
         const int64_t u = t % units, block = first_block + t / units;
         s.l = u * kUnit, s.N = least(kUnit, round_up(lanes - s.l, W));
         s.j = most(j0, block * kK), s.nk = block_end(s.j) - s.j;
-        s.K = f.block(b, hk, block) + s.j % kK * f.depth;
-        s.VT = f.block(b, hk, block) + kK * f.depth + s.j % kK;
+        O* const K = keys + block * f.block_size();
+        s.K = K + s.j % kK * f.depth, s.VT = K + kK * f.depth + s.j % kK;
         s.QT = QT + u * f.depth * kUnit, s.OT = OT + u * f.ldv * kUnit;
         s.ST = ST + t % kBuffers * kK * kUnit;
         return s;

@@ -43,13 +43,15 @@ struct alignas(kLine) Block {
 
 std::atomic<Block*> kept{nullptr};
 
+// The last huge page only where half of it is wanted: it is in memory as soon as one byte is touched.
 Block* allocate(std::size_t bytes) {
-  const std::size_t align = bytes >= kHuge / 2 ? kHuge : kLine;
-  bytes = (bytes + align - 1) / align * align;
+  if (bytes % kHuge >= kHuge / 2) bytes = (bytes / kHuge + 1) * kHuge;
+  const std::size_t huge = bytes / kHuge * kHuge, align = huge ? kHuge : kLine;
+  bytes = (bytes + align - 1) / align * align;  // what aligned_alloc asks for
   void* memory = std::aligned_alloc(align, bytes);
   if (!memory) throw std::bad_alloc();
 #if defined(__linux__)
-  if (align == kHuge) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (huge) madvise(memory, huge, MADV_HUGEPAGE);
 #endif
   return new (memory) Block{bytes};
 }
