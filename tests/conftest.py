@@ -52,6 +52,20 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def device_still_works(request):
+    """A fault of the device stays: every test after it would fail for nothing."""
+    yield
+    if "gpu" not in request.keywords or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(70)  # xdist names this test and goes on with a new worker
+        pytest.exit(f"{request.node.nodeid} left the GPU unusable: {error}", returncode=70)
+
+
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request):
     """Each instruction set in turn."""

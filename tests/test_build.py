@@ -147,6 +147,12 @@ def test_op_library_uses_the_stable_abi_only(installed):
     assert [s for s in torch if not STABLE_ABI.fullmatch(s)] == []
 
 
+def test_ops_build_with_the_oldest_torch(checkout):
+    """These are in headers of newer torch whatever TORCH_TARGET_VERSION says, and in those of 2.11 not."""
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")
+    assert [p.name for p in (checkout / "csrc/ops").iterdir() if newer.search(p.read_text())] == []
+
+
 def test_libraries_depend_on_nothing_by_path(installed):
     for library in (installed / "seqkernels").glob("*.so"):
         dynamic = run("readelf", "-d", library, cwd=installed)

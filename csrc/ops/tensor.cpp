@@ -63,7 +63,7 @@ Tensor empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype) {
   const auto type =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype ? *dtype : t.scalar_type()));
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   AtenTensorHandle out = nullptr;
   const bool fits = extent && !aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                         extent->strides.data(), type, device_type,
