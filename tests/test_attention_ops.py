@@ -327,3 +327,41 @@ def test_export_of_decoding_and_packed_sequences_with_dynamic_lengths():
         program = export(module, inputs(9), dynamic_shapes=dynamic)
         new = inputs(17)
         assert_close(program.module()(*new), module(*new))
+
+
+class Weights(torch.nn.Module):
+    def forward(self, q, k, v):
+        lse = ours(q, k, v, return_lse=True)[1]
+        return ops.attention_weights(q, k, lse, scale=8**-0.5, mask=None, right=5, mean=False) @ v
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_train(strict):
+    rows = [torch.randn(9, 4, 8, requires_grad=True) for _ in range(3)]
+    modules = {
+        "attention": (Attend(), leaves(5, 7)),
+        "weights": (Weights(), leaves(5, 5)),
+        "packed": (Packed(), (*rows, torch.tensor([0, 3, 9]))),
+    }
+    for module, example in modules.values():
+        program = export(module, tuple(t.detach() for t in example), strict=strict).module()
+        inputs = [t for t in example if t.requires_grad]
+        grads = [torch.autograd.grad(f(*example).sin().sum(), inputs) for f in (program, module)]
+        assert_close(*grads)
+
+
+def test_one_tensor_twice_in_one_graph():
+    torch.compiler.reset()
+    x, y = (torch.randn(2, 4, n, 8, requires_grad=True) for n in (5, 7))
+    rows, cu = torch.randn(9, 4, 8, requires_grad=True), torch.tensor([0, 3, 9])
+    calls = {
+        "itself": (lambda x: ours(x, x, x, window=(2, 1)), (x,)),
+        "another": (lambda x, y: ours(x, y, y), (x, y)),
+        "packed": (lambda x, cu: seqkernels.varlen_attention(x, x, x, cu, cu, 6, 6), (rows, cu)),
+        "cache": (lambda x, y, n: seqkernels.decode_attention(x, y, y, n), (x, y, torch.tensor([5, 7]))),
+    }
+    for call, args in calls.values():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        inputs = [t for t in args if t.requires_grad]
+        results = [(f(*args), torch.autograd.grad(f(*args).sin().sum(), inputs)) for f in (compiled, call)]
+        assert_close(*results)

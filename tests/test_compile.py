@@ -218,3 +218,76 @@ def test_export_with_lengths(kind):
     for T, lengths in ((4, [1, 3, 4]), (4, [4, 4, 4]), (7, [2, 0, 7, 1, 5])):
         x, lengths = torch.randn(T, len(lengths), 5), torch.tensor(lengths)
         assert_close(program.module()(x, lengths), module(x, lengths))
+
+
+def trained(program: torch.export.ExportedProgram, module: nn.Module, *args) -> None:
+    """The program has the module's results and gradients."""
+    ours, expected = program.module(), module
+    for prepare in (ours, expected):
+        prepare.zero_grad()
+    x, *rest = args
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [tree_leaves(f(i, *rest)) for f, i in zip((ours, expected), inputs, strict=True)]
+    for o in outputs:
+        sum(t.sin().sum() for t in o).backward()
+    assert_close(*outputs)
+    assert_close(*(i.grad for i in inputs))
+    grads = {n: p.grad for n, p in ours.named_parameters()}
+    assert_close(grads, {n: p.grad for n, p in expected.named_parameters()})
+
+
+class Between(nn.Module):
+    """Something to train before and behind, as gradients have to pass."""
+
+    def __init__(self, inner: nn.Module, **options) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 5), inner, nn.Linear(7, 3)
+        self.options = options
+
+    def forward(self, x):
+        out = self.inner(self.first(x), **self.options)
+        return self.last(out if isinstance(out, torch.Tensor) else out[0])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *CELLS])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_train(kind, strict, tmp_path):
+    module = Between(getattr(seqkernels, kind)(5, 7))
+    shape = (3, 5) if kind in CELLS else (4, 3, 5)
+    program = export(module, (torch.randn(shape),), strict=strict)
+    trained(program, module, torch.randn(shape))
+    trained(program.run_decompositions(), module, torch.randn(shape))
+    torch.export.save(program, tmp_path / "program.pt2")
+    trained(torch.export.load(tmp_path / "program.pt2"), module, torch.randn(shape))
+
+
+@kinds
+def test_programs_exported_without_gradients_train(kind):
+    module = Between(getattr(seqkernels, kind)(5, 7, 2, bidirectional=True), resets=torch.rand(4, 3) < 0.3)
+    module.last = nn.Linear(14, 3)
+    with torch.no_grad():
+        program = export(module, (torch.randn(4, 3, 5),))
+    assert f"seqkernels.{kind.lower()}_layer_fwd.default" not in str(program.graph)
+    trained(program, module, torch.randn(4, 3, 5))
+    with torch.no_grad():
+        x = torch.randn(4, 3, 5)
+        assert_close(program.module()(x), module(x))
+
+
+@cells
+def test_cells_of_one_tensor_twice_in_one_graph(kind):
+    """As decoders feed themselves; torch.compile wants the inputs of a Function distinct."""
+    module = getattr(seqkernels, kind)(7, 7)
+    module.bias_hh = module.bias_ih
+    h = torch.randn(3, 7, requires_grad=True)
+    hx = (h, h) if kind == "LSTMCell" else h
+    assert_close(results(in_one_graph(module), h, hx), results(module, h, hx))
+
+
+@kinds
+def test_layers_of_one_tensor_twice_in_one_graph(kind):
+    module = getattr(seqkernels, kind)(7, 7, bidirectional=True)
+    module.weight_hh_l0_reverse, module.bias_hh_l0 = module.weight_hh_l0, module.bias_ih_l0
+    h = torch.randn(2, 3, 7, requires_grad=True)
+    hx = (h, h) if kind == "LSTM" else h
+    assert_close(results(in_one_graph(module), h, hx), results(module, h, hx))

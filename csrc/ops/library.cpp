@@ -1,6 +1,9 @@
 // Every op's schema. Recurrent shapes: T steps, B rows, N tokens, D directions, P = H or the projection's
 // size; `weights` is the layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means:
 // not saved, rebuild them.
+#include <algorithm>
+#include <string>
+
 #include "kernels/cpu/dispatch.h"
 #include "recurrent.h"
 
@@ -12,44 +15,59 @@ void set_isa(std::string name) { force_isa(name.c_str()); }
 std::string get_isa() { return isa_name(active_isa()); }
 bool exact_products() { return false; }
 
+template <size_t n>
+struct Name {
+  char text[n];
+  constexpr Name(const char (&name)[n]) { std::copy_n(name, n, text); }
+};
+template <Name op>
+void call(StableIValue* stack, uint64_t, uint64_t) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.text, "", stack, TORCH_ABI_VERSION));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(seqkernels, m) {
-  m.def(
-      "lstm_layer_fwd(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, "
-      "Tensor? packed, bool bidirectional, bool save_cells, bool save_gates) "
-      "-> (Tensor y, Tensor hn, Tensor cn, Tensor cells, Tensor gates)");
+  // `.exported` is what exported programs call instead: the same, and in Python it has gradients.
+  const auto forward = [&](const std::string& name, const std::string& schema) {
+    m.def((name + schema).c_str());
+    m.def((name + ".exported" + schema).c_str());
+  };
+  forward("lstm_layer_fwd",
+          "(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, "
+          "Tensor? packed, bool bidirectional, bool save_cells, bool save_gates) "
+          "-> (Tensor y, Tensor hn, Tensor cn, Tensor cells, Tensor gates)");
   m.def(
       "lstm_layer_bwd(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dcells, Tensor x, Tensor h0, Tensor c0, "
       "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? batch_sizes, Tensor? resets, "
       "bool bidirectional, bool need_dx=True) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
-  m.def(
-      "lstm_cell_fwd(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "bool save) "
-      "-> (Tensor h, Tensor c, Tensor gates)");
-  m.def(
-      "gru_layer_fwd(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
-      "packed, "
-      "bool bidirectional, bool save_gates) -> (Tensor y, Tensor hn, Tensor gates)");
+  forward("lstm_cell_fwd",
+          "(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+          "bool save) "
+          "-> (Tensor h, Tensor c, Tensor gates)");
+  forward("gru_layer_fwd",
+          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
+          "packed, "
+          "bool bidirectional, bool save_gates) -> (Tensor y, Tensor hn, Tensor gates)");
   m.def(
       "gru_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor gates, "
       "Tensor? batch_sizes, Tensor? resets, bool bidirectional, bool need_dx=True) "
       "-> (Tensor dx, Tensor dh0, Tensor[] dweights)");
-  m.def(
-      "gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
-      "-> (Tensor h, Tensor gates)");
-  m.def(
-      "rnn_layer_fwd(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
-      "packed, "
-      "bool bidirectional, bool relu) -> (Tensor y, Tensor hn)");
+  forward("gru_cell_fwd",
+          "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
+          "-> (Tensor h, Tensor gates)");
+  forward("rnn_layer_fwd",
+          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
+          "packed, "
+          "bool bidirectional, bool relu) -> (Tensor y, Tensor hn)");
   m.def(
       "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor? "
       "batch_sizes, "
       "Tensor? resets, bool bidirectional, bool relu, bool need_dx=True) "
       "-> (Tensor dx, Tensor dh0, Tensor[] dweights)");
-  m.def(
-      "rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) -> "
-      "Tensor");
+  forward("rnn_cell_fwd",
+          "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) -> "
+          "Tensor");
   // The weights of one layer of G = `gates` gates as the forward kernels read them, for `packed`.
   m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
   // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
@@ -61,23 +79,23 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
   // dv. rng: seed and offset of the dropout, which only some devices have. max_q, max_k: the longest
   // sequences, which spare a GPU's host to look. dmask is like mask, size 0 if not wanted.
-  m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, "
-      "Tensor? alibi, Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right, "
-      "float dropout, Tensor? rng, int max_q, int max_k) -> (Tensor out, Tensor lse)");
+  forward("attention_fwd",
+          "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, "
+          "Tensor? alibi, Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right, "
+          "float dropout, Tensor? rng, int max_q, int max_k) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, Tensor? alibi, Tensor? sinks, float scale, "
       "float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, int max_q, int "
       "max_k, "
       "bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
-  m.def(
-      "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
-      "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
-      "bool mean) -> Tensor");
+  forward("attention_weights",
+          "(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
+          "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
+          "bool mean) -> Tensor");
   // x [M,K] and dy [M,N] with unit stride in the last dimension, w [N,K]; dx, or dw and db of size 0: not
   // wanted.
-  m.def("linear_fwd(Tensor x, Tensor w, Tensor? b) -> Tensor");
+  forward("linear_fwd", "(Tensor x, Tensor w, Tensor? b) -> Tensor");
   m.def(
       "linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw, "
       "Tensor "
@@ -89,6 +107,15 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("get_isa", TORCH_BOX(&get_isa));
+  m.impl("lstm_layer_fwd.exported", &call<"seqkernels::lstm_layer_fwd">);
+  m.impl("lstm_cell_fwd.exported", &call<"seqkernels::lstm_cell_fwd">);
+  m.impl("gru_layer_fwd.exported", &call<"seqkernels::gru_layer_fwd">);
+  m.impl("gru_cell_fwd.exported", &call<"seqkernels::gru_cell_fwd">);
+  m.impl("rnn_layer_fwd.exported", &call<"seqkernels::rnn_layer_fwd">);
+  m.impl("rnn_cell_fwd.exported", &call<"seqkernels::rnn_cell_fwd">);
+  m.impl("attention_fwd.exported", &call<"seqkernels::attention_fwd">);
+  m.impl("attention_weights.exported", &call<"seqkernels::attention_weights">);
+  m.impl("linear_fwd.exported", &call<"seqkernels::linear_fwd">);
 }
 
 // Python's goes before it: CompositeExplicitAutograd.

@@ -1,7 +1,8 @@
 """What the ops of all cells share around the native `_fwd` and `_bwd` calls, which know nothing of autograd.
 
 The autograd.Functions stand outside the native ops: torch.compile traces them and sees two opaque calls.
-They have a setup_context because torch.func.grad needs one.
+They have a setup_context because torch.func.grad needs one. torch.export traces them away; exported programs
+call `_fwd.exported` instead, which finds its Function when the program runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 import seqkernels.ops._library  # noqa: F401  (defines torch.ops.seqkernels)
+
+_library = torch.library.Library("seqkernels", "IMPL")
 
 
 class Function(torch.autograd.Function):
@@ -22,10 +26,29 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
+def exported(name: str, differentiable: Callable) -> torch._ops.OpOverload:
+    """`name`.exported; where a gradient is wanted it is differentiable(*arguments of the op)."""
+    op = getattr(torch.ops.seqkernels, name).exported
+
+    def call(*args: object) -> object:
+        if records(*(t for t in pytree.tree_leaves(args) if isinstance(t, Tensor))):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(f"{name}.exported", call, "Autograd")
+    return op
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():  # what decoding asks most
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """A Function has to stand around the op."""
+    return needs_grad(*tensors) and not torch.compiler.is_exporting()
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
@@ -43,6 +66,16 @@ def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 def one_step(*tensors: Tensor | None) -> list[Tensor | None]:
     """[B,...] -> [1,B,...]: backward of a cell is backward of a layer with T = 1, D = 1."""
     return [None if t is None else t.unsqueeze(0) for t in tensors]
+
+
+def distinct(*args: object) -> Sequence[object]:
+    """Dynamo wants the inputs of a Function distinct."""
+    if not torch.compiler.is_compiling():
+        return args
+    seen: list[object] = []
+    for a in args:
+        seen.append(a.view_as(a) if isinstance(a, Tensor) and any(a is s for s in seen) else a)
+    return seen
 
 
 def present(*weights: Tensor | None) -> list[Tensor]:

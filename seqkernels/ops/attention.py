@@ -50,12 +50,14 @@ def attention(
         mask = _readable(mask, q)
     rng = torch.randint(2**62, (2,), device=q.device) if dropout else None
     options = (scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k)
-    if ag.needs_grad(q, k, v, mask, sinks):
+    if ag.records(q, k, v, mask, sinks):
         if mask is not None and mask.requires_grad:
             mask = mask.contiguous()  # each of its elements has a gradient, those that share memory too
-        out, lse = _Attention.apply(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
+        args = ag.distinct(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
+        out, lse = _Attention.apply(*args)
     else:
-        out, lse = _fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
+        fwd = _exported_fwd if torch.compiler.is_exporting() else _fwd
+        out, lse = fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
     return out.transpose(1, 2), lse
 
 
@@ -89,9 +91,10 @@ def attention_weights(
     q, k = map(ag.unit_last_stride, (q, k))
     if mask is not None:
         mask = _readable(mask, q)
-    if ag.needs_grad(q, k, mask):
-        return _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
-    return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
+    if ag.records(q, k, mask):
+        return _Weights.apply(*ag.distinct(q, k, lse.detach(), mask, scale, right, mean))
+    weights = _exported_weights if torch.compiler.is_exporting() else _weights
+    return weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
 
 
 def _readable(mask: Tensor, q: Tensor) -> Tensor:
@@ -188,7 +191,17 @@ class _Weights(ag.Function):
         return dq, dk, None, *(dmask or [None]), None, None, None
 
 
+_exported_fwd = ag.exported("attention_fwd", _Attention.apply)
+_exported_weights = ag.exported(
+    "attention_weights",
+    lambda q, k, lse, mask, len_k, alibi, scale, softcap, left, right, bottom_right, dropout, rng, mean: (
+        _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
+    ),
+)
+
+
 @torch.library.register_fake("seqkernels::attention_fwd")
+@torch.library.register_fake("seqkernels::attention_fwd.exported")
 @torch.library.register_fake("seqkernels::paged_attention_fwd")
 def _(q, k, v, *args):
     ag.check_devices(q, k, v, *(a for a in args if isinstance(a, Tensor)))
@@ -204,6 +217,7 @@ def _(dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *opt
 
 
 @torch.library.register_fake("seqkernels::attention_weights")
+@torch.library.register_fake("seqkernels::attention_weights.exported")
 def _(q, k, lse, *options):
     B, Hq, Tq, _ = q.shape
     return q.new_empty(*((B,) if options[-1] else (B, Hq)), Tq, k.size(2))

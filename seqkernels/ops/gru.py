@@ -27,9 +27,11 @@ def gru_layer(
     """x [T,B,I] or packed [N,I], h0 [D,B,H] -> y [T,B,D*H] or [N,D*H], h_n. Options as in `lstm_layer`."""
     x = ag.unit_last_stride(x)
     h0, *weights = ag.contiguous((h0, *weights))
-    if ag.needs_grad(x, h0, *weights):
-        return _Layer.apply(x, h0, batch_sizes, resets, bidirectional, not recompute, *weights)[:2]
-    return layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, False)[:2]
+    if ag.records(x, h0, *weights):
+        args = ag.distinct(x, h0, batch_sizes, resets, bidirectional, not recompute, *weights)
+        return _Layer.apply(*args)[:2]
+    fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
+    return fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, False)[:2]
 
 
 def gru_cell(
@@ -37,9 +39,10 @@ def gru_cell(
 ) -> Tensor:
     """One step: x [B,I], h [B,H] -> h'."""
     x, h = x.contiguous(), h.contiguous()
-    if ag.needs_grad(x, h, w_ih, w_hh, b_ih, b_hh):
-        return _Cell.apply(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh))[0]
-    return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, False)[0]
+    if ag.records(x, h, w_ih, w_hh, b_ih, b_hh):
+        return _Cell.apply(*ag.distinct(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh)))[0]
+    fwd = _exported_cell if torch.compiler.is_exporting() else _cell_fwd
+    return fwd(x, h, w_ih, w_hh, b_ih, b_hh, False)[0]
 
 
 class _Layer(ag.Function):
@@ -84,6 +87,18 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0), *dweights
 
 
+_exported_layer = ag.exported(
+    "gru_layer_fwd",
+    lambda x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates: _Layer.apply(
+        x, h0, batch_sizes, resets, bidirectional, True, *weights
+    ),
+)
+_exported_cell = ag.exported(
+    "gru_cell_fwd",
+    lambda x, h, w_ih, w_hh, b_ih, b_hh, save: _Cell.apply(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh)),
+)
+
+
 def _gradients(ctx, grads, inputs, saved, bidirectional=False):
     """d(x, h0, *weights) from d(y, hn); saved: y, gates, batch_sizes, resets."""
     if ag.beyond_native(*grads):
@@ -101,6 +116,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 
 
 @torch.library.register_fake("seqkernels::gru_layer_fwd")
+@torch.library.register_fake("seqkernels::gru_layer_fwd.exported")
 def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
     ag.check_devices(x, h0, *weights)
     tokens, (D, _, H) = x.shape[:-1], h0.shape
@@ -114,6 +130,7 @@ def _(dy, dhn, x, h0, weights, y, gates, batch_sizes, resets, bidirectional, nee
 
 
 @torch.library.register_fake("seqkernels::gru_cell_fwd")
+@torch.library.register_fake("seqkernels::gru_cell_fwd.exported")
 def _(x, h, w_ih, w_hh, b_ih, b_hh, save):
     ag.check_devices(x, h, w_ih, w_hh, b_ih, b_hh)
     return *ag.new_like(h), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

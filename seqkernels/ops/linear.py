@@ -17,7 +17,10 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """
     rows = ag.unit_last_stride(x.flatten(0, -2) if x.dim() > 1 else x[None])
     w, b = ag.contiguous((w, b))
-    y = _Linear.apply(rows, w, b) if ag.needs_grad(x, w, b) else _fwd(rows, w, b)
+    if ag.records(x, w, b):
+        y = _Linear.apply(*ag.distinct(rows, w, b))
+    else:
+        y = (_exported if torch.compiler.is_exporting() else _fwd)(rows, w, b)
     return y.view(*x.shape[:-1], w.size(0))
 
 
@@ -43,7 +46,11 @@ class _Linear(ag.Function):
         return dx if need_dx else None, dw if need_dw[0] else None, db if need_dw[1] else None
 
 
+_exported = ag.exported("linear_fwd", _Linear.apply)
+
+
 @torch.library.register_fake("seqkernels::linear_fwd")
+@torch.library.register_fake("seqkernels::linear_fwd.exported")
 def _(x, w, b):
     ag.check_devices(x, w, b)
     return x.new_empty(x.size(0), w.size(0))

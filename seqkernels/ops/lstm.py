@@ -33,15 +33,13 @@ def lstm_layer(
     recompute: backward rebuilds the gates instead of keeping them. cells: every c_t, float32 for half types.
     """
     x = ag.unit_last_stride(x)
-    if c0 is h0 and torch.compiler.is_compiling():
-        c0 = c0.view_as(c0)  # dynamo wants the inputs of a Function distinct
     h0, c0, *weights = ag.contiguous((h0, c0, *weights))
-    if ag.needs_grad(x, h0, c0, *weights):
-        y, hn, cn, cells, _ = _Layer.apply(
-            x, h0, c0, batch_sizes, resets, bidirectional, not recompute, *weights
-        )
+    if ag.records(x, h0, c0, *weights):
+        args = ag.distinct(x, h0, c0, batch_sizes, resets, bidirectional, not recompute, *weights)
+        y, hn, cn, cells, _ = _Layer.apply(*args)
     else:
-        y, hn, cn, cells, _ = layer_fwd(
+        fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
+        y, hn, cn, cells, _ = fwd(
             x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, return_cells, False
         )
     return y, hn, cn, cells if return_cells else None
@@ -51,11 +49,11 @@ def lstm_cell(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step: x [B,I], h and c [B,H] -> h', c'."""
-    c = c.view_as(c) if c is h else c  # dynamo wants the inputs of a Function distinct
     x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
-    if ag.needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
-        return _Cell.apply(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh))[:2]
-    return _cell_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]
+    if ag.records(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return _Cell.apply(*ag.distinct(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh)))[:2]
+    fwd = _exported_cell if torch.compiler.is_exporting() else _cell_fwd
+    return fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]
 
 
 class _Layer(ag.Function):
@@ -102,6 +100,18 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0, dc0), *dweights
 
 
+_exported_layer = ag.exported(
+    "lstm_layer_fwd",
+    lambda x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates: (
+        _Layer.apply(x, h0, c0, batch_sizes, resets, bidirectional, True, *weights)
+    ),
+)
+_exported_cell = ag.exported(
+    "lstm_cell_fwd",
+    lambda x, h, c, w_ih, w_hh, b_ih, b_hh, save: _Cell.apply(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh)),
+)
+
+
 def _gradients(ctx, grads, inputs, saved, bidirectional=False):
     """d(x, h0, c0, *weights) from d(y, hn, cn, cells); saved: y, cells, gates, batch_sizes, resets."""
     if ag.beyond_native(*grads):
@@ -121,6 +131,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 
 
 @torch.library.register_fake("seqkernels::lstm_layer_fwd")
+@torch.library.register_fake("seqkernels::lstm_layer_fwd.exported")
 def _(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
     ag.check_devices(x, h0, c0, *weights)
     tokens, D, H = x.shape[:-1], h0.size(0), c0.size(2)
@@ -152,6 +163,7 @@ def _(
 
 
 @torch.library.register_fake("seqkernels::lstm_cell_fwd")
+@torch.library.register_fake("seqkernels::lstm_cell_fwd.exported")
 def _(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     ag.check_devices(x, h, c, w_ih, w_hh, b_ih, b_hh)
     return *ag.new_like(h, c), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

@@ -28,9 +28,10 @@ def rnn_layer(
     x = ag.unit_last_stride(x)
     h0, *weights = ag.contiguous((h0, *weights))
     relu = _is_relu(nonlinearity)
-    if ag.needs_grad(x, h0, *weights):
-        return _Layer.apply(x, h0, batch_sizes, resets, bidirectional, relu, *weights)
-    return layer_fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu)
+    if ag.records(x, h0, *weights):
+        return _Layer.apply(*ag.distinct(x, h0, batch_sizes, resets, bidirectional, relu, *weights))
+    fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
+    return fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu)
 
 
 def rnn_cell(
@@ -45,9 +46,10 @@ def rnn_cell(
     """One step: x [B,I], h [B,H] -> h'."""
     relu = _is_relu(nonlinearity)
     x, h = x.contiguous(), h.contiguous()
-    if ag.needs_grad(x, h, w_ih, w_hh, b_ih, b_hh):
-        return _Cell.apply(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh))
-    return _cell_fwd(x, h, w_ih, w_hh, b_ih, b_hh, relu)
+    if ag.records(x, h, w_ih, w_hh, b_ih, b_hh):
+        return _Cell.apply(*ag.distinct(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh)))
+    fwd = _exported_cell if torch.compiler.is_exporting() else _cell_fwd
+    return fwd(x, h, w_ih, w_hh, b_ih, b_hh, relu)
 
 
 def _is_relu(nonlinearity: str) -> bool:
@@ -95,6 +97,18 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0), None, *dweights
 
 
+_exported_layer = ag.exported(
+    "rnn_layer_fwd",
+    lambda x, h0, weights, batch_sizes, resets, packed, bidirectional, relu: _Layer.apply(
+        x, h0, batch_sizes, resets, bidirectional, relu, *weights
+    ),
+)
+_exported_cell = ag.exported(
+    "rnn_cell_fwd",
+    lambda x, h, w_ih, w_hh, b_ih, b_hh, relu: _Cell.apply(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh)),
+)
+
+
 def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
     """d(x, h0, *weights) from d(y, hn); saved: y, batch_sizes, resets."""
     if ag.beyond_native(*grads):
@@ -120,6 +134,7 @@ def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
 
 
 @torch.library.register_fake("seqkernels::rnn_layer_fwd")
+@torch.library.register_fake("seqkernels::rnn_layer_fwd.exported")
 def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
     ag.check_devices(x, h0, *weights)
     return x.new_empty(*x.shape[:-1], h0.size(0) * h0.size(2)), *ag.new_like(h0)
@@ -131,6 +146,7 @@ def _(dy, dhn, x, h0, weights, y, batch_sizes, resets, bidirectional, relu, need
 
 
 @torch.library.register_fake("seqkernels::rnn_cell_fwd")
+@torch.library.register_fake("seqkernels::rnn_cell_fwd.exported")
 def _(x, h, w_ih, w_hh, b_ih, b_hh, relu):
     ag.check_devices(x, h, w_ih, w_hh, b_ih, b_hh)
     return x.new_empty(h.shape)
