@@ -5,6 +5,7 @@ But torch.nn.TransformerEncoderLayer has a path in C++ for inference that reads 
 and never calls it; where that is ours, the layer is told to take its path in Python.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._builtins import _register_builtin
 from torch.nn import Module, TransformerEncoder, TransformerEncoderLayer
 from torch.nn import functional as F
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -28,6 +30,10 @@ Classes = dict[type[Module], type[Module]]
 Call = dict[str, Any]  # arguments by name
 OURS: Classes = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
 TORCHS: Classes = {ours: theirs for theirs, ours in OURS.items()}
+REPLACED = "its forward is replaced on the instance"
+
+# so that torch.jit.script compiles what it finds under torch's name inside `patch`
+_register_builtin(attention.scaled_dot_product_attention, "aten::scaled_dot_product_attention")
 
 
 @dataclass(frozen=True)
@@ -89,14 +95,24 @@ def swap_(
 
 
 def unswap_(model: Module) -> Module:
-    """Make all our modules in `model` torch.nn's, in place. Returns the model."""
-    for layer in _layers_of_ours(model):
-        _take_any_path(layer)
-    for _, module in _modules(model):
-        if _class(module) in TORCHS:
-            for name in ("recompute", "_prepacked"):
-                module.__dict__.pop(name, None)
-            _change_class(module, TORCHS)
+    """Make all our modules in `model` torch.nn's, in place. Returns the model.
+
+    One whose forward is replaced on the instance stays ours, with a warning: what replaced it may call ours.
+    """
+    layers = _layers_of_ours(model)
+    for name, module in _modules(model):
+        if _class(module) not in TORCHS:
+            continue
+        if "forward" in module.__dict__:
+            which = f"{name or 'the model'}, a {type(module).__name__}"
+            warnings.warn(f"seqkernels cannot unswap {which}: {REPLACED}", stacklevel=2)
+            continue
+        for attribute in ("recompute", "_prepacked"):
+            module.__dict__.pop(attribute, None)
+        _change_class(module, TORCHS)
+    for layer in layers:
+        if not isinstance(layer.self_attn, nn.MultiheadAttention):
+            _take_any_path(layer)
     return model
 
 
@@ -111,7 +127,8 @@ def patch() -> Iterator[None]:
 
     However a class was imported, because its constructor is what changes. Subclasses stay what they are.
     Our LSTM, GRU and RNN are no instances of torch.nn's: code that asks isinstance for those does not see
-    them; then build the model first and `swap_` it afterwards.
+    them; then build the model first and `swap_` it afterwards. A tensor class's __torch_function__ is called
+    with torch's function as ever, which `torch.nn.functional.scaled_dot_product_attention` is not in here.
     """
     with _patching:
         _patches.append(_patches[0] if _patches else _patch())
@@ -126,17 +143,34 @@ def patch() -> Iterator[None]:
 
 def _patch() -> Callable[[], None]:
     constructors = {cls: cls.__init__ for cls in (*OURS, TransformerEncoderLayer, TransformerEncoder)}
-    sdpa = F.scaled_dot_product_attention
+    # Here, because torch._dynamo comes with it, which takes as long as importing torch. Always, because
+    # somebody may import it inside.
+    from torch.nn.attention.bias import CausalBias
+
+    sdpa, ask_bias = F.scaled_dot_product_attention, vars(CausalBias)["__torch_function__"]
+    CausalBias.__torch_function__ = _recognising(sdpa, ask_bias)
     for cls, init in constructors.items():
         cls.__init__ = _swapping(cls, init)
     F.scaled_dot_product_attention = attention.scaled_dot_product_attention
 
     def undo() -> None:
         F.scaled_dot_product_attention = sdpa
+        CausalBias.__torch_function__ = ask_bias
         for cls, init in constructors.items():
             cls.__init__ = init
 
     return undo
+
+
+def _recognising(sdpa: Callable[..., Tensor], ask_bias: classmethod) -> classmethod:
+    """A CausalBias knows attention by the name in torch.nn.functional, which `sdpa` has lost."""
+
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is sdpa:
+            return cls._dispatch(*args, **(kwargs or {}))
+        return ask_bias.__func__(cls, func, types, args, kwargs)
+
+    return classmethod(__torch_function__)
 
 
 def _swapping(cls: type[Module], init: Callable[..., None]) -> Callable[..., None]:
@@ -309,7 +343,7 @@ def _why_keep(module: Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "torch.jit.script has compiled it"
     if "forward" in module.__dict__:
-        return "its forward is replaced on the instance"
+        return REPLACED
     cls = _class(module)
     if cls in OURS:
         why = support.why_torch_attends if cls is torch.nn.MultiheadAttention else support.why_torch

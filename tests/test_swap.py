@@ -2,11 +2,16 @@
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import GRU as GRU_IMPORTED_BY_NAME
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention as SDPA_IMPORTED_BY_NAME
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
@@ -132,6 +137,33 @@ def test_models_of_older_pickles_swap():
     model.prepack_()
     seqkernels.unswap_(model)
     assert not {"recompute", "_prepacked"} & set(model.__dict__)
+
+
+def test_unswap_leaves_a_module_whose_forward_was_wrapped_since():
+    """As accelerate's hooks and profilers do: what they put in its place calls our forward."""
+    model, x = nn.Sequential(nn.LSTM(3, 4), nn.GRU(3, 4)), torch.randn(5, 2, 3)
+    expected = model[0](x)
+    seqkernels.swap_(model)
+    model[0].recompute, forward = True, model[0].forward
+    model[0].forward = lambda *args: forward(*args)
+    with pytest.warns(UserWarning, match="cannot unswap 0, a LSTM: its forward is replaced on the instance"):
+        seqkernels.unswap_(model)
+    assert [type(m) for m in model] == [seqkernels.LSTM, nn.GRU]
+    assert model[0].recompute
+    assert_close(model[0](x), expected)
+    del model[0].forward
+    assert type(seqkernels.unswap_(model)[0]) is nn.LSTM
+
+
+def test_unswap_leaves_a_layer_its_path_in_python_where_attention_stays_ours():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    seqkernels.swap_(layer)
+    layer.self_attn.forward = layer.self_attn.forward
+    with pytest.warns(UserWarning, match="cannot unswap self_attn, a MultiheadAttention"):
+        seqkernels.unswap_(layer)
+    assert layer.activation_relu_or_gelu == 0
+    del layer.self_attn.forward
+    assert seqkernels.unswap_(layer).activation_relu_or_gelu == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
@@ -324,6 +356,73 @@ def test_patch_keeps_the_initial_weights_and_ends_with_an_exception():
     with pytest.raises(ValueError, match="hidden_size must be greater than zero"), seqkernels.patch():
         nn.LSTM(3, 0)
     assert type(nn.LSTM(3, 4)) is nn.LSTM
+
+
+def run_afresh(program: Path, code: str) -> None:
+    program.write_text(code)
+    ran = subprocess.run([sys.executable, "-W", "ignore", program], stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    "bias", [causal_upper_left(6, 6), causal_lower_right(6, 6), causal_lower_right(6, 9)]
+)
+def test_torchs_attention_knows_causal_biases_inside_patch(bias):
+    """It asks them, and they compare it with what has torch's name."""
+    q, (k, v) = torch.randn(1, 2, 6, 8), torch.randn(2, 1, 2, bias.seq_len_kv, 8)
+    expected, ask_bias = SDPA_IMPORTED_BY_NAME(q, k, v, bias), vars(CausalBias)["__torch_function__"]
+    with seqkernels.patch():
+        with seqkernels.patch():
+            assert_close(SDPA_IMPORTED_BY_NAME(q, k, v, attn_mask=bias), expected)
+        assert_close(SDPA_IMPORTED_BY_NAME(q, k, v, bias), expected)
+        assert_close(nn.functional.scaled_dot_product_attention(q, k, v, bias), expected)
+        assert repr(bias) == repr(bias._materialize())
+    assert vars(CausalBias)["__torch_function__"] is ask_bias
+
+
+def test_causal_biases_may_be_imported_inside_patch(tmp_path):
+    code = """
+import torch, seqkernels
+from torch.nn.functional import scaled_dot_product_attention
+q = torch.randn(1, 2, 6, 8)
+with seqkernels.patch():
+    from torch.nn.attention.bias import causal_lower_right
+    inside = scaled_dot_product_attention(q, q, q, causal_lower_right(6, 6))
+torch.testing.assert_close(inside, scaled_dot_product_attention(q, q, q, is_causal=True))
+"""
+    run_afresh(tmp_path / "program.py", code)
+
+
+class OwnAttention(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is SDPA_IMPORTED_BY_NAME:
+            return "my own"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_tensor_classes_hear_torchs_function_inside_patch():
+    q = torch.randn(1, 2, 6, 8).as_subclass(OwnAttention)
+    with seqkernels.patch():
+        assert nn.functional.scaled_dot_product_attention(q, q, q) == "my own"
+
+
+def test_torch_jit_script_inside_patch(tmp_path):
+    """In a process of its own: what fails leaves the class unscriptable."""
+    code = """
+import torch, seqkernels
+from torch.nn import functional as F
+def attend(q, k, v): return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
+q, layer = torch.randn(1, 2, 6, 8), torch.nn.TransformerEncoderLayer(8, 2, 16).eval()
+expected = attend(q, q, q), layer(q[0])
+with seqkernels.patch():
+    compiled = torch.jit.script(attend), torch.jit.script(layer)
+    torch.jit.script(torch.nn.TransformerEncoderLayer(8, 2, 16))
+    inside = compiled[0](q, q, q), compiled[1](q[0])
+torch.testing.assert_close([inside, (compiled[0](q, q, q), compiled[1](q[0]))], [expected] * 2)
+torch.jit.script(torch.nn.MultiheadAttention(8, 2))
+"""
+    run_afresh(tmp_path / "program.py", code)
 
 
 def test_explain():
