@@ -17,7 +17,10 @@ class Ragged:
     shape: torch.Size  # of the padded tensor without features: [T,B] or [B,T]
 
     def pack(self, padded: Tensor) -> Tensor:
-        return F.embedding(self.tokens, padded.flatten(0, 1))  # as index_select, whose backward is slow
+        rows = padded.flatten(0, 1)
+        if not torch.compiler.is_compiling() and len(self.tokens) == 0:
+            return rows[:0]  # embedding has no second derivative of nothing
+        return F.embedding(self.tokens, rows)  # as index_select, whose backward is slow
 
     def pad(self, packed: Tensor) -> Tensor:
         """Zeros beyond each length."""

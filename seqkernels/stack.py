@@ -101,8 +101,8 @@ def run(
         prepacked = None
     elif torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype, *dtypes = _autocast_dtypes(cell, states, batch_sizes)
-        x, states, weights = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in weights]
-        prepacked = None
+        x, *states = autocast(dtype, x, *states)
+        weights, prepacked = autocast(dtype, *weights), None
 
     rows = None if lengths is None else ragged.from_lengths(lengths, x, batch_first)
     if rows is not None:
@@ -113,7 +113,8 @@ def run(
     elif batch_first:
         x = x.transpose(0, 1)
 
-    if why_torch and resets is None and not return_cells and _every_row_runs(batch_sizes, states):
+    beyond_torch = resets is not None or return_cells or (lengths is not None and support.is_transformed())
+    if why_torch and not beyond_torch and _every_row_runs(batch_sizes, states):
         outputs, finals = _torch_layers(cell, config, x, states, weights, batch_sizes)
     else:
         layer, plan = cell.reference, None
@@ -257,6 +258,15 @@ def _time_major(resets: Tensor, x: Tensor, batch_first: bool) -> Tensor:
         expected, got = list(x.shape[:2]), list(resets.shape)
         raise ValueError(f"resets must be torch.bool of shape {expected}, got {resets.dtype} of shape {got}")
     return (resets.transpose(0, 1) if batch_first else resets).to(x.device).contiguous()
+
+
+def autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """As torch.autocast casts, which leaves float64 and what is no float as they are."""
+
+    def casts(t: Tensor | None) -> bool:
+        return t is not None and t.is_floating_point() and t.dtype != torch.float64
+
+    return [t.to(dtype) if casts(t) else t for t in tensors]
 
 
 def _autocast_dtypes(

@@ -45,7 +45,11 @@ def _why_torch_alone() -> str | None:
 def _why_not_transformed() -> str | None:
     if forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivatives"
-    return "the kernels do not know torch.vmap" if _inside_vmap() else None
+    if _inside("Vmap"):
+        return "the kernels do not know torch.vmap"
+    if torch.is_grad_enabled() and _inside("Functionalize"):
+        return "torch.func.functionalize does not know the gradients of our kernels"
+    return None
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -70,11 +74,17 @@ def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     return choice.why_torch(q, k, v, mask) if on_gpu(q) else None
 
 
-def _inside_vmap() -> bool:
+def _inside(transform: str) -> bool:
+    """transform: a name in torch._C._functorch.TransformType."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    vmap = torch._C._functorch.TransformType.Vmap
-    return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+    kind = getattr(torch._C._functorch.TransformType, transform)
+    return any(level.key() == kind for level in torch._C._functorch.get_interpreter_stack())
+
+
+def is_transformed() -> bool:
+    """torch.func or forward-mode AD looks on, neither of which knows all of torch's own layers."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_plain_call() -> bool:

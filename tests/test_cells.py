@@ -214,6 +214,20 @@ def test_autocast(kind, dtype, input_dtype):
             assert_close(ours(x, hx), theirs(x, hx), rtol=0.02, atol=0.02)
 
 
+@everywhere
+@kinds
+@pytest.mark.parametrize("double", ["weights", "x", "hx"])
+def test_autocast_casts_no_double(kind, double):
+    """So what is double alone is an error, and torch's."""
+    ours, theirs = cells(kind, 6, 9, dtype=torch.float64 if double == "weights" else torch.float32)
+    x = torch.randn(3, 6).to(torch.float64 if double == "x" else torch.float32)
+    hx = hidden(kind, 3, 9, dtype=torch.float64 if double == "hx" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outcome(theirs, x, hx)
+        assert expected is not None
+        assert outcome(ours, x, hx) == expected
+
+
 @kinds
 def test_parameters_repr_and_copies(kind):
     parameters = []

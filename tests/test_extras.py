@@ -11,6 +11,7 @@ import torch
 from devices import everywhere
 from tolerances import assert_as_exact
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 from twins import KINDS, run, run_exactly, states, torch_instead, twins
@@ -72,6 +73,39 @@ def test_all_rows_of_length_zero(kind):
     result = run(module, padded(False), states(module, B), True, lengths=torch.zeros(B, dtype=torch.int64))
     assert (result["y"] == 0).all()
     assert all((g == 0).all() for n, g in result.items() if n.startswith("grad_weight"))
+
+
+@kinds
+@pytest.mark.parametrize("lengths", [[3, 0, 6, 1], [0, 0, 0, 0]], ids=str)
+def test_second_derivatives_with_lengths(kind, lengths):
+    module, lengths = getattr(seqkernels, kind)(2, 3).double(), torch.tensor(lengths)
+    x = torch.randn(T, B, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x, lengths=lengths)[0], x)
+
+
+@kinds
+@pytest.mark.parametrize("lengths", [[3, 6, 1, 4], [6, 6, 6, 6], [0, 6, 0, 2]], ids=str)
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_lengths_under_transforms(kind, lengths):
+    """torch.func cannot transform torch's own packed layers, nor all of the dense ones."""
+    module = getattr(seqkernels, kind)(2, 3, 2, bidirectional=True).double().requires_grad_(False)
+    x, lengths = torch.randn(2, T, B, 2, dtype=torch.float64), torch.tensor(lengths)
+
+    def y(x: Tensor) -> Tensor:
+        return module(x, lengths=lengths)[0]
+
+    def loss(x: Tensor) -> Tensor:
+        return y(x).sin().sum()
+
+    assert_close(torch.vmap(y)(x), torch.stack([y(x[0]), y(x[1])]))
+    jacobian = torch.autograd.functional.jacobian(y, x[0])
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        assert_close(transform(y)(x[0]), jacobian)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(y(forward_ad.make_dual(x[0], x[1]))).tangent
+    assert_close(tangent, (jacobian * x[1]).sum((3, 4, 5)))
+    assert_close(torch.func.hessian(loss)(x[0]), torch.autograd.functional.hessian(loss, x[0]))
 
 
 @everywhere

@@ -411,6 +411,24 @@ def test_wrong_weights_are_refused(kind):
 # ---------------------------------------------------------------------------------------------- weights
 
 
+@everywhere
+@kinds
+@pytest.mark.parametrize("layers", [1, 2])
+def test_flat_weights_written_by_hand(kind, layers):
+    """Whichever way a call goes; weights that are assigned or loaded later count again, as in torch."""
+    ours, theirs = twins(kind, 6, 9, layers)
+    x = torch.randn(3, 1, 6)
+    for change in (
+        lambda m: setattr(m, "_flat_weights", [w * 2 for w in m._flat_weights]),
+        lambda m: m._flat_weights.__setitem__(1, m._flat_weights[1] * 3),
+        lambda m: m.double().float(),
+    ):
+        for module in (ours, theirs):
+            change(module)
+        for form in (x, x[:, 0], pack_sequence([x[:, 0]])):
+            assert_close(run(ours, form), run(theirs, form))
+
+
 def test_weight_assignment_reaches_flat_weights():
     module = seqkernels.GRU(3, 5)
     weight = nn.Parameter(torch.randn(15, 5))
@@ -619,6 +637,38 @@ def test_autocast_leaves_double_alone(kind):
     x = torch.randn(5, 3, 6).double()
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(run(ours, x), run(theirs, x))
+
+
+@everywhere
+@kinds
+@pytest.mark.parametrize("double", ["weights", "x", "hx"])
+@pytest.mark.parametrize("form", ["dense", "packed", "lengths"])
+def test_autocast_casts_no_double(kind, double, form):
+    """So what is double alone is an error, and torch's."""
+    ours, theirs = twins(kind, 6, 9, dtype=torch.float64 if double == "weights" else torch.float32)
+    x, hidden = torch.randn(5, 3, 6), torch.randn(1, 3, 9)
+    x, hidden = x.double() if double == "x" else x, hidden.double() if double == "hx" else hidden
+    hx = hx_of(ours, (hidden, hidden))
+    extras = {"lengths": torch.tensor([5, 3, 1])} if form == "lengths" else {}
+    x = pack_padded_sequence(x, [5, 3, 1]) if form == "packed" else x
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outcome(theirs, x, hx)
+        assert expected is not None
+        assert outcome(ours, x, hx, **extras) == expected
+
+
+@everywhere
+@kinds
+def test_autocast_casts_no_double_of_the_weights(kind):
+    ours, theirs = twins(kind, 6, 9)
+    function, x = getattr(seqkernels.functional, kind.lower()), torch.randn(5, 3, 6)
+    for module in (ours, theirs):
+        module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outcome(theirs, x)[0] is RuntimeError
+        for call in (lambda: ours(x), lambda: function(x, None, ours._flat_weights)):
+            with pytest.raises(RuntimeError, match="expected w_hh"):
+                call()
 
 
 def test_importing_and_running_warns_nothing():

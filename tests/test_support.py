@@ -146,6 +146,32 @@ def test_vmap(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("frozen", [False, True])
+def test_functionalize(kind, frozen):
+    ours, theirs = (m.requires_grad_(not frozen) for m in twins(kind, 3, 4))
+    x = sample(kind).requires_grad_()
+
+    def gradients(module: nn.Module):
+        y = torch.func.functionalize(lambda x: module(x)[0])(x)
+        return torch.autograd.grad(y.sin().sum(), [x, *([] if frozen else module.parameters())])
+
+    with pytest.warns(UserWarning, match="falls back to torch: torch.func.functionalize does not know"):
+        result = gradients(ours)
+    assert_close(result, gradients(theirs))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        assert_close(torch.func.functionalize(ours)(x), ours(x))
+    assert told == []
+
+
+def test_functionalized_attention():
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    with pytest.warns(UserWarning, match="falls back to torch: torch.func.functionalize does not know"):
+        y = torch.func.functionalize(seqkernels.scaled_dot_product_attention)(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert_close(*(torch.autograd.grad(o.sin().sum(), (q, k, v)) for o in (y, expected)))
+
+
+@every_kind
 @pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore::torch.jit.TracerWarning")
 def test_tracing_records_torchs_operators(kind):
     ours, theirs = twins(kind, 3, 4)

@@ -5,6 +5,7 @@ graph at every instance of those.
 """
 
 from collections.abc import Callable, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ class Recurrent(RNNBase):
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
         def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
-            return t.shape == shape and t.device == weight.device and (casts or t.dtype == weight.dtype)
+            alike = t.dtype == weight.dtype or (casts and torch.float64 not in (t.dtype, weight.dtype))
+            return t.shape == shape and t.device == weight.device and alike
 
         if x.dim() not in ((2,) if packed else (2, 3)) or not fits(x, (*x.shape[:-1], self.input_size)):
             return MISFIT
@@ -111,10 +113,11 @@ class Recurrent(RNNBase):
         cell, batch_first, parameters = self._cell(), self.batch_first, self._parameters
         x = input.transpose(0, 1) if batch_first else input
         try:
-            if self._prepacked is None:
-                weights, packs = [parameters[name] for name in self._flat_weights_names], None
-            else:
-                weights, packs = self._weights(), self._fresh_packs()
+            weights, packs = self._flat_weights, None
+            if len(weights) > len(parameters) or not all(map(is_, weights, parameters.values())):
+                weights = self._weights()  # which takes five times as long to see that nothing has changed
+            if self._prepacked is not None:
+                packs = self._fresh_packs()
             if states is None:
                 states = stack.zeros(cell, self, x.size(1), x, weights)
             if L == 1:
@@ -287,8 +290,8 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
         dtype = out_dtype = torch.get_autocast_dtype(x.device.type)
         if x.is_cpu and not isinstance(cell, torch.nn.RNNCell):  # torch's blends old and new
             out_dtype = torch.promote_types(dtype, states[-1].dtype)
-        x, states = x.to(dtype), [s.to(dtype) for s in states]
-        weights = [None if w is None else w.to(dtype) for w in weights]
+        x, *states = stack.autocast(dtype, x, *states)
+        weights = stack.autocast(dtype, *weights)
     try:
         new = op(x, *states, *(None if w is None else w.contiguous() for w in weights), *options)
     except (RuntimeError, TypeError) as error:
