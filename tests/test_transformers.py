@@ -2,13 +2,19 @@
 
 import copy
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
+
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask  # noqa: E402
 
 from seqkernels import support  # noqa: E402
 from seqkernels.integrations import transformers as integration  # noqa: E402
@@ -119,7 +125,8 @@ def test_a_cache_grows_by_many_tokens_at_once():
 @pytest.mark.parametrize(
     ("kind", "padding", "shape"), [("llama", "right", (3, 9)), ("bert", "right", (3, 1, 1, 9))]
 )
-def test_padding_becomes_lengths(kind, padding, shape, monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_padding_becomes_lengths(kind, padding, shape, mode, monkeypatch):
     seen = []
 
     def spy(*args, attend=integration.attend_with_lengths, **kwargs):
@@ -127,8 +134,105 @@ def test_padding_becomes_lengths(kind, padding, shape, monkeypatch):
         return attend(*args, **kwargs)
 
     monkeypatch.setattr(integration, "attend_with_lengths", spy)
-    models(kind)[0](**arguments(kind, padding))
+    with mode():
+        models(kind)[0](**arguments(kind, padding))
     assert seen == [(None, [9, 5, 2])] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("example", ["none", "right"])
+def test_a_traced_model_takes_any_padding(kind, example):
+    ours, theirs = (model.requires_grad_(False) for model in models(kind))
+    inputs = padded(example)
+    traced = torch.jit.trace(
+        lambda x, mask: ours(x, attention_mask=mask)[0], tuple(inputs.values()), check_trace=False
+    )
+    for padding in PADDING:
+        inputs = padded(padding)
+        rows = inputs["attention_mask"].bool()
+        assert_close(traced(*inputs.values())[rows], theirs(**inputs)[0][rows])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors_have_no_values_to_decide_by(kind, inside):
+    model, mode = models(kind)[0], FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = {name: mode.from_tensor(t) for name, t in padded("right").items()}
+    with mode if inside else nullcontext():
+        logits = model(**inputs).logits
+    assert logits.shape == (3, 9, 50)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda f, x: torch.jit.trace(f, x, check_trace=False),
+        lambda f, x: make_fx(f)(x),
+        lambda f, _: lambda x: torch.vmap(f)(x[None])[0],
+    ],
+    ids=["trace", "make_fx", "vmap"],
+)
+def test_who_looks_on_gets_a_mask_for_all_values(record):
+    right, left = (padded(padding)["attention_mask"].bool() for padding in ("right", "left"))
+    sizes = {"batch_size": 3, "q_length": 4, "kv_length": 9, "q_offset": 5}
+    recorded = record(lambda x: integration.make_mask(**sizes, attention_mask=x), right)
+    assert torch.equal(recorded(left), sdpa_mask(**sizes, attention_mask=left))
+
+
+def test_a_mask_of_bool_may_come_again_with_a_cache():
+    inputs, results = padded("right"), []
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    for model in models("llama"):
+        model(tokens, attention_mask=mask)
+        cache = transformers.DynamicCache(config=model.config)
+        model(tokens[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+        rest = model(tokens[:, 5:], attention_mask=mask, past_key_values=cache)
+        results.append(rest.logits[mask[:, 5:]])
+    assert_close(*results)
+
+
+def test_a_mask_of_bool_may_change_in_place():
+    inputs = padded("right")
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    ours, theirs = models("llama")
+    ours(tokens, attention_mask=mask)
+    mask.copy_(padded("left")["attention_mask"])
+    assert_close(*(model(tokens, attention_mask=mask)[0][mask] for model in (ours, theirs)))
+
+
+def test_a_mask_made_before_is_the_callers_to_change():
+    padding = padded("right")["attention_mask"].bool()
+    free = {"mask_function": bidirectional_mask_function, "allow_is_bidirectional_skip": True}
+    mask = integration.make_mask(3, 9, 9, attention_mask=padding, **free)
+    padding[:, 0] = False
+    assert mask[:, :, :, 0].all()
+    mask[:, :, :, 1] = False
+    arguments, both = torch.randn(3, 3, 4, 9, 8), (integration.attend, sdpa_attention_forward)
+    results = [attend(torch.nn.Module(), *arguments, mask, is_causal=False)[0] for attend in both]
+    assert_close(*results)
+
+
+def test_a_compiled_layer_takes_masks_made_outside():
+    both = torch.compile(integration.attend, backend="eager", fullgraph=True), integration.attend
+    arguments = torch.randn(3, 3, 4, 9, 8)
+    for padding in ("right", "left"):
+        mask = integration.make_mask(3, 9, 9, attention_mask=padded(padding)["attention_mask"].bool())
+        results = [attend(torch.nn.Module(), *arguments, mask)[0] for attend in both]
+        assert_close(*results)
+
+
+@pytest.mark.parametrize(("queries", "rows"), [(1, 3), (3, 1)])
+def test_learned_queries_come_once_for_all_rows(queries, rows):
+    q, k, v = torch.randn(queries, 4, 5, 8), torch.randn(rows, 4, 9, 8), torch.randn(rows, 4, 9, 8)
+    mask, results = torch.rand(3, 1, 5, 9) < 0.7, []
+    mask[..., 0] = True
+    for attend in (integration.attend, sdpa_attention_forward):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, _ = attend(torch.nn.Module(), *leaves, mask)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils import is_tracing
 
+from seqkernels import support
 from seqkernels.attention import attend_with_lengths
 
 
@@ -39,7 +41,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """query [B,Hq,Tq,D], key and value [B,H,Tk,D] -> [B,Tq,Hq,D]"""
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    lengths = getattr(attention_mask, "_lengths_of_keys", None)
+    if query.size(0) != key.size(0):  # learned queries come once for all rows
+        rows = torch.broadcast_shapes(query.shape[:1], key.shape[:1])
+        query, key = (t.expand(*rows, -1, -1, -1) for t in (query, key))
+    lengths = _lengths_of_keys(attention_mask)
     padding = attention_mask is not None and attention_mask.dim() == 2
     is_causal = bool(is_causal and query.size(2) > 1 and (attention_mask is None or padding))
     mask = attention_mask[:, None, None] if padding else attention_mask
@@ -85,7 +90,7 @@ def make_mask(
     free = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     if (
         attention_mask is None
-        or torch.compiler.is_compiling()
+        or not _values_may_decide(attention_mask)
         or attention_mask.shape != (batch_size, kv_length)
         or not (free or (causal and isinstance(q_offset, int) and q_offset + q_length == kv_length))
         or attention_mask.all()
@@ -102,9 +107,26 @@ def make_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             **kwargs,
         )
-    mask = attention_mask[:, None, None] if free else attention_mask
+    mask = (attention_mask[:, None, None] if free else attention_mask).clone()  # may be the caller's own
     if attention_mask.is_cpu and (free or q_length == kv_length):
         lengths, keys = attention_mask.sum(1), torch.arange(kv_length, device="cpu")
         if torch.equal(attention_mask, keys < lengths[:, None]):
-            mask._lengths_of_keys = lengths
+            mask._lengths_of_keys = lengths, _version(mask)
     return mask
+
+
+def _values_may_decide(mask: Tensor) -> bool:
+    """A tracer would keep what they decide for all others, and a fake tensor has none."""
+    return support.is_eager() and not is_tracing(mask) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _lengths_of_keys(mask: Tensor | None) -> Tensor | None:
+    """What `make_mask` found, if the mask still says so: a tracer would not ask again."""
+    if not support.is_eager() or not hasattr(mask, "_lengths_of_keys"):
+        return None
+    lengths, version = mask._lengths_of_keys
+    return lengths if version == _version(mask) else None
+
+
+def _version(mask: Tensor) -> int:
+    return 0 if mask.is_inference() else mask._version
