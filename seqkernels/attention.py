@@ -20,7 +20,8 @@ from seqkernels.reference import attention as reference
 Window = tuple[int | None, int | None]
 
 MISFIT = "query, key, value and attn_mask differ in dtype, device or size"
-_NO_WAY_OF_ITS_OWN = torch._C._disabled_torch_function_impl  # parameters have it, and torch.export's tensors
+_PLAIN = (Tensor, torch.nn.Parameter)
+_BOOLS = (bool, torch.SymBool)
 _INTEGERS = {torch.int64, torch.int32}
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 _torchs = F.scaled_dot_product_attention  # what `patch` finds there later may be ours
@@ -28,12 +29,19 @@ _torchs = F.scaled_dot_product_attention  # what `patch` finds there later may b
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """No nested tensor and no subclass with a way of its own to attend."""
-    if torch.compiler.is_compiling():
-        return not any(t is not None and t.is_nested for t in tensors)
-    return not any(
-        t is not None
-        and (t.is_nested or not (type(t) is Tensor or type(t).__torch_function__ is _NO_WAY_OF_ITS_OWN))
+    return all(
+        t is None
+        or (isinstance(t, Tensor) and not t.is_nested and (type(t) in _PLAIN or not _has_own_way(type(t))))
         for t in tensors
+    )
+
+
+def _has_own_way(cls: type[Tensor]) -> bool:
+    """By function or by dispatch. torch's fake and functional tensors dispatch too, but take any operator."""
+    if cls.__torch_function__ is not torch._C._disabled_torch_function_impl:
+        return True
+    return cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl and not hasattr(
+        cls, "_mode_key"
     )
 
 
@@ -59,11 +67,13 @@ def scaled_dot_product_attention(
     jagged nested tensors; float32, float64, bfloat16 or float16, all the same. Returns [...,Hq,L,Ev].
         attn_mask: bool (True: attends) or float (added, gets a gradient), broadcast to [...,Hq,L,S], or a
             `torch.nn.attention.bias.CausalBias`
-        is_causal: query i attends to keys 0 to i; with attn_mask=causal_lower_right(L, S) the last sees all
+        is_causal: query i attends to keys 0 to i; with attn_mask=causal_lower_right(L, S) the last sees all.
+            A mask of 2 or 4 dims may join it where query has 4, as in torch
         enable_gqa: H may be a divisor of Hq
         window: (left, right): how many keys before and behind its own a query attends to; None: no limit
-        softcap: scores become softcap * tanh(score / softcap)
-        alibi_slopes: [Hq] or [B,Hq]: slope * distance is subtracted from the scores; no gradient
+        softcap: scores become softcap * tanh(score / softcap); inf: what they are
+        alibi_slopes: [Hq] or [B,Hq]: slope * distance is subtracted from the scores; float32 whatever it
+            was, no gradient
         sinks: [Hq]: logits that take part in every softmax and have no value; get a gradient
         return_lse: also return the logarithm of the softmax's denominator, [...,Hq,L] in float32 (float64 for
             float64), differentiable
@@ -74,13 +84,9 @@ def scaled_dot_product_attention(
     is_causal, scale=scale, enable_gqa=enable_gqa)`.
     """
     extras = return_lse or not (window is softcap is alibi_slopes is sinks is None)
-    plain = isinstance(is_causal, bool)
-    if (
-        plain
-        and attn_mask is None
-        and not (extras or dropout_p)
-        and _may_go_straight_on(query, key, value, enable_gqa)
-    ):
+    plain = isinstance(is_causal, bool) and isinstance(enable_gqa, _BOOLS)
+    simple = plain and attn_mask is None and dropout_p == 0
+    if simple and not extras and _may_go_straight_on(query, key, value, enable_gqa):
         try:
             return ops.attention(
                 query,
@@ -91,7 +97,7 @@ def scaled_dot_product_attention(
             )[0]
         except (RuntimeError, TypeError):
             pass  # the rest finds out why, and what to do
-    if plain and attn_mask is None and not dropout_p and _are_jagged(query, key, value, enable_gqa):
+    if simple and _are_jagged(query, key, value, enable_gqa):
         if extras or torch._C._get_flash_sdp_enabled():
             more = window, is_causal, softcap, alibi_slopes, sinks
             return _jagged(query, key, value, scale, *more, return_lse=return_lse)
@@ -99,14 +105,16 @@ def scaled_dot_product_attention(
     if _is_causal_bias(bias := attn_mask):
         if is_causal:
             raise ValueError("CausalBias should not be used with causal=True")
-        bottom_right = bias.variant == type(bias.variant).LOWER_RIGHT
+        square = bias.seq_len_q == bias.seq_len_kv  # then both corners are one to torch, whatever the lengths
+        bottom_right = bias.variant == type(bias.variant).LOWER_RIGHT and not square
         attn_mask, is_causal = None, True
         if bottom_right and (bias.seq_len_q, bias.seq_len_kv) != (query.size(-2), key.size(-2)):
             attn_mask, is_causal, bottom_right = bias._materialize(query.device), False, False
-        bottom_right = bottom_right and query.size(-2) != key.size(-2)
 
     plain = plain and all(isinstance(t, Tensor) for t in (query, key, value))
     plain = plain and is_plain(query, key, value, attn_mask)
+    if extras and not plain:
+        raise ValueError(_why_torchs_only(query, key, value, attn_mask, is_causal, enable_gqa))
     reason = MISFIT
     if plain:
         reason = support.why_torch_attends(query, dropout_p, *query.shape[-1:], *value.shape[-1:])
@@ -116,7 +124,9 @@ def scaled_dot_product_attention(
         reason = reason or (MISFIT if dense is None else None)
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras or bottom_right) and support.why_torch_is_faster(*dense[:4])
-    if not extras and (reason or forbidden or faster):
+    both = plain and attn_mask is not None and is_causal
+    refused = dropout_p is None or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))  # by torch
+    if not extras and (reason or forbidden or faster or refused):
         if bottom_right:
             attn_mask, is_causal = bias._materialize(query.device), False
         with torchs_kernels():
@@ -171,8 +181,9 @@ def varlen_attention(
     cu_seqlens_q[s] to cu_seqlens_q[s+1] and the keys cu_seqlens_k[s] to cu_seqlens_k[s+1] (int32 or int64,
     [S+1], from 0 to N and M), none longer than max_q and max_k. The rest as in
     `scaled_dot_product_attention`, but causal and window are aligned to the last query and the last key of
-    each sequence.
-    Raises ValueError for arguments that do not fit.
+    each sequence, and alibi_slopes are [Hq] or [S,Hq].
+    Raises ValueError for arguments that do not fit. On a GPU nobody looks at what cu_seqlens hold: the host
+    would have to wait.
     Equal to `scaled_dot_product_attention` on each sequence alone, with `causal_lower_right`.
     """
     q, k, v, _ = _autocast(q, k, v, None)
@@ -185,9 +196,8 @@ def varlen_attention(
     if not cu[0].dim() == cu[1].dim() == 1 or cu[0].shape != cu[1].shape or {c.dtype for c in cu} - _INTEGERS:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {_described(*cu)}")
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
-    cu_q, cu_k = (c.to(torch.int64).contiguous() for c in cu)
-    options |= {"cu_q": cu_q, "cu_k": cu_k, "bottom_right": True}
+    options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks, cu[0].size(0) - 1)
+    options |= {"cu_q": _int64(cu[0]), "cu_k": _int64(cu[1]), "bottom_right": True}
     reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=max_q, max_k=max_k)
     return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
@@ -214,7 +224,7 @@ def decode_attention(
     lse [B,Hq,Tq] if return_lse. With block_table, integers [B,blocks], the caches are
     [pages,H,page size,D or Dv], and the keys of row b lie in the pages block_table[b], in this order. The
     rest as in `scaled_dot_product_attention`, with window aligned to the last query and the last key.
-    Raises ValueError for arguments that do not fit.
+    Raises ValueError for arguments that do not fit. On a GPU nobody looks at what lengths and table hold.
     Equal to `scaled_dot_product_attention(q, k, v, causal_lower_right(Tq, n), enable_gqa=True)` on every row,
     with its first n keys and values.
     """
@@ -222,18 +232,39 @@ def decode_attention(
     if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in _INTEGERS:
         raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {_described(cache_seqlens)}")
     if block_table is not None:
-        if block_table.dim() != 2:
-            raise ValueError(f"block_table must be [B,blocks], got {_described(block_table)}")
+        if block_table.dim() != 2 or block_table.size(0) != q.size(0) or block_table.dtype not in _INTEGERS:
+            raise ValueError(
+                f"block_table must be integers [{q.size(0)},blocks], got {_described(block_table)}"
+            )
+        if not k.dim() == v.dim() == 4:
+            raise ValueError(f"caches in pages must be [pages,H,page size,D or Dv], got {_described(k, v)}")
         if _may_read_pages(q, k, v, sinks):
             options = _options(q, scale, window, True, softcap, alibi_slopes, sinks)
             out, lse = ops.paged_attention(q, k, v, block_table, cache_seqlens, **options)
             return (out, lse) if return_lse else out
-        k, v = (t[block_table].transpose(1, 2).flatten(2, 3) for t in (k, v))
+        k, v = _without_pages(k, v, block_table, cache_seqlens)
     options = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
     result = attend_with_lengths(
         q, k, v, lengths=cache_seqlens, is_causal=True, bottom_right=True, scale=scale, **options
     )
     return result if return_lse else result[0]
+
+
+def _without_pages(k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,H,blocks * page size,D or Dv]. The table may hold anything beyond the lengths; within, index_select
+    lets no number count from the end."""
+    starts = torch.arange(table.size(1), device=table.device) * k.size(2)
+    table = table.masked_fill(starts >= lengths[:, None], 0)
+    index = table.flatten()
+    try:
+        k, v = (t.index_select(0, index).unflatten(0, table.shape) for t in (k, v))
+    except IndexError:
+        pages = min(k.size(0), v.size(0))
+        wrong = index[(index < 0) | (index >= pages)].tolist()
+        raise ValueError(
+            f"block_table must hold numbers of pages, 0 to {pages - 1}, up to the length, got {wrong}"
+        ) from None
+    return k.transpose(1, 2).flatten(2, 3), v.transpose(1, 2).flatten(2, 3)
 
 
 def _may_read_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
@@ -283,18 +314,34 @@ def attend_with_lengths(
         return _torchs(q, k, v, **options, enable_gqa=q.size(1) != k.size(1)), None
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
     options |= {"mask": mask, "bottom_right": bottom_right, "dropout": dropout_p}
-    options |= {"len_k": None if lengths is None else lengths.to(torch.int64).contiguous()}
+    options |= {"len_k": None if lengths is None else _int64(lengths)}
     return _attend(q, k, v, options, reason)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], reason: str | None, **longest: int
 ) -> tuple[Tensor, Tensor]:
-    if reason is None:
-        return ops.attention(q, k, v, **options, **longest)
+    if reason is None or q.is_meta:  # shapes need no kernel
+        try:
+            return ops.attention(q, k, v, **options, **longest)
+        except RuntimeError as error:
+            raise _misuse(error, options) from None
+    if not q.is_floating_point():
+        raise ValueError(f"query, key and value must be floating point numbers, got {q.dtype}: call float()")
     result = reference.attention(q, k, v, **options)
     support.fall_back(reason)
     return result
+
+
+def _misuse(error: RuntimeError, options: dict[str, Any]) -> Exception:
+    """What the op finds in arguments that are not looked at before: that would take time in every call."""
+    if "Expected a value of type" in (why := str(error)):
+        return TypeError(why.splitlines()[0])
+    _, found, why = why.partition("seqkernels::attention_fwd: ")
+    for name, given in {"cu_q": "cu_seqlens_q", "cu_k": "cu_seqlens_k", "len_k": "cache_seqlens"}.items():
+        if f"expected {name} " in why:
+            why = f"{why.replace(name, given)}: {given} is {options[name]}"
+    return ValueError(why) if found else error
 
 
 def torchs_kernels() -> AbstractContextManager:
@@ -308,8 +355,8 @@ def _jagged(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """[B,H,ragged,features] by the offsets of each, which are cu_seqlens."""
     q, k, v, _ = _autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
-    options = _options(q, scale, *options)
-    options |= {"cu_q": query.offsets(), "cu_k": key.offsets()}
+    options = _options(q, scale, *options, query.size(0))
+    options |= {"cu_q": _int64(query.offsets()), "cu_k": _int64(key.offsets())}
     reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=_longest(query), max_k=_longest(key))
     results = (
@@ -374,9 +421,15 @@ def _is_causal_bias(mask: object) -> bool:
     return bias is not None and isinstance(mask, bias.CausalBias)
 
 
+def _int64(integers: Tensor) -> Tensor:
+    """Contiguous; without the microsecond that it takes to find out that there is nothing to do."""
+    done = integers.dtype == torch.int64 and integers.is_contiguous()
+    return integers if done else integers.to(torch.int64).contiguous()
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in _CASTS else t for t in tensors)
@@ -452,9 +505,11 @@ def _options(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    sequences: int | None = None,
 ) -> dict[str, Any]:
-    """The arguments of `ops.attention` for q [B,Hq,Tq,D]."""
+    """The arguments of `ops.attention` for q [B,Hq,Tq,D], of so many sequences if they are not B."""
     (B, Hq, _, D), left, right = q.shape, NO_LIMIT, NO_LIMIT
+    B = B if sequences is None else sequences
     if window is not None:
         if len(window) != 2 or any(w is not None and w < 0 for w in window):
             raise ValueError(f"window must be (left, right), each an integer >= 0 or None, got {window!r}")
@@ -475,10 +530,23 @@ def _options(
         "scale": (D or 1) ** -0.5 if scale is None else scale,
         "left": left,
         "right": min(right, 0) if is_causal else right,
-        "softcap": softcap or 0.0,
+        # beyond the range of float32, where the kernels would make it inf, tanh(x) is x for every score
+        "softcap": 0.0 if softcap is None or softcap > torch.finfo(torch.float32).max else softcap,
         "alibi": alibi_slopes,
         "sinks": sinks,
     }
+
+
+def _why_torchs_only(*arguments: object) -> str:
+    """Why options that torch does not have cannot go with such arguments."""
+    wanted = "torch.Tensor for all tensors and bool for is_causal and enable_gqa"
+    if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
+        wanted = (
+            "all tensors jagged, [B,H,ragged,features], of rows, heads and dtypes that fit, without lengths"
+            " (call contiguous()), mask and dropout"
+        )
+    types = ", ".join(type(a).__name__ for a in arguments if a is not None)
+    return f"window, softcap, alibi_slopes, sinks and return_lse need {wanted}, got {types}"
 
 
 def _described(*tensors: Tensor | None) -> str:

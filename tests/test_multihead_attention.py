@@ -9,11 +9,14 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
 
 import seqkernels
 from seqkernels import support
@@ -133,6 +136,31 @@ def test_two_masks_where_tensors_are_made_on_another_device():
     expected = module(*qkv, **kwargs)
     with torch.device("meta"):
         assert_close(module(*qkv, **kwargs), expected)
+
+
+def test_two_masks_without_looking_at_them():
+    """Fake tensors have no values, and what is traced must hold for others."""
+    module = twins(batch_first=True)[0].requires_grad_(False)
+    qkv, mask = inputs(module), masks("bool", (L, S))
+    at_the_end = torch.arange(S) >= torch.tensor([5, 3, 1])[:, None]
+    attend = lambda *args: module(*args[:3], args[3], False, args[4])[0]  # noqa: E731
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        assert attend(*map(fakes.from_tensor, (*qkv, at_the_end, mask))).shape == (N, L, E)
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(attend, tracing_mode=mode, _allow_non_fake_inputs=True)(*qkv, at_the_end, mask)
+        for padding in (at_the_end, masks("bool", (N, S))):
+            assert_close(traced(*qkv, padding, mask), attend(*qkv, padding, mask))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_no_rows(need_weights):
+    ours, theirs = twins(batch_first=True)
+    q, k, v = (t[:0] for t in inputs(ours))
+    for mask in (torch.zeros(0, L, S).double(), torch.zeros(L, S).double()):
+        out, weights = ours(q, k, v, None, need_weights, mask)
+        expected, torchs = theirs(q, k, v, None, True, mask)
+        assert_close(out, expected)
+        assert weights is None or weights.shape == torchs.shape
 
 
 @constructions
@@ -375,6 +403,22 @@ def test_transforms_of_functions(need_weights):
     assert_close(torch.func.jvp(attend, (x[0],), (x[1],))[1], tangent)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_tensors_with_a_way_of_their_own_go_torchs(need_weights, monkeypatch):
+    """As torch.distributed's: they ask what to do for operators, not for functions, and know torch's only."""
+    ours, theirs = twins(batch_first=True)
+    qkv = inputs(ours)
+    expected = theirs(*qkv, need_weights=need_weights)
+    for module in (ours, ours.out_proj):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(TwoTensor(parameter.detach(), parameter.detach())))
+    for op in (seqkernels.ops.attention, seqkernels.ops.linear):
+        monkeypatch.setattr(op, "_fwd", None)
+    result = ours(*(TwoTensor(t, t) for t in qkv), need_weights=need_weights)
+    for r, e in zip(result, expected, strict=True):
+        assert r is e is None or (isinstance(r, TwoTensor) and torch.equal(r.a, e))
+
+
 @pytest.mark.filterwarnings("ignore:seqkernels falls back")
 def test_dropout_is_torchs():
     ours, theirs = twins(dropout=0.5)
@@ -602,7 +646,7 @@ def test_export_with_dynamic_sizes(strict, need_weights):
     assert_close(program.module()(x, padding), module(x, padding))
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = {str(node.target) for graph in graphs for node in graph.nodes}
-    assert {"seqkernels.attention_fwd.default"} <= targets
+    assert {"seqkernels.attention_fwd.exported"} <= targets
 
 
 def test_export_of_a_swapped_encoder():

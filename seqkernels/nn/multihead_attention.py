@@ -237,7 +237,8 @@ def _lengths(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tenso
     both = attn_mask is not None and key_padding_mask is not None
     if not (both and key_padding_mask.device.type == "cpu" and support.is_plain_call()):
         return None
-    if key_padding_mask.dtype != torch.bool:
+    traced = type(key_padding_mask) is not Tensor or torch._C._len_torch_dispatch_stack()
+    if traced or key_padding_mask.dtype != torch.bool:
         return None
     visible = ~key_padding_mask
     lengths, keys = visible.sum(1), torch.arange(visible.size(1), device="cpu")
@@ -248,9 +249,7 @@ def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor
     """Four dims, True where a query sees a key; or float to be added, if one of the masks is."""
     masks = []
     if attn_mask is not None:
-        masks.append(
-            attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (q.size(0), -1))
-        )
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, q.shape[:2]))
     if key_padding_mask is not None:
         masks.append(key_padding_mask[:, None, None])
     if more:

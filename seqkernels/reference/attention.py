@@ -20,6 +20,7 @@ def attention(
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
     len_k: Tensor | None = None,
+    alibi: Tensor | None = None,
     dropout: float = 0.0,
     keep: Tensor | None = None,
     **options,
@@ -29,17 +30,18 @@ def attention(
     keep: bool [B,Hq,Tq,Tk], the weights that dropout leaves; drawn at random if None.
     """
     if cu_q is not None and cu_k is not None:
-        spans = zip(pairwise([0, *cu_q.tolist()]), pairwise([0, *cu_k.tolist()]), strict=True)
+        spans = (pairwise([0, *cu.tolist()]) for cu in (cu_q, cu_k))  # of no rows the first
+        slopes = [alibi] * cu_q.numel() if alibi is None or alibi.dim() == 1 else [None, *alibi]
         parts = [
-            attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], dropout=dropout, **options)
-            for (a, b), (c, d) in spans
+            attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], alibi=slope, dropout=dropout, **options)
+            for (a, b), (c, d), slope in zip(*spans, slopes, strict=True)
         ]
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 2), torch.cat(lses, 2)
     if len_k is not None:  # what lies beyond may be anything, and 0 * nan is nan
         beyond = (torch.arange(k.size(2), device=k.device) >= len_k[:, None])[:, None, :, None]
         k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
-    p, lse = _softmax(*logits(q, k, len_k=len_k, **options))
+    p, lse = _softmax(*logits(q, k, len_k=len_k, alibi=alibi, **options))
     if keep is not None:
         p = p * keep / (1 - dropout)
     elif dropout:
@@ -78,7 +80,7 @@ def logits(
     distance = j - i[:, None] - (lengths - Tq if bottom_right else 0)
     sees = (distance >= -left) & (distance <= right) & (j < lengths)
     if alibi is not None:
-        s = s - alibi[..., None, None] * distance.abs()
+        s = s - alibi[..., None, None].to(s.dtype) * distance.abs()
     if mask is not None and mask.dtype == torch.bool:
         sees = sees & mask
     elif mask is not None:
