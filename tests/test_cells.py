@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import seqkernels
+from seqkernels.bench.cases import Case
+from seqkernels.bench.memory import MemoryMeter
 
 KINDS = ("LSTMCell", "GRUCell", "RNNCell")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -260,3 +262,11 @@ def test_weights_from_elsewhere(kind):
     weights = {n: p.detach() * 2 for n, p in ours.named_parameters()}
     result, expected = (torch.func.functional_call(c, weights, (x,)) for c in (ours, theirs))
     assert_close(result, expected)
+
+
+@kinds
+def test_training_takes_no_more_memory_than_torchs(kind):
+    case = Case(cell=kind.removesuffix("Cell").lower(), mode="train", step=True, T=1, B=192, I=768, H=768)
+    with MemoryMeter() as meter:
+        ours, torchs = (meter.peak(case, name)[0] for name in ("seqkernels", "torch"))
+    assert ours <= torchs

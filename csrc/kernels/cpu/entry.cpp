@@ -43,9 +43,10 @@ struct alignas(kLine) Block {
 
 std::atomic<Block*> kept{nullptr};
 
-// The last huge page only where half of it is wanted: it is in memory as soon as one byte is touched.
+// The last huge page only where three quarters of it are wanted: it is in memory as soon as one byte is
+// touched.
 Block* allocate(std::size_t bytes) {
-  if (bytes % kHuge >= kHuge / 2) bytes = (bytes / kHuge + 1) * kHuge;
+  if (bytes % kHuge >= kHuge / 4 * 3) bytes = (bytes / kHuge + 1) * kHuge;
   const std::size_t huge = bytes / kHuge * kHuge, align = huge ? kHuge : kLine;
   bytes = (bytes + align - 1) / align * align;  // what aligned_alloc asks for
   void* memory = std::aligned_alloc(align, bytes);

@@ -55,6 +55,7 @@ struct LayerBwd {
   const bool rebuild, projected;
   int team;                     // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
+  int64_t gate_rows;            // of dW that a thread works on at a time
   const int64_t ldG, ldh, ldcell;
 
   // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows,
@@ -84,6 +85,7 @@ struct LayerBwd {
         team(1),
         steps(1),
         chunk_tokens(0),
+        gate_rows(0),
         ldG(p.H * (kSlots - G) + round_up(G * p.H, 32) + kLanes<T>),
         ldh(round_up(p.P, 32) + kLanes<T>),
         ldcell(round_up(p.H, 32) + kLanes<T>) {}
@@ -138,11 +140,11 @@ struct LayerBwd {
     everyone = a.take<Barrier>(1);
     direction_barriers = a.take<Barrier>(2);
     row_barriers = a.take<Barrier>(2 * team);
-    const int64_t rebuilt = rebuild ? kRebuildTokens : 0, gate_rows = H > P ? H : P;
+    const int64_t rebuilt = rebuild ? kRebuildTokens : 0, share = (G * H * D + team - 1) / team;
+    gate_rows = share < H ? share : H;
     int64_t local_rows = chunk_tokens > kGradientRows ? chunk_tokens : kGradientRows;
     if (local_rows < (G + 3) * rebuilt) local_rows = (G + 3) * rebuilt;
-    int64_t operand_size =
-        gate_rows * depth_of(chunk_tokens) + (projected ? NR<T> * depth_of(chunk_tokens) : 0);
+    int64_t operand_size = (projected ? (H > P ? H : P) + NR<T> : gate_rows) * depth_of(chunk_tokens);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
     if (operand_size < rebuild_size) operand_size = rebuild_size;
     if (weights.once && operand_size < weights.kBlockSize) operand_size = weights.kBlockSize;
@@ -501,6 +503,7 @@ struct LayerBwd {
       for (int64_t n = n0, end; n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
         end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
+        if (end > n + f.gate_rows) end = n + f.gate_rows;
         const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
         transpose_gate(in, u, end - n);
         const Weights<void*>& out = p.dw[d];

@@ -120,7 +120,9 @@ struct LayerFwd {
                            : half > kMostChunks ? kMostChunks
                                                 : half;
     chunk_tokens = chunks * kChunkTokens;
-    c_size = p.T == 1 ? 0 : chunks * kChunkBytes / int64_t(sizeof(T));
+    const int64_t all = p.T == 1 ? 0 : seq.tokens * (G * weights.in.padded() + kLanes<T>);
+    c_size = chunks * kChunkBytes / int64_t(sizeof(T));
+    if (c_size > all) c_size = all;
     if (c_size < B * (G * NR<T>)) c_size = B * (G * NR<T>);  // a block of units of one step
     const int64_t x_size = x_in_place() || direct ? 0 : (B > chunk_tokens ? B : chunk_tokens) * ldx;
     C = a.take_each<T>(team, c_size);
