@@ -37,7 +37,7 @@ struct AttentionBwd {
 
   int64_t* next;
   Barrier* barrier;
-  PerThread<T> dQ;  // or of each task, where a key head has several
+  PerThread<T> dQ;  // or of each task, where a key head has several, without those that lie in place
   T *dsink, *buffers;
 
   explicit AttentionBwd(const AttentionBwdParams& params)
@@ -52,7 +52,9 @@ struct AttentionBwd {
     if (p.dmask && p.mask_k == 0) splits = 1;  // all keys of a query share one sum
   }
 
-  int64_t dq_buffers() const { return splits == 1 ? team : p.B * p.Hk * splits; }
+  // Of several tasks of a key head the first sums dQ where it belongs.
+  bool in_place() const { return std::is_same_v<S, T> && splits > 1 && ldk == p.D; }
+  int64_t dq_buffers() const { return splits == 1 ? team : p.B * p.Hk * (splits - in_place()); }
   int64_t dq_size() const { return group * max_q * ldk; }
   int64_t tasks() const { return in_turn ? splits : p.B * p.Hk * splits; }
 
@@ -107,7 +109,7 @@ struct AttentionBwd {
       if (task >= tasks()) break;
       const int64_t split = task % splits;
       for (int64_t n = in_turn ? 0 : task / splits; n < (in_turn ? p.B * p.Hk : task / splits + 1); n++)
-        worker.run(n / p.Hk, n % p.Hk, split, dQ[splits == 1 ? id : n * splits + split]);
+        worker.run(id, n / p.Hk, n % p.Hk, split);
     }
     release_tiles();
     if (splits == 1 && !p.dsinks) return;
@@ -122,19 +124,33 @@ struct AttentionBwd {
       }
   }
 
-  void write_dq(const Span& span, int64_t h, const T* from) const {
+  // dQ of a task: query i of head g of the group.
+  struct Sum {
+    T* first;
+    int64_t head, row;
+    T* operator()(int64_t g, int64_t i) const { return first + g * head + i * row; }
+  };
+  Sum sum_of(const Span& span, int64_t n, int64_t split, int64_t id) const {
+    if constexpr (std::is_same_v<S, T>)
+      if (in_place() && split == 0)
+        return {row_of<S>(p.dq, span.batch, n % p.Hk * group, span.q0), p.dq.h, p.dq.t};
+    return {dQ[splits == 1 ? id : n * (splits - in_place()) + split - in_place()], max_q * ldk, ldk};
+  }
+  void write_dq(const Span& span, int64_t h, const Sum& sum) const {
     for (int64_t i = 0; i < span.Tq; i++)
       for (int64_t d = 0; d < p.D; d += W)
-        store(row_of<S>(p.dq, span.batch, h, span.q0 + i) + d, load(from + i * ldk + d) * T(p.scale),
+        store(row_of<S>(p.dq, span.batch, h, span.q0 + i) + d, load(sum(h % group, i) + d) * T(p.scale),
               p.D - d);
   }
   void add_dq(int64_t b, int64_t h) const {
     const Span span(p, b);
-    const int64_t task = (b * p.Hk + h / group) * splits, at = h % group * max_q * ldk;
-    T* sum = dQ[task] + at;
-    for (int64_t s = 1; s < splits; s++)
-      for (int64_t n = 0; n < span.Tq * ldk; n += W)
-        store(sum + n, load(sum + n) + load(dQ[task + s] + at + n));
+    const int64_t n = b * p.Hk + h / group, g = h % group;
+    const Sum sum = sum_of(span, n, 0, 0);
+    for (int64_t s = 1; s < splits; s++) {
+      const Sum more = sum_of(span, n, s, 0);
+      for (int64_t i = 0; i < span.Tq; i++)
+        for (int64_t d = 0; d < ldk; d += W) store(sum(g, i) + d, load(sum(g, i) + d) + load(more(g, i) + d));
+    }
     write_dq(span, h, sum);
   }
 
@@ -143,11 +159,13 @@ struct AttentionBwd {
     const AttentionBwdParams& p;
     const Buffers m;
 
-    void run(int64_t b, int64_t hk, int64_t split, T* dq) {
+    void run(int id, int64_t b, int64_t hk, int64_t split) {
       const Span span(p, b);
+      const Sum dq = f.sum_of(span, b * p.Hk + hk, split, id);
       for (int64_t g = 0; g < f.group; g++) prepare_rows(span, b, hk * f.group + g, g, split);
       for (int64_t g = 0; g < f.group; g++)
-        __builtin_memset(static_cast<void*>(dq + g * f.max_q * f.ldk), 0, sizeof(T) * span.Tq * f.ldk);
+        for (int64_t i = 0; i < span.Tq; i++)
+          __builtin_memset(static_cast<void*>(dq(g, i)), 0, sizeof(T) * f.ldk);
       for (int64_t j = split * kK; j < span.Tk; j += f.splits * kK) {
         const KeyBlock<S> keys(p, f.rule, span, b, j, least(j + kK, span.Tk));
         bool seen;
@@ -161,7 +179,7 @@ struct AttentionBwd {
               [&](int64_t l) { return row_of<S>(p.dv, span.batch, hk, span.k0 + j + l); });
       }
       if (f.splits == 1)
-        for (int64_t g = 0; g < f.group; g++) f.write_dq(span, hk * f.group + g, dq + g * f.max_q * f.ldk);
+        for (int64_t g = 0; g < f.group; g++) f.write_dq(span, hk * f.group + g, dq);
       if (split == 0)  // keys beyond the length
         for (int64_t j = span.Tk; j < p.Tk && !p.cu_k; j++) {
           __builtin_memset(static_cast<void*>(row_of<S>(p.dk, b, hk, j)), 0, sizeof(S) * p.D);
@@ -201,7 +219,7 @@ struct AttentionBwd {
     }
 
     // Adds to dQ; leaves dK^T and dV^T. False when no query sees these keys.
-    bool block(const KeyBlock<S>& keys, int64_t hk, T* dq) {
+    bool block(const KeyBlock<S>& keys, int64_t hk, const Sum& dq) {
       const Span& span = keys.span;
       const int64_t N = keys.N, nk = keys.nk;
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j),
@@ -229,7 +247,7 @@ struct AttentionBwd {
             }
           product<T, true>(p.Dv, N, n, d, ldo, m.P, kK, m.dVT, kK, start);
           product<T, true>(p.D, N, n, q, ldq, m.dS, kK, m.dKT, kK, start);
-          product<T, false>(n, f.ldk, nk, m.dS, kK, rows, ldk, dq + row * f.ldk, f.ldk, Start::c);
+          product<T, false>(n, f.ldk, nk, m.dS, kK, rows, ldk, dq(g, i), dq.row, Start::c);
           start = Start::c;
         }
       return start == Start::c;
@@ -238,7 +256,7 @@ struct AttentionBwd {
 #if defined(__AVX512BF16__)
     // The same with operands in pairs. P and dS become pairs of queries in place; dQ needs dS in rows as
     // well.
-    bool packed_block(const KeyBlock<S>& keys, int64_t hk, T* dq) {
+    bool packed_block(const KeyBlock<S>& keys, int64_t hk, const Sum& dq) {
       const Span& span = keys.span;
       const int64_t nk = keys.nk, N = round_up(nk, 32);
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j),
@@ -273,7 +291,7 @@ struct AttentionBwd {
           const int64_t block = row / kQ * kQ;  // of QT and dOT
           tile_product(f.ldv, N, nq, m.dOT + block * f.ldv + i % kQ, kQ, P, 2 * kK, m.dVT, kK, start);
           tile_product(f.ldk, N, nq, m.QT + block * f.ldk + i % kQ, kQ, dS, 2 * kK, m.dKT, kK, start);
-          tile_product(nq, f.ldk, N, m.narrow_dS, kK, m.K, 2 * f.ldk, dq + row * f.ldk, f.ldk, Start::c);
+          tile_product(nq, f.ldk, N, m.narrow_dS, kK, m.K, 2 * f.ldk, dq(g, i), dq.row, Start::c);
           start = Start::c;
         }
       return start == Start::c;

@@ -26,8 +26,8 @@ struct AttentionFwd {
   static constexpr int64_t kQ = kBlock<T>, kK = kPacked ? 256 : 64;
   static constexpr int64_t kUnit = kPacked ? 32 : kQ, kUnits = kQ / kUnit, kBuffers = kPacked ? 3 : 1;
   static constexpr T kGrowth = 8;  // log2 of how far P may pass 1
-  static constexpr int64_t kPass =
-      2 << 20;  // bytes that are packed at a time: a head of 8192 keys, D = Dv = 64
+  // Bytes of keys and values that are packed at a time: a head of 8192 keys with D = Dv = 64.
+  static constexpr int64_t kPass = 2 << 20;
 
   const AttentionFwdParams& p;
   const int64_t group;
@@ -152,7 +152,8 @@ struct AttentionFwd {
         const int64_t i = task - first_task[b], head = i / blocks.tasks(),
                       block = blocks.per_head - 1 - i / blocks.chunks % blocks.per_head,
                       chunk = i % blocks.chunks, h = chunk * blocks.heads, q = block * blocks.queries;
-        worker.keys = packed + (first_of(first_block, b * p.Hk + head) - blocks_before) * block_size();
+        if (kPacked)
+          worker.keys = packed + (first_of(first_block, b * p.Hk + head) - blocks_before) * block_size();
         worker.run(span, b, head, head * group + h, least(blocks.heads, group - h), q,
                    least(blocks.queries, span.Tq - q));
       }
