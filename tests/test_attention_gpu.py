@@ -117,7 +117,7 @@ def test_masks_in_training_are_ours():
 
 
 def test_dropout_reaches_the_kernel():
-    with Called() as called, pytest.raises(RuntimeError, match="expected no dropout on the CPU"):
+    with Called() as called, pytest.raises(ValueError, match="expected no dropout on the CPU"):
         sdpa(*qkv(), window=(8, 0), dropout_p=0.5)
     assert called.names == FORWARD
 
