@@ -220,7 +220,7 @@ def test_export_with_lengths(kind):
         assert_close(program.module()(x, lengths), module(x, lengths))
 
 
-def trained(program: torch.export.ExportedProgram, module: nn.Module, *args) -> None:
+def assert_trains_alike(program: torch.export.ExportedProgram, module: nn.Module, *args) -> None:
     """The program has the module's results and gradients."""
     ours, expected = program.module(), module
     for prepare in (ours, expected):
@@ -255,10 +255,10 @@ def test_exported_programs_train(kind, strict, tmp_path):
     module = Between(getattr(seqkernels, kind)(5, 7))
     shape = (3, 5) if kind in CELLS else (4, 3, 5)
     program = export(module, (torch.randn(shape),), strict=strict)
-    trained(program, module, torch.randn(shape))
-    trained(program.run_decompositions(), module, torch.randn(shape))
+    assert_trains_alike(program, module, torch.randn(shape))
+    assert_trains_alike(program.run_decompositions(), module, torch.randn(shape))
     torch.export.save(program, tmp_path / "program.pt2")
-    trained(torch.export.load(tmp_path / "program.pt2"), module, torch.randn(shape))
+    assert_trains_alike(torch.export.load(tmp_path / "program.pt2"), module, torch.randn(shape))
 
 
 @kinds
@@ -268,7 +268,7 @@ def test_programs_exported_without_gradients_train(kind):
     with torch.no_grad():
         program = export(module, (torch.randn(4, 3, 5),))
     assert f"seqkernels.{kind.lower()}_layer_fwd.default" not in str(program.graph)
-    trained(program, module, torch.randn(4, 3, 5))
+    assert_trains_alike(program, module, torch.randn(4, 3, 5))
     with torch.no_grad():
         x = torch.randn(4, 3, 5)
         assert_close(program.module()(x), module(x))

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that needs a GPU, what tells most first: for a machine that is at hand for ten minutes, without network or virtual
+# All that needs a GPU, what tells most first: for a machine that is at hand for minutes, without network or virtual
 # environment. Run in the repository's root; wants CUDA builds of torch and Triton, nvcc, cmake, ninja, pybind11, pytest and
 # hypothesis, and is much faster with pytest-xdist; pytest-timeout stops what hangs.
 #
