@@ -22,7 +22,7 @@ Window = tuple[int | None, int | None]
 MISFIT = "query, key, value and attn_mask differ in dtype, device or size"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BOOLS = (bool, torch.SymBool)
-_INTEGERS = {torch.int64, torch.int32}
+INTEGERS = {torch.int64, torch.int32}
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 _torchs = F.scaled_dot_product_attention  # what `patch` finds there later may be ours
 
@@ -120,7 +120,7 @@ def scaled_dot_product_attention(
         reason = support.why_torch_attends(query, dropout_p, *query.shape[-1:], *value.shape[-1:])
     dense = None
     if plain and (extras or reason is None):
-        dense = _four_dims(*_autocast(query, key, value, attn_mask), enable_gqa)
+        dense = _four_dims(*autocast(query, key, value, attn_mask), enable_gqa)
         reason = reason or (MISFIT if dense is None else None)
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras or bottom_right) and support.why_torch_is_faster(*dense[:4])
@@ -144,7 +144,7 @@ def scaled_dot_product_attention(
             support.fall_back(reason)
         return result
     if dense is None:
-        raise ValueError(f"{MISFIT}: got {_described(query, key, value, attn_mask)}")
+        raise ValueError(f"{MISFIT}: got {described(query, key, value, attn_mask)}")
 
     q, k, v, mask, lead = dense
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
@@ -186,18 +186,18 @@ def varlen_attention(
     would have to wait.
     Equal to `scaled_dot_product_attention` on each sequence alone, with `causal_lower_right`.
     """
-    q, k, v, _ = _autocast(q, k, v, None)
+    q, k, v, _ = autocast(q, k, v, None)
     same = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
     if not same or not q.dim() == k.dim() == v.dim() == 3 or q.size(2) != k.size(2) or k.size(0) != v.size(0):
-        raise ValueError(f"q, k and v must be [N,Hq,D], [M,H,D] and [M,H,Dv], got {_described(q, k, v)}")
+        raise ValueError(f"q, k and v must be [N,Hq,D], [M,H,D] and [M,H,Dv], got {described(q, k, v)}")
     if k.size(1) != v.size(1) or k.size(1) == 0 or q.size(1) % k.size(1):
-        raise ValueError(f"k and v must have one number of heads that divides q's, got {_described(q, k, v)}")
+        raise ValueError(f"k and v must have one number of heads that divides q's, got {described(q, k, v)}")
     cu = cu_seqlens_q, cu_seqlens_k
-    if not cu[0].dim() == cu[1].dim() == 1 or cu[0].shape != cu[1].shape or {c.dtype for c in cu} - _INTEGERS:
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {_described(*cu)}")
+    if not cu[0].dim() == cu[1].dim() == 1 or cu[0].shape != cu[1].shape or {c.dtype for c in cu} - INTEGERS:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {described(*cu)}")
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks, cu[0].size(0) - 1)
-    options |= {"cu_q": _int64(cu[0]), "cu_k": _int64(cu[1]), "bottom_right": True}
+    options |= {"cu_q": int64(cu[0]), "cu_k": int64(cu[1]), "bottom_right": True}
     reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=max_q, max_k=max_k)
     return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
@@ -229,15 +229,15 @@ def decode_attention(
     with its first n keys and values.
     """
     k, v = k_cache, v_cache
-    if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in _INTEGERS:
-        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {_described(cache_seqlens)}")
+    if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in INTEGERS:
+        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {described(cache_seqlens)}")
     if block_table is not None:
-        if block_table.dim() != 2 or block_table.size(0) != q.size(0) or block_table.dtype not in _INTEGERS:
+        if block_table.dim() != 2 or block_table.size(0) != q.size(0) or block_table.dtype not in INTEGERS:
             raise ValueError(
-                f"block_table must be integers [{q.size(0)},blocks], got {_described(block_table)}"
+                f"block_table must be integers [{q.size(0)},blocks], got {described(block_table)}"
             )
         if not k.dim() == v.dim() == 4:
-            raise ValueError(f"caches in pages must be [pages,H,page size,D or Dv], got {_described(k, v)}")
+            raise ValueError(f"caches in pages must be [pages,H,page size,D or Dv], got {described(k, v)}")
         if _may_read_pages(q, k, v, sinks):
             options = _options(q, scale, window, True, softcap, alibi_slopes, sinks)
             out, lse = ops.paged_attention(q, k, v, block_table, cache_seqlens, **options)
@@ -299,10 +299,10 @@ def attend_with_lengths(
 
     Without lengths and whatever else torch has not, torch's kernels may run on a GPU, and lse is None.
     """
-    q, k, v, mask = _autocast(q, k, v, mask)
+    q, k, v, mask = autocast(q, k, v, mask)
     dense = _four_dims(q, k, v, mask, gqa=True) if q.dim() == k.dim() == v.dim() == 4 else None
     if dense is None or q.size(0) != k.size(0):
-        raise ValueError(f"{MISFIT}: got {_described(q, k, v, mask)}")
+        raise ValueError(f"{MISFIT}: got {described(q, k, v, mask)}")
     q, k, v, mask, _ = dense
     reason = support.why_torch_attends(q, dropout_p, q.size(3), v.size(3))
     torch_can = lengths is window is softcap is alibi_slopes is sinks is None
@@ -314,7 +314,7 @@ def attend_with_lengths(
         return _torchs(q, k, v, **options, enable_gqa=q.size(1) != k.size(1)), None
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks)
     options |= {"mask": mask, "bottom_right": bottom_right, "dropout": dropout_p}
-    options |= {"len_k": None if lengths is None else _int64(lengths)}
+    options |= {"len_k": None if lengths is None else int64(lengths)}
     return _attend(q, k, v, options, reason)
 
 
@@ -354,9 +354,9 @@ def _jagged(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, *options: Any, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """[B,H,ragged,features] by the offsets of each, which are cu_seqlens."""
-    q, k, v, _ = _autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
+    q, k, v, _ = autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
     options = _options(q, scale, *options, query.size(0))
-    options |= {"cu_q": _int64(query.offsets()), "cu_k": _int64(key.offsets())}
+    options |= {"cu_q": int64(query.offsets()), "cu_k": int64(key.offsets())}
     reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=_longest(query), max_k=_longest(key))
     results = (
@@ -421,13 +421,13 @@ def _is_causal_bias(mask: object) -> bool:
     return bias is not None and isinstance(mask, bias.CausalBias)
 
 
-def _int64(integers: Tensor) -> Tensor:
+def int64(integers: Tensor) -> Tensor:
     """Contiguous; without the microsecond that it takes to find out that there is nothing to do."""
     done = integers.dtype == torch.int64 and integers.is_contiguous()
     return integers if done else integers.to(torch.int64).contiguous()
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -519,12 +519,12 @@ def _options(
     if alibi_slopes is not None:
         if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)) or alibi_slopes.requires_grad:
             raise ValueError(
-                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {_described(alibi_slopes)}"
+                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {described(alibi_slopes)}"
             )
         alibi_slopes = alibi_slopes.float().contiguous()
     if sinks is not None:
         if tuple(sinks.shape) != (Hq,):
-            raise ValueError(f"sinks must be [{Hq}], got {_described(sinks)}")
+            raise ValueError(f"sinks must be [{Hq}], got {described(sinks)}")
         sinks = sinks.to(accumulation_dtype(q.dtype)).contiguous()
     return {
         "scale": (D or 1) ** -0.5 if scale is None else scale,
@@ -549,5 +549,5 @@ def _why_torchs_only(*arguments: object) -> str:
     return f"window, softcap, alibi_slopes, sinks and return_lse need {wanted}, got {types}"
 
 
-def _described(*tensors: Tensor | None) -> str:
+def described(*tensors: Tensor | None) -> str:
     return ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors if t is not None)

@@ -69,6 +69,13 @@ def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) ->
     return None
 
 
+def why_torch_adds(query: Tensor) -> str | None:
+    """`why_torch` for additive attention."""
+    if on_gpu(query):
+        return "there are no kernels of additive attention for cuda tensors"
+    return why_torch(query)
+
+
 def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
     """None when our attention kernels are the better ones, as always on a CPU; [B,H,T,D] each."""
     return choice.why_torch(q, k, v, mask) if on_gpu(q) else None

@@ -28,7 +28,7 @@ from seqkernels.triton import choice
 
 Classes = dict[type[Module], type[Module]]
 Call = dict[str, Any]  # arguments by name
-OURS: Classes = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+OURS: Classes = {getattr(torch.nn, name): getattr(nn, name) for name in nn.DROP_INS}
 TORCHS: Classes = {ours: theirs for theirs, ours in OURS.items()}
 REPLACED = "its forward is replaced on the instance"
 
@@ -72,7 +72,8 @@ def swap_(
 
     filter_fn(name, module) says which to swap, all if None. on_unsupported: "keep" leaves what cannot be
     swapped as it is, with the reason in the report; "raise" raises ValueError before anything is swapped.
-    Equal to setting `module.__class__` of each. `unswap_` undoes it.
+    Equal to setting `module.__class__` of each. `unswap_` undoes it. LSTM, GRU and RNN are then instances of
+    torch.nn.RNNBase, not of torch.nn.LSTM and its kin: code that asks which it has may look at `.mode`.
     """
     if on_unsupported not in ("keep", "raise"):
         raise ValueError(f"on_unsupported must be 'keep' or 'raise', got {on_unsupported!r}")
@@ -191,11 +192,12 @@ def _swapping(cls: type[Module], init: Callable[..., None]) -> Callable[..., Non
     return init_and_swap
 
 
-def explain(module: Module, *inputs, **kwargs) -> str:
+def explain(module: Module, /, *inputs, **kwargs) -> str:
     """Which kernels run for every such module in `module`, or why torch does, one line each.
 
     With inputs, `module` is called with them once, without gradients, and the answer holds for what each of
-    them gets; without, it holds for inputs of the dtype and device of the parameters.
+    them gets; buffers, such as the statistics of batch norms, and the generator of random numbers stay as
+    they are. Without, it holds for inputs of the dtype and device of the parameters.
     """
     modules = dict(_modules(module))
     seen: dict[str, Call] = {}
@@ -205,10 +207,14 @@ def explain(module: Module, *inputs, **kwargs) -> str:
             for name, m in modules.items()
             if not isinstance(m, torch.jit.ScriptModule)  # takes no hooks, and what it gets does not matter
         ]
+        buffers = [(b, b.clone()) for b in module.buffers()]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng():
                 module(*inputs, **kwargs)
         finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
             for hook in hooks:
                 hook.remove()
     else:
@@ -249,6 +255,8 @@ def _explain(module: Module, call: Call | None) -> str:
     x = call["input"]
     if cls is nn.MultiheadAttention:
         reason = support.why_torch_attends(x, module.dropout if module.training else 0.0, module.head_dim)
+        if not (reason or torch._C._get_flash_sdp_enabled()):
+            reason = "torch.nn.attention.sdpa_kernel forbids flash attention"
     else:
         reason = support.why_torch(x)
     if reason:
@@ -293,14 +301,14 @@ def _cuda_plan(module: Module, call: Call) -> str:
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:
     for name, module in model.named_modules():
-        scripted = isinstance(module, torch.jit.ScriptModule) and module.original_name in nn.__all__
+        scripted = isinstance(module, torch.jit.ScriptModule) and module.original_name in nn.DROP_INS
         if scripted or isinstance(module, RNNBase | RNNCellBase | torch.nn.MultiheadAttention):
             yield name, module
 
 
 def _layers_of_ours(model: Module) -> list[TransformerEncoderLayer]:
     layers = (m for m in model.modules() if isinstance(m, TransformerEncoderLayer))
-    return [layer for layer in layers if isinstance(layer.self_attn, nn.MultiheadAttention)]
+    return [m for m in layers if isinstance(getattr(m, "self_attn", None), nn.MultiheadAttention)]
 
 
 def _take_path_in_python(layer: TransformerEncoderLayer) -> None:

@@ -54,8 +54,8 @@ def classes(model: nn.Module) -> set[type]:
     return {type(m) for m in model.modules()}
 
 
-OURS = {getattr(seqkernels, name) for name in seqkernels.nn.__all__}
-THEIRS = {getattr(nn, name) for name in seqkernels.nn.__all__}
+OURS = {getattr(seqkernels, name) for name in seqkernels.nn.DROP_INS}
+THEIRS = {getattr(nn, name) for name in seqkernels.nn.DROP_INS}
 tokens = torch.randint(0, 11, (5, 3), generator=torch.Generator().manual_seed(0))
 
 
@@ -468,3 +468,46 @@ def test_explain_with_inputs_says_what_runs_for_them(monkeypatch):
     assert lines["layers.1"].startswith("torch's GRU, not swapped yet")
     assert lines["unused"] == "seqkernels.GRU, not called"
     assert not any(m._forward_pre_hooks for m in whole.modules())
+
+
+class Mixer(nn.TransformerEncoderLayer):
+    def __init__(self):
+        super().__init__(8, 2, 16)
+        del self.self_attn
+        self.mixer = nn.GRU(8, 8)
+
+
+def test_a_layer_without_attention():
+    model = nn.ModuleList([Mixer(), nn.LSTM(8, 8)])
+    assert len(seqkernels.swap_(model).swapped) == 2
+    assert type(seqkernels.unswap_(model)[1]) is nn.LSTM
+
+
+def test_explain_knows_what_sdpa_kernel_forbids():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert "but torch runs: torch.nn.attention.sdpa_kernel" in seqkernels.explain(
+            seqkernels.MultiheadAttention(8, 2)
+        )
+
+
+def test_explain_changes_nothing():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), seqkernels.GRUCell(3, 4))
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    x = torch.arange(15.0).view(5, 3)
+    assert "GRUCell on" in seqkernels.explain(model, x)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_explain_hands_on_a_keyword_named_module():
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = seqkernels.GRU(3, 4)
+
+        def forward(self, x, module=None):
+            return self.rnn(x)
+
+    assert "rnn: seqkernels.GRU on" in seqkernels.explain(Takes(), torch.randn(5, 2, 3), module=1)

@@ -93,6 +93,15 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
           "(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
           "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
           "bool mean) -> Tensor");
+  // kernels/additive_attention.h: q [B,Tq,D], k [B,Tk,D], v [B,Tk,Dv], w [D], mask broadcast to [B,Tq,Tk].
+  // weights [B,Tq,Tk] and dscores, the gradient of a mask that is not broadcast: size 0 if not wanted.
+  forward("additive_attention_fwd",
+          "(Tensor q, Tensor k, Tensor v, Tensor w, Tensor? mask, Tensor? len_k, bool need_weights) "
+          "-> (Tensor out, Tensor weights)");
+  m.def(
+      "additive_attention_bwd(Tensor dout, Tensor? dweights, Tensor q, Tensor k, Tensor v, Tensor w, "
+      "Tensor? mask, Tensor? len_k, bool need_dscores) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor dscores)");
   // x [M,K] and dy [M,N] with unit stride in the last dimension, w [N,K]; dx, or dw and db of size 0: not
   // wanted.
   forward("linear_fwd", "(Tensor x, Tensor w, Tensor? b) -> Tensor");
@@ -115,6 +124,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
   m.impl("rnn_cell_fwd.exported", &call<"seqkernels::rnn_cell_fwd">);
   m.impl("attention_fwd.exported", &call<"seqkernels::attention_fwd">);
   m.impl("attention_weights.exported", &call<"seqkernels::attention_weights">);
+  m.impl("additive_attention_fwd.exported", &call<"seqkernels::additive_attention_fwd">);
   m.impl("linear_fwd.exported", &call<"seqkernels::linear_fwd">);
 }
 

@@ -1,4 +1,7 @@
-"""Attention on the CPU: F.scaled_dot_product_attention and nn.MultiheadAttention against ours."""
+"""Attention on the CPU: F.scaled_dot_product_attention and nn.MultiheadAttention against ours.
+
+Of additive attention torch has no function: its contestant is what one writes in torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ MASKS = ("bool", "padding", "float")  # [B,1,Tq,Tk]; [B,1,1,Tk], three quarters 
 class AttentionCase:
     """One call. B rows, H query heads, G of them share a key head, Tq queries, Tk keys, D features a head."""
 
-    cell: str = "sdpa"  # or "mha": nn.MultiheadAttention on itself, E = H * D, projections included
+    cell: str = "sdpa"  # "mha": nn.MultiheadAttention on itself, E = H * D, projections included; "additive"
     B: int = 1
     H: int = 8
     G: int = 1
@@ -39,7 +42,7 @@ class AttentionCase:
     @property
     def name(self) -> str:
         length = f"T={self.Tq}" if self.Tq == self.Tk else f"Tq={self.Tq} Tk={self.Tk}"
-        words = [self.title, f"B={self.B}", f"H={self.H}", length, f"D={self.D}"]
+        words = [self.title, f"B={self.B}", *([f"H={self.H}"] if self.H > 1 else []), length, f"D={self.D}"]
         words += [f"GQA={self.G}"] if self.G > 1 else []
         words += ["causal"] if self.causal else []
         words += [f"mask={self.mask}"] if self.mask else []
@@ -56,10 +59,15 @@ class AttentionCase:
 
     @property
     def flops(self) -> float:
-        """Of the matrix products over visible pairs: two in forward, five in backward, which rebuilds one."""
+        """Of the matrix products over visible pairs: two in forward, five in backward, which rebuilds one.
+
+        Additive: an addition, a tanh counted as one, and a multiply-add; three times that with gradients.
+        """
         pairs = sum(self.lengths) * self.Tq if self.mask == "padding" else self.B * self.Tq * self.Tk
         if self.causal:
             pairs = self.B * sum(min(i + 1, self.Tk) for i in range(self.Tq))
+        if self.cell == "additive":
+            return float(pairs * (4 * self.D + 2 * self.D) * (3 if self.mode == "train" else 1))
         attention = 4.0 * pairs * self.H * self.D * (3.5 if self.mode == "train" else 1)
         width = self.H * self.D
         projections = 8.0 * self.tokens * width**2 * (3 if self.mode == "train" else 1)
@@ -71,10 +79,10 @@ class AttentionCase:
 
 @dataclass
 class AttentionProblem:
-    """A case as tensors; for "mha" x is the input of `module`."""
+    """A case as tensors; for "mha" x is the input of `module`, for "additive" w are the weights of tanh."""
 
     case: AttentionCase
-    tensors: dict[str, Tensor]  # q, k, v, or x
+    tensors: dict[str, Tensor]  # q, k, v, and w if additive, or x
     mask: Tensor | None
     module: nn.MultiheadAttention | None
     dy: Tensor
@@ -108,6 +116,11 @@ def make_problem(case: AttentionCase) -> AttentionProblem:
                 weight.uniform_(-(width**-0.5), width**-0.5, generator=generator)
         x = random(case.B, case.Tq, width)
         return AttentionProblem(case, {"x": x}, mask, module.to(dtype), random(case.B, case.Tq, width))
+    if case.cell == "additive":
+        q, k, v = (random(case.B, T, case.D) for T in (case.Tq, case.Tk, case.Tk))
+        return AttentionProblem(
+            case, {"q": q, "k": k, "v": v, "w": random(case.D)}, mask, None, random(*q.shape)
+        )
     q = random(case.B, case.H, case.Tq, case.D)
     k, v = (random(case.B, case.H // case.G, case.Tk, case.D) for _ in range(2))
     return AttentionProblem(case, {"q": q, "k": k, "v": v}, mask, None, random(*q.shape))
@@ -120,7 +133,16 @@ def runner(
     case, mask = problem.case, problem.mask
     train = case.mode == "train"
     leaves = {name: t.detach().requires_grad_(train) for name, t in problem.tensors.items()}
-    if problem.module is None:
+    if case.cell == "additive":
+        q, k, v, w = leaves.values()
+        lengths = torch.tensor(case.lengths) if case.mask == "padding" else None
+
+        def forward() -> Tensor:
+            if ours:
+                return seqkernels.additive_attention(q, k, v, w, key_lengths=lengths)
+            scores = (q[:, :, None] + k[:, None]).tanh() @ w
+            return (scores if mask is None else scores.masked_fill(~mask[:, 0], -torch.inf)).softmax(-1) @ v
+    elif problem.module is None:
         attention = seqkernels.scaled_dot_product_attention if ours else F.scaled_dot_product_attention
         q, k, v = leaves.values()
 
@@ -162,4 +184,18 @@ def cases() -> tuple[AttentionCase, ...]:
             chosen.append(AttentionCase(B=B, G=G, Tq=Tq, Tk=2048, dtype=dtype))
         for mode in ("forward", "train"):
             chosen.append(AttentionCase(cell="mha", B=4, Tq=512, Tk=512, mode=mode, dtype=dtype))
+    return tuple(chosen)
+
+
+def additive_cases() -> tuple[AttentionCase, ...]:
+    """A long and a short sequence to sequence model, and one step of their decoders."""
+    chosen = []
+    for dtype, mode in product(("float32", "bfloat16"), ("forward", "train")):
+        for B, Tq, Tk, D in ((8, 128, 256, 256), (1, 512, 512, 512), (32, 20, 50, 256), (32, 1, 256, 512)):
+            shape = {"B": B, "Tq": Tq, "Tk": Tk, "D": D}
+            chosen.append(AttentionCase(cell="additive", H=1, mode=mode, dtype=dtype, **shape))
+        padded = AttentionCase(
+            cell="additive", B=16, H=1, Tq=64, Tk=128, D=256, mask="padding", mode=mode, dtype=dtype
+        )
+        chosen.append(padded)
     return tuple(chosen)

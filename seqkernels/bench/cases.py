@@ -190,6 +190,7 @@ SUITES: dict[str, tuple[Case | AttentionCase | GpuCase, ...]] = {
     "bf16": tuple(_bf16()),
     "memory": tuple(_memory()),
     "attention": attention.cases(),
+    "additive": attention.additive_cases(),
     "gpu": tuple(_gpu()),
     "gpu-attention": gpu_attention.suite(),
 }

@@ -16,8 +16,10 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -39,18 +41,24 @@ class MemoryMeter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGTERM)  # the child that measures, too
         self._server.wait()
         for stream in (self._server.stdin, self._server.stdout):
-            stream.close()
+            with suppress(BrokenPipeError):
+                stream.close()
 
     def peak(self, case: Case | AttentionCase, contestant: str) -> tuple[int, str]:
         """(bytes, how they were measured). MemoryError when the child was killed or failed."""
         request = {"case": dataclasses.asdict(case), "contestant": contestant}
         request["threads"] = torch.get_num_threads()
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        answer = json.loads(self._server.stdout.readline() or '{"error": "the measuring process has ended"}')
+        try:
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            line = self._server.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line or '{"error": "the measuring process has ended"}')
         if "error" in answer:
             raise MemoryError(f"{case.name}, {contestant}: {answer['error']}")
         return answer["peak"], answer["method"]
@@ -77,16 +85,16 @@ def _measure(request: dict) -> dict:
         with torch.set_grad_enabled(case.mode == "train"):
             make(make_problem(case.tiny())).run()
             contestant = make(make_problem(case))
-            before, method = _forget_peak()
+            before, method = forget_peak()
             result = contestant.run()
-            after = _peak(method)
+            after = peak_now(method)
         del result
         return {"peak": max(0, after - before), "method": method}
     except Exception as error:  # the answer has to reach the other process whatever went wrong
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _forget_peak() -> tuple[int, str]:
+def forget_peak() -> tuple[int, str]:
     """Bytes in use now, after making the peak equal to them where the system can do that."""
     if sys.platform == "linux":
         try:
@@ -97,12 +105,12 @@ def _forget_peak() -> tuple[int, str]:
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as control:
             control.write("5")
-        return _peak(VMHWM), VMHWM
+        return peak_now(VMHWM), VMHWM
     except OSError:
-        return _peak(RU_MAXRSS), RU_MAXRSS
+        return peak_now(RU_MAXRSS), RU_MAXRSS
 
 
-def _peak(method: str) -> int:
+def peak_now(method: str) -> int:
     if method == VMHWM:
         with open("/proc/self/status", encoding="ascii") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,14 @@ INK, MUTED, LINE = "#010101", "#020202", "#030303"
 COLOURS = {OURS: "#040404", TORCH: "#050505", ORT: "#060606"}
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line"} | {c: f"--{name}" for name, c in COLOURS.items()}
 MARKERS = {OURS: "o", TORCH: "s", ORT: "D"}  # shapes too, for those who cannot tell the colours apart
-TITLES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN (tanh)", "sdpa": "SDPA", "mha": "MultiheadAttention"}
+TITLES = {
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "rnn": "RNN (tanh)",
+    "sdpa": "SDPA",
+    "mha": "MultiheadAttention",
+    "additive": "Additive attention",
+}
 
 STYLE = {
     "svg.fonttype": "none",
@@ -116,6 +124,7 @@ def tokens(rows: list[Row]) -> str:
 def errors(rows: list[Row]) -> str:
     """Error of each result against torch's error on the same output."""
     rows = [row for row in rows if row.contestant != TORCH and row.error and row.torch_error]
+    rows = [row for row in rows if math.isfinite(row.error) and math.isfinite(row.torch_error)]  # for an axis
     if not rows:
         return ""
     every = [e for row in rows for e in (row.error, row.torch_error)]

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module
+from torch.nn import functional as F
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack, support
+from seqkernels.attention import is_plain
+from seqkernels.ops.linear import linear
 
 States = Sequence[Tensor]
 
@@ -36,6 +39,14 @@ def as_one_node(module: Module, input: Proxy, *args, **kwargs) -> Proxy:
     given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
     path = input.tracer.path_of_module(module)
     return input.tracer.create_proxy("call_module", path, (input, *args), given)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; by our product where tensors on the CPU are taken as they are."""
+    ours = x.device.type == "cpu" == weight.device.type and x.dtype == weight.dtype and is_plain(weight, bias)
+    if ours and not torch.is_autocast_enabled("cpu"):
+        return linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Recurrent(RNNBase):

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from seqkernels import support
 from seqkernels.attention import MISFIT, is_plain, torchs_kernels
-from seqkernels.nn._base import as_one_node, torchs_twin
+from seqkernels.nn._base import as_one_node, project, torchs_twin
 from seqkernels.ops.attention import NO_LIMIT, attention, attention_weights
-from seqkernels.ops.linear import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -88,7 +87,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = out.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
-        out = _project(out, self.out_proj.weight, self.out_proj.bias)
+        out = project(out, self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return out, None
         weights = attention_weights(q, k, lse, scale=scale, mask=mask, right=right, mean=average_attn_weights)
@@ -143,7 +142,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Projects to [N,H,T,features per head], views of as few matrix products as the inputs allow."""
         weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         if query is key is value and weight is not None:
-            qkv = _project(query, weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = project(query, weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
             if query.dim() == 2:
                 qkv = qkv.unsqueeze(0)
             return (
@@ -155,7 +154,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             projected = [
-                _project(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+                project(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
             ]
         else:
             groups = [(query, 1), (key, 2)] if key is value else [(query, 1), (key, 1), (value, 1)]
@@ -164,7 +163,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             projected = [
                 part
                 for (x, n), w, b in zip(groups, weight.split(sizes), biases, strict=True)
-                for part in _project(x, w, b).chunk(n, -1)
+                for part in project(x, w, b).chunk(n, -1)
             ]
         heads = [p.unflatten(-1, (self.num_heads, self.head_dim)) for p in projected]
         if query.dim() == 2:
@@ -208,17 +207,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         longest = int(sizes[:, 0].max())
         q, k, v = self._heads(*[tokens] * 3)
         out, _ = attention(q, k, v, scale=self.head_dim**-0.5, cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)
-        out = _project(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = project(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         layout = sizes, x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
         return torch._nested_view_from_buffer(out.flatten(), *layout)
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; by our product where tensors on the CPU are taken as they are."""
-    ours = x.device.type == "cpu" == weight.device.type and x.dtype == weight.dtype and is_plain(weight, bias)
-    if ours and not torch.is_autocast_enabled("cpu"):
-        return linear(x, weight, bias)
-    return F.linear(x, weight, bias)
 
 
 def _warn_of_mismatch(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:

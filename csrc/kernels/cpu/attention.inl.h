@@ -381,6 +381,44 @@ struct KeyBlock {
   }
 };
 
+template <int n, class V, int... i>
+SEQ_INLINE V exchange(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ n)...);
+}
+// All lanes joined into one value, by halves.
+template <class T, int n = kLanes<T> / 2, class Join>
+SEQ_INLINE T across(Vec<T> v, const Join& join) {
+  if constexpr (n == 0)
+    return v[0];
+  else
+    return across<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})), join);
+}
+
+// Scores of query i, at least as many as fill the block's lanes, become weights e^(logit - m) with m the
+// largest of them and of those before, l their sum. Returns what sums of those before are multiplied by.
+template <class S, class T = Acc<S>>
+static T softmax_row(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m, T& l) {
+  constexpr int W = kLanes<T>;
+  const bool limits = !block.seen_by_all(i, 1);
+  Vec<T> top = splat(m), total{}, unused;
+  for (int64_t n = 0; n < block.N; n += W) {
+    const Vec<T> logit = block.logits(load(xs + n), h, i, n, limits, unused);
+    top = logit > top ? logit : top;
+    store(xs + n, logit);
+  }
+  const T now = across<T>(top, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
+  const T zero = now == -kInf<T> ? T(0) : now;
+  for (int64_t n = 0; n < block.N; n += W) {
+    const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(kLog2e)), Vec<T>{});
+    total += e;
+    store(xs + n, e);
+  }
+  const T by = exp2_of<T>(splat(m - zero), splat(T(kLog2e)), Vec<T>{})[0];
+  m = now;
+  l = l * by + across<T>(total, [](Vec<T> a, Vec<T> b) { return a + b; });
+  return by;
+}
+
 // Rows
 // -------------------------------------------------------------------------------------------------------
 
@@ -452,10 +490,10 @@ SEQ_INLINE __m512i as_pairs(__m512i rows) {
 // -------------------------------------------------------------------------------------------------------
 
 // Work below this many multiply-adds is not worth waking another thread: 3 us.
-static int attention_team(const AttentionParams& p, int64_t tasks) {
+static int attention_team(const AttentionParams& p, int64_t tasks, double cost = 1) {
   constexpr double kWork = 2e5;
   const double queries = p.cu_q ? double(p.cu_q[p.B]) : double(p.B) * double(p.Tq),
-               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8),
+               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost,
                threads = least(p.parallel.threads, tasks);
   return threads < work / kWork ? int(threads) : work < kWork ? 1 : int(work / kWork);
 }
@@ -473,16 +511,16 @@ static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
   return parts;
 }
 
-// Scratch, then all threads on it.
+// Scratch, then all threads on it. `cost`: of one of the work's multiply-adds, in multiply-adds.
 template <class Kernel>
-static void run_attention(Kernel kernel) {
+static void run_attention(Kernel kernel, double cost = 1) {
   Arena count;
   kernel.team = kernel.p.parallel.threads;
   kernel.layout(count);
   Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   kernel.layout(arena);
   kernel.prepare();
-  run_team(kernel.p.parallel, attention_team(kernel.p, kernel.tasks()),
+  run_team(kernel.p.parallel, attention_team(kernel.p, kernel.tasks(), cost),
            [&](int id, int size) { kernel.thread(id, size); });
   scratch_free(arena.base);
 }

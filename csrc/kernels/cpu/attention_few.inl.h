@@ -34,17 +34,27 @@ static void values_tile(int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, in
       store(out + r * ldo + i * W, acc[r][i]);
 }
 
-template <int n, class V, int... i>
-SEQ_INLINE V exchange(V v, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(v, v, (i ^ n)...);
+// The same for any number of rows and of features; rows of out are padded to whole vectors, ldo apart.
+template <class S>
+static void few_values(int64_t R, int64_t nk, const Acc<S>* P, int64_t ldp, const S* v, int64_t ldv,
+                       int64_t ahead, int64_t features, const Acc<S>* by, Acc<S>* out, int64_t ldo) {
+  constexpr int NV = 4, W = kLanes<Acc<S>>;
+  for (int64_t d = 0; d < ldo; d += NV * W)
+    by_rows<Acc<S>>(R, [&]<int rows>(int64_t r) {
+      Acc<S>* to = out + r * ldo + d;
+      if (ldo - d >= NV * W)
+        values_tile<S, rows, NV>(nk, P + r * ldp, ldp, v + d, ldv, ahead, features - d, by + r, to, ldo);
+      else
+        for (int64_t i = 0; i < ldo - d; i += W)
+          values_tile<S, rows, 1>(nk, P + r * ldp, ldp, v + d + i, ldv, ahead, features - d - i, by + r,
+                                  to + i, ldo);
+    });
 }
-// All lanes joined into one value, by halves.
-template <class T, int n = kLanes<T> / 2, class Join>
-SEQ_INLINE T across(Vec<T> v, const Join& join) {
-  if constexpr (n == 0)
-    return v[0];
-  else
-    return across<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})), join);
+// Rows to read ahead of `features`, in elements.
+template <class S>
+static int64_t ahead_of(int64_t features, int64_t stride) {
+  return (kBytesAhead + int64_t(sizeof(S)) * features - 1) / (int64_t(sizeof(S)) * most(1, features)) *
+         stride;
 }
 
 template <class S>
@@ -78,14 +88,10 @@ struct AttentionFew {
         group(p.Hq / p.Hk),
         ldq(round_up(p.D, W)),
         ldv(round_up(p.Dv, W)),
-        k_ahead(ahead_of(p.D, p.k.t)),
-        v_ahead(ahead_of(p.Dv, p.v.t)),
+        k_ahead(ahead_of<S>(p.D, p.k.t)),
+        v_ahead(ahead_of<S>(p.Dv, p.v.t)),
         rule(p) {
     parts = busy_splits(p.B * p.Hk, p.parallel.threads, p.Tk / kPart);
-  }
-  static int64_t ahead_of(int64_t features, int64_t stride) {
-    return (kBytesAhead + int64_t(sizeof(S)) * features - 1) / (int64_t(sizeof(S)) * most(1, features)) *
-           stride;
   }
   int64_t tasks() const { return p.B * p.Hk * parts; }
   int64_t out_size() const { return group * p.Tq * ldv; }  // of a task
@@ -138,45 +144,9 @@ struct AttentionFew {
       direct_products(R, block.nk, xs, kK, Term<S, O>{k, p.k.t, qs, ldq, p.D, k_ahead});
       T by[kRows];
       for (int64_t r = 0; r < R; r++)
-        by[r] = softmax(block, hk * group + r / span.Tq, r % span.Tq, xs + r * kK, m[r], l[r]);
-      values(R, block.nk, xs, v, by, o);
+        by[r] = softmax_row(block, hk * group + r / span.Tq, r % span.Tq, xs + r * kK, m[r], l[r]);
+      few_values(R, block.nk, xs, kK, v, p.v.t, v_ahead, p.Dv, by, o, ldv);
     }
-  }
-
-  // Scores of one row become weights. Returns what the sums until now are multiplied by.
-  T softmax(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m, T& l) const {
-    const bool limits = !block.seen_by_all(i, 1);
-    Vec<T> top = splat(m), total{}, unused;
-    for (int64_t n = 0; n < block.N; n += W) {
-      const Vec<T> logit = block.logits(load(xs + n), h, i, n, limits, unused);
-      top = logit > top ? logit : top;
-      store(xs + n, logit);
-    }
-    const T now = across<T>(top, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
-    const T zero = now == -kInf<T> ? T(0) : now;
-    for (int64_t n = 0; n < block.N; n += W) {
-      const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(kLog2e)), Vec<T>{});
-      total += e;
-      store(xs + n, e);
-    }
-    const T by = exp2_of<T>(splat(m - zero), splat(T(kLog2e)), Vec<T>{})[0];
-    m = now;
-    l = l * by + across<T>(total, [](Vec<T> a, Vec<T> b) { return a + b; });
-    return by;
-  }
-
-  void values(int64_t R, int64_t nk, const T* P, const S* v, const T* by, T* o) const {
-    constexpr int NV = 4;
-    for (int64_t d = 0; d < ldv; d += NV * W)
-      by_rows<T>(R, [&]<int rows>(int64_t r) {
-        T* to = o + r * ldv + d;
-        if (ldv - d >= NV * W)
-          values_tile<S, rows, NV>(nk, P + r * kK, kK, v + d, p.v.t, v_ahead, p.Dv - d, by + r, to, ldv);
-        else
-          for (int64_t i = 0; i < ldv - d; i += W)
-            values_tile<S, rows, 1>(nk, P + r * kK, kK, v + d + i, p.v.t, v_ahead, p.Dv - d - i, by + r,
-                                    to + i, ldv);
-      });
   }
 
   void join(int64_t head) const {

@@ -25,6 +25,8 @@ void rnn_bwd(const RnnBwdParams& p) { kernels().rnn_bwd(p); }
 void attention_fwd(const AttentionFwdParams& p) { kernels().attention_fwd(p); }
 void attention_bwd(const AttentionBwdParams& p) { kernels().attention_bwd(p); }
 void attention_weights(const AttentionWeightsParams& p) { kernels().attention_weights(p); }
+void additive_attention_fwd(const AdditiveAttentionFwdParams& p) { kernels().additive_attention_fwd(p); }
+void additive_attention_bwd(const AdditiveAttentionBwdParams& p) { kernels().additive_attention_bwd(p); }
 void linear_fwd(const LinearFwdParams& p) { kernels().linear_fwd(p); }
 void linear_bwd(const LinearBwdParams& p) { kernels().linear_bwd(p); }
 

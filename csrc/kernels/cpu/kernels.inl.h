@@ -1,6 +1,7 @@
 // The body of every ISA file: included inside its anonymous namespace, so that each instruction set has its
 // own copies.
 
+#include "additive_attention.inl.h"
 #include "attention_bwd.inl.h"
 #include "attention_fwd.inl.h"
 #include "gru.inl.h"
@@ -127,6 +128,12 @@ static const KernelTable kTable = {
     [](const AttentionBwdParams& p) { with_storage(p.dtype, [&]<class S>() { attention_bwd<S>(p); }); },
     [](const AttentionWeightsParams& p) {
       with_storage(p.dtype, [&]<class S>() { attention_weights<S>(p); });
+    },
+    [](const AdditiveAttentionFwdParams& p) {
+      with_storage(p.dtype, [&]<class S>() { additive_attention_fwd<S>(p); });
+    },
+    [](const AdditiveAttentionBwdParams& p) {
+      with_storage(p.dtype, [&]<class S>() { additive_attention_bwd<S>(p); });
     },
     [](const LinearFwdParams& p) { with_storage(p.dtype, [&]<class S>() { linear_fwd<S>(p); }); },
     [](const LinearBwdParams& p) { with_storage(p.dtype, [&]<class S>() { linear_bwd<S>(p); }); },

@@ -2,6 +2,7 @@
 // fill it.
 #pragma once
 
+#include "../additive_attention.h"
 #include "../attention.h"
 #include "../gru.h"
 #include "../linear.h"
@@ -20,6 +21,8 @@ struct KernelTable {
   void (*attention_fwd)(const AttentionFwdParams&);
   void (*attention_bwd)(const AttentionBwdParams&);
   void (*attention_weights)(const AttentionWeightsParams&);
+  void (*additive_attention_fwd)(const AdditiveAttentionFwdParams&);
+  void (*additive_attention_bwd)(const AdditiveAttentionBwdParams&);
   void (*linear_fwd)(const LinearFwdParams&);
   void (*linear_bwd)(const LinearBwdParams&);
   // One layer's weights in panels, for `packed` in forward params: returns the bytes, writes unless out is

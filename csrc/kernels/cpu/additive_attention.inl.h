@@ -1,0 +1,465 @@
+// Additive attention: forward and backward.
+//
+// The work is B Tq Tk D tanh, so all else may be plain: the scores of up to 128 queries with all keys lie in
+// L2 (1 MiB), softmax makes two passes over them, and backward computes them again. Features lie in the
+// lanes: no operand is transposed, and the sums of dq, dk and dw need no horizontal step.
+//
+// tanh(q + k) = m / (m + 2),  m = e^2q e^2k - 1: an exponential for each query and each key instead of one
+// for each pair leaves a pair 9 instructions, where a tanh takes 22. Each is the sum of two floats, because
+// near 0 the difference keeps only what the product has beyond the 1; so m is as exact as q + k is. Where a
+// number of a block is beyond +-20, or NaN, where few queries share a key (decoding), and in double, tanh is
+// taken as it is.
+#pragma once
+
+#include "attention_few.inl.h"
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;  // or the product is rounded before the 1 is subtracted
+#else
+constexpr bool kFused = false;
+#endif
+
+// e^2x of n floats, a multiple of the vector: out[i] + out[low + i]. False if one is beyond +-kWithin, or
+// NaN.
+constexpr float kWithin = 20;  // then e^2q e^2k and its reciprocal are normal numbers
+[[maybe_unused]] static bool exponentials(const float* x, int64_t n, float* out, int64_t low) {
+  using E = Exp<double>;
+  constexpr int W = kLanes<float>, half = W / 2;
+  typedef float Half __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2)));
+  Vec<int32_t> beyond{};
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec<float> v = load(x + i);
+    beyond |= ~((v <= kWithin) & (v >= -kWithin));
+    SEQ_UNROLL for (int64_t j = i; j < i + W; j += half) {
+      Half some;
+      __builtin_memcpy(&some, x + j, sizeof some);
+      const Vec<double> t = __builtin_convertvector(some, Vec<double>) * 2.0;
+      const Vec<double> z = t * E::kLog2e + E::kMagic, k = z - E::kMagic;
+      const Vec<double> e = exp_near_0(t - k * E::kLn2Hi - k * E::kLn2Lo) * power_of_2<double>(z);
+      const Half high = __builtin_convertvector(e, Half);
+      const Half rest = __builtin_convertvector(e - __builtin_convertvector(high, Vec<double>), Half);
+      __builtin_memcpy(out + j, &high, sizeof high);
+      __builtin_memcpy(out + low + j, &rest, sizeof rest);
+    }
+  }
+  return !any(beyond);
+}
+
+// tanh(q + k) of W features, two ways.
+struct ByExponentials {
+  int64_t q_low, k_low;
+  Vec<float> operator()(const float* q, const float* k) const {
+    const Vec<float> a = load(q), b = load(k);
+    const Vec<float> m = a * load(k + k_low) + (b * load(q + q_low) + (a * b - 1.0f));
+    return m * reciprocal(m + 2.0f);
+  }
+};
+template <class T>
+struct ByTanh {
+  Vec<T> operator()(const T* q, const T* k) const { return tanh<T>(load(q) + load(k)); }
+};
+
+template <class T>
+struct Operands {  // rows of queries and of keys, padded with zeros to whole vectors
+  const T *q, *k;
+  int64_t ldq, ldk;
+};
+
+// S [nq, nk] = sum over D of w tanh(q + k). Columns up to the next whole vector are written too, and mean
+// nothing.
+template <class T, class Tanh>
+static void scores(const Tanh& tanh_of_pair, const Operands<T>& x, int64_t nq, int64_t nk, int64_t D,
+                   const T* w, T* S, int64_t ld) {
+  constexpr int W = kLanes<T>;
+  by_rows<T>(nq, [&]<int rows>(int64_t r0) {
+    constexpr int columns = W / rows;
+    for (int64_t c0 = 0; c0 < nk; c0 += columns) {
+      const T *q[rows], *k[columns];
+      SEQ_UNROLL for (int r = 0; r < rows; r++) q[r] = x.q + (r0 + r) * x.ldq;
+      SEQ_UNROLL for (int c = 0; c < columns; c++) k[c] = x.k + least(c0 + c, nk - 1) * x.ldk;
+      Vec<T> acc[W] = {};
+      _Pragma("GCC unroll 1") for (int64_t h = 0; h < D; h += W) {
+        const Vec<T> by = load(w + h);
+        if (rows == 1)
+          SEQ_UNROLL for (int c = 0; c < columns; c++) __builtin_prefetch(k[c] + h + columns * x.ldk);
+        SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int c = 0; c < columns; c++)
+            acc[r * columns + c] += by * tanh_of_pair(q[r] + h, k[c] + h);
+      }
+      const Vec<T> sums = sum_lanes<T>(acc);
+      SEQ_UNROLL for (int r = 0; r < rows; r++) __builtin_memcpy(
+          S + (r0 + r) * ld + c0, reinterpret_cast<const T*>(&sums) + r * columns, columns * sizeof(T));
+    }
+  });
+}
+
+// With G = dS (1 - tanh(q + k)^2): dq += sum of G over keys, dk += sum of G over queries, both without the
+// factor w; dw += sum of dS tanh(q + k). dq, dk and dw are padded like q and k, `width` apart.
+template <class T, class Tanh>
+static void score_gradients(const Tanh& tanh_of_pair, const Operands<T>& x, int64_t nq, int64_t nk,
+                            int64_t width, const T* dS, int64_t ld, T* dq, T* dk, T* dw) {
+  constexpr int W = kLanes<T>;
+  by_rows<T>(nq, [&]<int rows>(int64_t r) {
+    const T *q = x.q + r * x.ldq, *ds = dS + r * ld;
+    T* to_q = dq + r * width;
+    for (int64_t h = 0; h < width; h += W) {
+      Vec<T> of_q[rows], of_w{};
+      SEQ_UNROLL for (int i = 0; i < rows; i++) of_q[i] = load(to_q + i * width + h);
+      _Pragma("GCC unroll 1") for (int64_t c = 0; c < nk; c++) {
+        Vec<T> of_k = load(dk + c * width + h);
+        SEQ_UNROLL for (int i = 0; i < rows; i++) {
+          const Vec<T> t = tanh_of_pair(q + i * x.ldq + h, x.k + c * x.ldk + h);
+          const T by = ds[i * ld + c];
+          const Vec<T> g = by * (T(1) - t * t);
+          of_q[i] += g, of_k += g, of_w += by * t;
+        }
+        store(dk + c * width + h, of_k);
+      }
+      SEQ_UNROLL for (int i = 0; i < rows; i++) store(to_q + i * width + h, of_q[i]);
+      store(dw + h, load(dw + h) + of_w);
+    }
+  });
+}
+
+// What forward and backward share: tiles of queries, blocks of keys, and the scores of both.
+template <class S>
+struct Additive {
+  using T = Acc<S>;
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kTile = 128, kKeys = 64, kScores = (1 << 20) / sizeof(T);
+  static constexpr int64_t kFew = 8;  // queries that pay for the exponentials of their keys
+  static constexpr bool kFast = kFused && std::is_same_v<T, float>;
+
+  const AdditiveAttentionParams& p;
+  const int64_t ld, ldv, lds, rows, tiles;  // rows of D and Dv features and of scores; queries of a tile
+  const ScoreRule<T> rule;
+  T* w;
+
+  explicit Additive(const AdditiveAttentionParams& params)
+      : p(params),
+        ld(round_up(p.D, W)),
+        ldv(round_up(p.Dv, W)),
+        lds(round_up(p.Tk, W)),
+        rows(tile_rows()),
+        tiles((p.Tq + rows - 1) / rows),
+        rule(p) {}
+
+  // As many as the scores leave room for, but no thread goes without.
+  int64_t tile_rows() const {
+    const int64_t fit = most(kFew, least(kTile, kScores / most(1, lds))),
+                  share = (p.B * p.Tq + p.parallel.threads - 1) / p.parallel.threads;
+    return most(1, least(p.Tq, least(fit, most(2 * kFew, share))));
+  }
+
+  struct Buffers {  // of one thread
+    T *q_copy, *k_copy, *v_copy, *q_exp, *k_exp;
+    Buffers(const Additive& f, Arena& a) {
+      q_copy = a.take<T>(f.rows * f.ld), k_copy = a.take<T>(kKeys * f.ld), v_copy = a.take<T>(kKeys * f.ldv);
+      q_exp = a.take<T>(kFast ? 2 * f.rows * f.ld : 0), k_exp = a.take<T>(kFast ? 2 * kKeys * f.ld : 0);
+      a.keep_apart();
+    }
+  };
+  void layout(Arena& a) { w = a.take<T>(ld); }
+  void prepare() const { copy_row(static_cast<const S*>(p.w), p.D, w, ld); }
+
+  struct Tile {  // queries [i, i + n) of sequence b
+    const Additive& f;
+    const Buffers& m;
+    const Span span;
+    const int64_t b, i, n;
+    bool within = false;
+    Operands<T> of{};
+
+    Tile(const Additive& additive, const Buffers& buffers, int64_t seq, int64_t tile)
+        : f(additive), m(buffers), span(f.p, seq), b(seq), i(tile * f.rows), n(least(f.rows, f.p.Tq - i)) {
+      of.q = as_operand<T>(row_of<S>(f.p.q, b, 0, i), f.p.q.t, n, f.p.D, m.q_copy, f.ld, true, of.ldq);
+      if constexpr (kFast) within = n >= kFew && all_exponentials(of.q, of.ldq, n, m.q_exp, f.rows);
+    }
+    bool all_exponentials(const T* x, int64_t ldx, int64_t count, T* out, int64_t most_rows) const {
+      for (int64_t r = 0; r < count; r++)
+        if (!exponentials(x + r * ldx, f.ld, out + r * f.ld, most_rows * f.ld)) return false;
+      return true;
+    }
+
+    // fn(tanh of a pair, operands, j, nk) for the blocks of keys [j, j + nk) that make [begin, end).
+    template <class Fn>
+    void each_block(int64_t begin, int64_t end, const Fn& fn) {
+      for (int64_t j = begin; j < end; j += kKeys) {
+        const int64_t nk = least(kKeys, end - j);
+        of.k = as_operand<T>(row_of<S>(f.p.k, b, 0, j), f.p.k.t, nk, f.p.D, m.k_copy, f.ld, true, of.ldk);
+        if constexpr (kFast)
+          if (within && all_exponentials(of.k, of.ldk, nk, m.k_exp, kKeys)) {
+            fn(ByExponentials{f.rows * f.ld, kKeys * f.ld}, Operands<T>{m.q_exp, m.k_exp, f.ld, f.ld}, j, nk);
+            continue;
+          }
+        fn(ByTanh<T>{}, of, j, nk);
+      }
+    }
+    // Of keys [begin, end): e^(S - max) in rows of x, their maxima and sums.
+    void softmax(int64_t begin, int64_t end, T* x, T* max, T* sum) {
+      each_block(begin, end, [&](const auto& pair, const Operands<T>& operands, int64_t j, int64_t nk) {
+        scores(pair, operands, n, nk, f.ld, f.w, x + j - begin, f.lds);
+      });
+      const KeyBlock<S> keys(f.p, f.rule, span, b, begin, end);
+      for (int64_t r = 0; r < n; r++) {
+        max[r] = -kInf<T>, sum[r] = 0;
+        if (begin < end) softmax_row(keys, 0, i + r, x + r * f.lds, max[r], sum[r]);
+      }
+    }
+  };
+};
+
+// Forward. A task is a tile of queries, or one part of its keys where there are fewer tiles than threads; the
+// parts are joined by their maxima.
+template <class S>
+struct AdditiveFwd : Additive<S> {
+  using Base = Additive<S>;
+  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::tiles, Base::W;
+  using typename Base::Buffers, typename Base::T, typename Base::Tile;
+  static constexpr int64_t kPart = 128;  // least keys of a part
+
+  const AdditiveAttentionFwdParams& p;
+  int64_t parts;
+  int team = 1;
+
+  int64_t* next;
+  Barrier* barrier;
+  PerThread<T> x, out, max, sum;  // of each thread, or of each task where parts are joined
+  char* buffers;
+
+  explicit AdditiveFwd(const AdditiveAttentionFwdParams& params) : Base(params), p(params) {
+    parts = busy_splits(p.B * tiles, p.parallel.threads, p.Tk / kPart);
+  }
+  int64_t tasks() const { return p.B * tiles * parts; }
+
+  void layout(Arena& a) {
+    Base::layout(a);
+    next = a.take<int64_t>(1);
+    barrier = a.take<Barrier>(1);
+    const int64_t count = parts == 1 ? team : tasks();
+    x = a.take_each<T>(count, rows * lds);
+    out = a.take_each<T>(count, rows * ldv);
+    max = a.take_each<T>(count, rows), sum = a.take_each<T>(count, rows);
+    buffers = a.take<char>(0);
+    for (int i = 0; i < team; i++) Buffers(*this, a);
+  }
+  void prepare() {
+    Base::prepare();
+    *next = 0;
+    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
+  }
+
+  void thread(int id, int size) {
+    Arena arena{buffers};
+    for (int i = 0; i < id; i++) Buffers(*this, arena);
+    const Buffers m(*this, arena);
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks()) break;
+      part(m, task, parts == 1 ? id : task);
+      if (parts == 1) join(task, id);
+    }
+    if (parts == 1) return;
+    barrier->wait(size);
+    for (int64_t n = id; n < p.B * tiles; n += size) join(n, n * parts);
+  }
+
+  int64_t first_key(const Span& span, int64_t part) const { return span.Tk * part / parts; }
+
+  void part(const Buffers& m, int64_t task, int64_t at) {
+    Tile tile(*this, m, task / parts / tiles, task / parts % tiles);
+    const int64_t begin = first_key(tile.span, task % parts), end = first_key(tile.span, task % parts + 1);
+    tile.softmax(begin, end, x[at], max[at], sum[at]);
+    const S* values = row_of<S>(p.v, tile.b, 0, begin);
+    if (tile.n < Base::kFew) {
+      T* to = out[at];
+      const T by[Base::kFew] = {};
+      __builtin_memset(static_cast<void*>(to), 0, sizeof(T) * tile.n * ldv);
+      return few_values(tile.n, end - begin, x[at], lds, values, p.v.t, ahead_of<S>(p.Dv, p.v.t), p.Dv, by,
+                        to, ldv);
+    }
+    Start start = Start::zero;
+    for (int64_t j = begin; j < end; j += kKeys, start = Start::c) {
+      const int64_t nk = least(kKeys, end - j);
+      int64_t step;
+      const T* v = as_operand<T>(values + (j - begin) * p.v.t, p.v.t, nk, p.Dv, m.v_copy, ldv, true, step);
+      product<T, false>(tile.n, ldv, nk, x[at] + j - begin, lds, v, step, out[at], ldv, start);
+    }
+  }
+
+  // Output and weights of the n-th tile, whose parts lie from `at` on.
+  void join(int64_t n, int64_t at) const {
+    const int64_t b = n / tiles, first = n % tiles * rows;
+    const Span span(p, b);
+    for (int64_t r = 0; r < least(rows, p.Tq - first); r++) {
+      T top = -kInf<T>, by[kMost];
+      double total = 0;
+      for (int64_t s = 0; s < parts; s++) top = max[at + s][r] > top ? max[at + s][r] : top;
+      for (int64_t s = 0; s < parts; s++) {
+        by[s] = top == -kInf<T> ? T(0) : T(__builtin_exp(double(max[at + s][r]) - double(top)));
+        total += double(by[s]) * double(sum[at + s][r]);
+      }
+      for (int64_t s = 0; s < parts; s++) by[s] = total == 0 ? T(0) : T(double(by[s]) / total);
+      S* to = row_of<S>(p.out, b, 0, first + r);
+      for (int64_t d = 0; d < p.Dv; d += W) {
+        Vec<T> o{};
+        for (int64_t s = 0; s < parts; s++)
+          if (first_key(span, s) < first_key(span, s + 1)) o += load(out[at + s] + r * ldv + d) * by[s];
+        store(to + d, o, p.Dv - d);
+      }
+      if (!p.weights) continue;
+      S* weights = static_cast<S*>(p.weights) + (b * p.Tq + first + r) * p.Tk;
+      for (int64_t s = 0; s < parts; s++) {
+        const int64_t begin = first_key(span, s), end = first_key(span, s + 1);
+        for (int64_t j = begin; j < end; j += W)
+          store(weights + j, load(x[at + s] + r * lds + j - begin) * by[s], end - j);
+      }
+      for (int64_t j = span.Tk; j < p.Tk; j++) weights[j] = S{};
+    }
+  }
+};
+
+// Backward. A task is a sequence, or one part of its tiles where there are fewer sequences than threads; dk,
+// dv and dw of the parts are added up in one order.
+template <class S>
+struct AdditiveBwd : Additive<S> {
+  using Base = Additive<S>;
+  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::tiles, Base::w, Base::W;
+  using typename Base::Buffers, typename Base::T, typename Base::Tile;
+
+  const AdditiveAttentionBwdParams& p;
+  int64_t parts;
+  int team = 1;
+
+  int64_t* next;
+  Barrier* barrier;
+  PerThread<T> dk, dv;  // of each thread, or of each task where parts are added up
+  T* dw;                // of each task
+  char* buffers;
+
+  explicit AdditiveBwd(const AdditiveAttentionBwdParams& params) : Base(params), p(params) {
+    parts = most(1, busy_splits(p.B, p.parallel.threads, tiles));
+  }
+  int64_t tasks() const { return p.B * parts; }
+
+  struct Own : Buffers {
+    T *P, *dS, *max, *sum, *VT, *dO, *dq, *dw;
+    Own(const AdditiveBwd& f, Arena& a) : Buffers(f, a) {
+      P = a.take<T>(f.rows * f.lds), dS = a.take<T>(f.rows * f.lds);
+      max = a.take<T>(f.rows), sum = a.take<T>(f.rows);
+      VT = a.take<T>(f.p.Dv * kKeys), dO = a.take<T>(f.rows * f.ldv), dq = a.take<T>(f.rows * f.ld);
+      dw = a.take<T>(f.ld);
+      a.keep_apart();
+    }
+  };
+  void layout(Arena& a) {
+    Base::layout(a);
+    next = a.take<int64_t>(1);
+    barrier = a.take<Barrier>(1);
+    const int64_t count = parts == 1 ? team : tasks();
+    dk = a.take_each<T>(count, p.Tk * ld);
+    dv = a.take_each<T>(count, p.Tk * ldv);
+    dw = a.take<T>(tasks() * ld);
+    buffers = a.take<char>(0);
+    for (int i = 0; i < team; i++) Own(*this, a);
+  }
+  void prepare() {
+    Base::prepare();
+    *next = 0;
+    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
+  }
+
+  void thread(int id, int size) {
+    Arena arena{buffers};
+    for (int i = 0; i < id; i++) Own(*this, arena);
+    const Own m(*this, arena);
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks()) break;
+      const int64_t b = task / parts, at = parts == 1 ? id : task;
+      clear(dk[at], p.Tk * ld), clear(dv[at], p.Tk * ldv), clear(m.dw, ld);
+      for (int64_t t = tiles * (task % parts) / parts; t < tiles * (task % parts + 1) / parts; t++)
+        tile(m, b, t, dk[at], dv[at]);
+      __builtin_memcpy(static_cast<void*>(dw + task * ld), m.dw, sizeof(T) * ld);
+      if (parts == 1) write_keys(b, at, 0, 1);
+    }
+    barrier->wait(size);
+    for (int64_t b = 0; b < p.B && parts > 1; b++) write_keys(b, b * parts, id, size);
+    if (id > 0) return;
+    for (int64_t h = 0; h < p.D; h += W) {
+      Vec<T> total{};
+      for (int64_t task = 0; task < tasks(); task++) total += load(dw + task * ld + h);
+      store(static_cast<S*>(p.dw) + h, total, p.D - h);
+    }
+  }
+  static void clear(T* x, int64_t n) { __builtin_memset(static_cast<void*>(x), 0, sizeof(T) * n); }
+
+  void tile(const Own& m, int64_t b, int64_t index, T* dk_sums, T* dv_sums) {
+    Tile t(*this, m, b, index);
+    const int64_t keys = t.span.Tk;
+    t.softmax(0, keys, m.P, m.max, m.sum);
+    int64_t ldo;
+    const T* dO = as_operand<T>(row_of<S>(p.dout, b, 0, t.i), p.dout.t, t.n, p.Dv, m.dO, ldv, true, ldo);
+    for (int64_t j = 0; j < keys; j += kKeys) {
+      const int64_t nk = least(kKeys, keys - j), N = round_up(nk, W);
+      pack_transposed(row_of<S>(p.v, b, 0, j), p.v.t, nk, p.Dv, m.VT, kKeys, N);
+      product<T, false>(t.n, N, p.Dv, dO, ldo, m.VT, kKeys, m.dS + j, lds, Start::zero);
+    }
+    for (int64_t r = 0; r < t.n; r++)
+      gradients_of_row((b * p.Tq + t.i + r) * p.Tk, keys, m.sum[r], m.P + r * lds, m.dS + r * lds);
+    product<T, true>(keys, ldv, t.n, m.P, lds, dO, ldo, dv_sums, ldv, Start::c);
+    clear(m.dq, t.n * ld);
+    t.each_block(0, keys, [&](const auto& pair, const auto& of, int64_t j, int64_t nk) {
+      score_gradients(pair, of, t.n, nk, ld, m.dS + j, lds, m.dq, dk_sums + j * ld, m.dw);
+    });
+    for (int64_t r = 0; r < t.n; r++) write_row(m.dq + r * ld, row_of<S>(p.dq, b, 0, t.i + r));
+  }
+
+  // P: e^(S - max) and their sum -> weights; dS: dO V^T -> dS. `row`: of dweights and dmask.
+  void gradients_of_row(int64_t row, int64_t keys, T sum, T* P, T* dS) const {
+    const T inverse = sum == T(0) ? T(0) : 1 / sum;
+    const S* dweights = static_cast<const S*>(p.dweights) + (p.dweights ? row : 0);
+    Vec<T> deltas{};
+    for (int64_t j = 0; j < keys; j += W) {
+      const Vec<T> weight = load(P + j) * inverse;
+      Vec<T> dP = load(dS + j);
+      if (p.dweights) dP += load(dweights + j, keys - j);
+      store(P + j, weight), store(dS + j, dP);
+      deltas += weight * dP;
+    }
+    const T delta = across<T>(deltas, [](Vec<T> a, Vec<T> b) { return a + b; });
+    for (int64_t j = 0; j < keys; j += W) store(dS + j, load(P + j) * (load(dS + j) - delta));
+    if (!p.dmask) return;
+    T* dmask = static_cast<T*>(p.dmask) + row;
+    __builtin_memcpy(static_cast<void*>(dmask), dS, sizeof(T) * keys);
+    clear(dmask + keys, p.Tk - keys);
+  }
+
+  void write_row(const T* x, S* to) const {  // of dq or dk, which lack the factor w
+    for (int64_t h = 0; h < p.D; h += W) store(to + h, load(x + h) * load(w + h), p.D - h);
+  }
+  // Keys id, id + size ... of sequence b, whose sums lie from `at` on.
+  void write_keys(int64_t b, int64_t at, int64_t id, int64_t size) const {
+    for (int64_t j = id; j < p.Tk; j += size) {
+      T *key = dk[at] + j * ld, *value = dv[at] + j * ldv;
+      for (int64_t s = 1; s < parts; s++) {
+        for (int64_t h = 0; h < ld; h += W) store(key + h, load(key + h) + load(dk[at + s] + j * ld + h));
+        for (int64_t d = 0; d < ldv; d += W)
+          store(value + d, load(value + d) + load(dv[at + s] + j * ldv + d));
+      }
+      write_row(key, row_of<S>(p.dk, b, 0, j));
+      S* to = row_of<S>(p.dv, b, 0, j);
+      for (int64_t d = 0; d < p.Dv; d += W) store(to + d, load(value + d), p.Dv - d);
+    }
+  }
+};
+
+// In multiply-adds of the products that threads are counted by.
+constexpr double kTanhCost = 8;
+template <class S>
+static void additive_attention_fwd(const AdditiveAttentionFwdParams& p) {
+  run_attention(AdditiveFwd<S>(p), kTanhCost);
+}
+template <class S>
+static void additive_attention_bwd(const AdditiveAttentionBwdParams& p) {
+  run_attention(AdditiveBwd<S>(p), 3 * kTanhCost);
+}

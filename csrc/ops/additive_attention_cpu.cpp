@@ -1,0 +1,129 @@
+// Additive attention on CPU tensors: checks, allocation, and the bridge to kernels/additive_attention.h.
+#include <tuple>
+
+#include "kernels/additive_attention.h"
+#include "tensor.h"
+
+namespace seqkernels::ops {
+
+namespace {
+
+// One call, checked. Errors name the op, what was got and expected.
+struct AdditiveCall {
+  const char* op;
+  const Tensor& q;
+  AdditiveAttentionParams p;
+
+  AdditiveCall(const char* op_name, const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& w,
+               const OptionalTensor& mask, const OptionalTensor& len_k)
+      : op(op_name), q(q_) {
+    const auto type = dtype_of(q.scalar_type());
+    STD_TORCH_CHECK(type.has_value() && q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "seqkernels::", op,
+                    ": expected q, k and v of 3 dimensions and float32, float64, bfloat16 or float16, got ",
+                    text(q.sizes()), ", ", text(k.sizes()), " and ", text(v.sizes()));
+    p.dtype = *type;
+    p.parallel = torch_threads();
+    p.Hq = p.Hk = 1;
+    p.B = q.size(0), p.Tq = q.size(1), p.D = q.size(2), p.Tk = k.size(1), p.Dv = v.size(2);
+    p.q = rows(q, "q", {p.B, p.Tq, p.D});
+    p.k = rows(k, "k", {p.B, p.Tk, p.D});
+    p.v = rows(v, "v", {p.B, p.Tk, p.Dv});
+    expect(w, "w", {p.D}, w.is_contiguous());
+    p.w = w.const_data_ptr();
+    if (mask) set_mask(*mask);
+    if (len_k) set_lengths(*len_k);
+  }
+
+  ScalarType acc() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape, bool lies_well) const {
+    STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_cpu() && t.scalar_type() == q.scalar_type() && lies_well,
+                    "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
+                    ", with unit stride in its last dimension, dtype and device of q, got shape ",
+                    text(t.sizes()));
+  }
+  Heads<const void*> rows(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    expect(t, name, shape, t.stride(2) == 1 || t.size(2) <= 1);
+    return {t.const_data_ptr(), t.stride(0), 0, t.stride(1)};
+  }
+  static Heads<void*> written(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), 0, t.stride(1)}; }
+
+  void set_mask(const Tensor& mask) {
+    const auto type = mask.scalar_type();
+    STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 3 &&
+                        (type == ScalarType::Bool || type == q.scalar_type() || type == acc()),
+                    "seqkernels::", op,
+                    ": expected mask of 3 dimensions on the CPU, bool, float32 or of the dtype of q");
+    const int64_t full[] = {p.B, p.Tq, p.Tk};
+    int64_t* strides[] = {&p.mask_b, &p.mask_q, &p.mask_k};
+    for (int i = 0; i < 3; i++) {
+      STD_TORCH_CHECK(mask.size(i) == full[i] || mask.size(i) == 1, "seqkernels::", op,
+                      ": expected mask that broadcasts to ", text({full, full + 3}), ", got ",
+                      text(mask.sizes()));
+      *strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+    }
+    p.mask = mask.const_data_ptr();
+    p.mask_kind = type == ScalarType::Bool  ? MaskKind::boolean
+                  : type == q.scalar_type() ? MaskKind::additive
+                                            : MaskKind::additive_acc;
+  }
+
+  void set_lengths(const Tensor& len_k) {
+    STD_TORCH_CHECK(len_k.is_cpu() && len_k.scalar_type() == ScalarType::Long && len_k.is_contiguous() &&
+                        len_k.dim() == 1 && len_k.size(0) == p.B,
+                    "seqkernels::", op, ": expected len_k [", p.B, "] as contiguous int64 on the CPU, got ",
+                    text(len_k.sizes()));
+    p.len_k = len_k.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < p.B; b++)
+      STD_TORCH_CHECK(p.len_k[b] >= 0 && p.len_k[b] <= p.Tk, "seqkernels::", op,
+                      ": expected len_k from 0 to the ", p.Tk, " keys, got ", p.len_k[b], " at ", b);
+  }
+
+  template <class Params>
+  Params params() const {
+    Params all;
+    static_cast<AdditiveAttentionParams&>(all) = p;
+    return all;
+  }
+};
+
+std::tuple<Tensor, Tensor> additive_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor w, OptionalTensor mask,
+                                                  OptionalTensor len_k, bool need_weights) {
+  const AdditiveCall call("additive_attention_fwd", q, k, v, w, mask, len_k);
+  auto p = call.params<AdditiveAttentionFwdParams>();
+  Tensor out = large_empty(q, {p.B, p.Tq, p.Dv});
+  Tensor weights = need_weights ? large_empty(q, {p.B, p.Tq, p.Tk}) : none_like(q, q.scalar_type());
+  p.out = call.written(out);
+  if (need_weights) p.weights = weights.mutable_data_ptr();
+  seqkernels::additive_attention_fwd(p);
+  return {out, weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
+    Tensor dout, OptionalTensor dweights, Tensor q, Tensor k, Tensor v, Tensor w, OptionalTensor mask,
+    OptionalTensor len_k, bool need_dscores) {
+  const AdditiveCall call("additive_attention_bwd", q, k, v, w, mask, len_k);
+  auto p = call.params<AdditiveAttentionBwdParams>();
+  p.dout = call.rows(dout, "dout", {p.B, p.Tq, p.Dv});
+  if (dweights) {
+    call.expect(*dweights, "dweights", {p.B, p.Tq, p.Tk}, dweights->is_contiguous());
+    p.dweights = dweights->const_data_ptr();
+  }
+  Tensor dq = large_empty(q, q.sizes()), dk = large_empty(k, k.sizes()), dv = large_empty(v, v.sizes());
+  Tensor dw = empty(w, w.sizes());
+  Tensor dscores = need_dscores ? large_empty(q, {p.B, p.Tq, p.Tk}, call.acc()) : none_like(q, call.acc());
+  p.dq = call.written(dq), p.dk = call.written(dk), p.dv = call.written(dv);
+  p.dw = dw.mutable_data_ptr();
+  if (need_dscores) p.dmask = dscores.mutable_data_ptr();
+  seqkernels::additive_attention_bwd(p);
+  return {dq, dk, dv, dw, dscores};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+  m.impl("additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
+  m.impl("additive_attention_bwd", TORCH_BOX(&additive_attention_bwd));
+}
+
+}  // namespace seqkernels::ops
