@@ -161,7 +161,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    vocabulary = Vocabulary(read_text(args.text), args.vocabulary)
+    if args.steps < 1 or args.vocabulary < 2:
+        parser.error("--steps must be at least 1, --vocabulary at least 2")
+    try:
+        vocabulary = Vocabulary(read_text(args.text), args.vocabulary)
+    except OSError as error:
+        parser.error(f"--text {error}")
+    if len(vocabulary.tokens) // args.batch <= args.length:
+        parser.error("the text is too short for so many tokens a batch (--batch) and step (--length)")
     known = (vocabulary.tokens != 0).float().mean()
     print(f"{len(vocabulary.tokens):,} tokens, {known:.0%} of them known words")
     cells = list(MODULES) if args.cell == "all" else [args.cell]

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 
 import seqkernels
@@ -23,4 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb, (_, text) in VERBS.items():
         verbs.add_parser(verb, help=text, add_help=False)
     args, rest = parser.parse_known_args(argv)  # what follows the verb is the verb's own business
-    return importlib.import_module(VERBS[args.verb][0]).main(rest)
+    try:
+        return importlib.import_module(VERBS[args.verb][0]).main(rest)
+    except BrokenPipeError:  # `| head` has read enough; nothing more is to be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,6 +1,6 @@
 """`seqkernels selftest`: check the installed kernels on this machine, each instruction set in turn.
 
-Every result and gradient is compared with torch.nn in float64 on the same inputs; the yardstick is the error
+Every result and gradient is compared with torch in float64 on the same inputs; the yardstick is the error
 that torch itself makes in the same dtype. Run it after an installation, and when a result looks wrong.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import seqkernels
 from seqkernels import _kernels
+from seqkernels.bench.attention import AttentionCase, AttentionProblem
 from seqkernels.bench.cases import CELLS, Case
 from seqkernels.bench.check import Comparison, compare, errors
 from seqkernels.bench.contestants import (
@@ -27,11 +28,16 @@ from seqkernels.bench.contestants import (
 )
 
 ROOM = 2  # rounding differs between machines, torch's too; a broken kernel is off by far more than that
+KINDS = (*CELLS, "sdpa", "mha", "additive")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def cases(cell: str, dtype: str) -> list[Case]:
+def cases(kind: str, dtype: str) -> list[Case] | list[AttentionCase]:
     """Small, of sizes that no vector width divides, and together they take each way through the kernels."""
+    return _recurrent(kind, dtype) if kind in CELLS else _attention(kind, dtype)
+
+
+def _recurrent(cell: str, dtype: str) -> list[Case]:
     return [
         Case(cell=cell, dtype=dtype, T=9, B=5, I=20, H=36, layers=2, bidirectional=True, mode="train"),
         Case(cell=cell, dtype=dtype, T=9, B=5, I=20, H=36, bidirectional=True, fill=0.5, mode="train"),
@@ -42,15 +48,35 @@ def cases(cell: str, dtype: str) -> list[Case]:
     ]
 
 
-def check(cell: str, dtype: str) -> Iterator[tuple[Case, Comparison]]:
-    for case in cases(cell, dtype):
+def _attention(kind: str, dtype: str) -> list[AttentionCase]:
+    shapes = [{"B": 2, "Tq": 75, "Tk": 140}, {"B": 3, "Tq": 9, "Tk": 70}, {"B": 1, "Tq": 1, "Tk": 700}]
+    if kind == "additive":
+        return [
+            AttentionCase(cell=kind, H=1, D=36, mask=mask, mode="train", dtype=dtype, **shape)
+            for shape in shapes
+            for mask in (None, "padding")
+        ]
+    if kind == "mha":
+        return [AttentionCase(cell=kind, B=2, H=4, Tq=77, Tk=77, D=36, mode="train", dtype=dtype)]
+    options = [{"mask": "bool", "G": 2}, {"mask": "float"}, {"causal": True}, {"mask": "padding", "G": 4}]
+    return [
+        AttentionCase(H=4, D=36, mode="train", dtype=dtype, **shape, **option)
+        for shape in shapes
+        for option in options
+    ]
+
+
+def check(kind: str, dtype: str) -> Iterator[tuple[Case | AttentionCase, Comparison]]:
+    for case in cases(kind, dtype):
         with torch.set_grad_enabled(case.mode == "train"):
             problem, truth, torch_errors = reference(case)
             yield case, compare(result(seqkernels_contestant(problem)), torch_errors, truth)
 
 
 @cache  # the same for every instruction set
-def reference(case: Case) -> tuple[Problem, dict[str, Tensor], dict[str, float]]:
+def reference(
+    case: Case | AttentionCase,
+) -> tuple[Problem | AttentionProblem, dict[str, Tensor], dict[str, float]]:
     """The problem, its solution in float64, and the error that torch makes."""
     problem = make_problem(case)
     truth = result(torch_contestant(problem.to(torch.float64)))
@@ -76,15 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"seqkernels {seqkernels.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     print(f"error as a multiple of what the tests allow (over {ROOM}: wrong)")
-    print(f"{'instructions':14}{'dtype':10}" + "".join(f"{cell.upper():>9}" for cell in CELLS))
+    print(f"{'instructions':14}{'dtype':10}" + "".join(f"{kind.upper():>9}" for kind in KINDS))
     try:
         for isa in _kernels.supported_isas():
             torch.ops.seqkernels.set_isa(isa)
             for dtype in DTYPES:
                 print(f"{isa:14}{dtype:10}", end="", flush=True)
                 failures = []
-                for cell in CELLS:
-                    results = list(check(cell, dtype))
+                for kind in KINDS:
+                    results = list(check(kind, dtype))
                     failures += [
                         (case, worst) for case, worst in results if not worst.error <= ROOM * worst.allowed
                     ]

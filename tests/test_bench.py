@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from statistics import mean
 
@@ -21,6 +22,7 @@ import torch
 
 from seqkernels import selftest
 from seqkernels.bench import (
+    attention,
     cases,
     check,
     command,
@@ -709,6 +711,146 @@ def test_budgets(capsys):
     assert command.parse(["--suite", "gpu-attention"]).budget == command.parse([]).budget == 3.0
 
 
+# --- what ends a run, or does not
+
+
+def test_a_result_that_is_no_number_does_not_end_the_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = made_up_rows()
+    rows[3].error = math.inf
+    assert plots.errors(rows) != ""
+    assert plots.errors(rows[3:4]) == ""
+
+
+def test_a_case_that_torch_cannot_run_does_not_end_the_run():
+    def broken(problem):
+        raise RuntimeError("can't allocate memory")
+
+    def late(problem):
+        honest, calls = contestants.torch_contestant(problem), []
+
+        def run():
+            calls.append(1)
+            if len(calls) > 2:
+                raise RuntimeError("can't allocate memory")
+            return honest.run()
+
+        return Contestant(run, honest.outputs)
+
+    for makers in (
+        {OURS: contestants.torch_contestant, TORCH: broken},
+        {OURS: late, TORCH: contestants.torch_contestant},
+    ):
+        rows = run(makers)
+        assert {(row.check, row.note) for row in rows.values()} == {
+            ("error", "RuntimeError: can't allocate memory")
+        }
+
+
+def test_a_measuring_process_that_has_ended_is_told_each_time():
+    with memory.MemoryMeter() as meter:
+        meter._server.kill()
+        meter._server.wait()
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="has ended"):
+                meter.peak(TINY, TORCH)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_leaving_the_meter_leaves_no_process():
+    case = cases.Case(cell="lstm", T=1500, B=64, I=512, H=512, mode="train")
+    with memory.MemoryMeter() as meter:
+        meter._server.stdin.write(
+            json.dumps({"case": dataclasses.asdict(case), "contestant": TORCH, "threads": 1}) + "\n"
+        )
+        meter._server.stdin.flush()
+        children = f"/proc/{meter._server.pid}/task/{meter._server.pid}/children"
+        while not (child := open(children).read().split()):
+            time.sleep(0.05)
+    time.sleep(0.3)
+    stat = f"/proc/{child[0]}/stat"
+    alive = os.path.exists(stat) and open(stat).read().rpartition(")")[2].split()[0] != "Z"
+    if alive:
+        os.kill(int(child[0]), signal.SIGKILL)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    "content", ['{"schema": 1}', '{"schema": 1, "rows": null}', '{"schema": 1, "rows": [{"case": "x"}]}']
+)
+def test_an_older_run_without_rows_is_told_before_measuring(tmp_path, capsys, content, monkeypatch):
+    (tmp_path / "older.json").write_text(content)
+    monkeypatch.setattr(command, "run_cases", None)
+    assert main(arguments(tmp_path / "new", "--compare", str(tmp_path / "older.json"))) == 2
+    assert "--compare" in capsys.readouterr().out
+
+
+def test_a_folder_that_takes_no_files_is_told_before_measuring(tmp_path, capsys, monkeypatch):
+    (tmp_path / "results.csv").mkdir()
+    monkeypatch.setattr(command, "run_cases", None)
+    assert main(arguments(tmp_path)) == 2
+    assert f"--out {tmp_path}: " in capsys.readouterr().out
+
+
+def test_what_is_done_is_kept_whatever_ends_the_run(tmp_path, monkeypatch):
+    def two(cases, budget):
+        yield made_up_rows()[:3]
+        raise SystemExit(9)
+
+    monkeypatch.setattr(command, "run_cases", two)
+    with pytest.raises(SystemExit):
+        main(["--filter", "forward", "--out", str(tmp_path)])
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 3
+
+
+def test_ctrl_c_twice_keeps_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "busy", lambda: os.kill(os.getpid(), signal.SIGINT) or 0.0 if armed else 0.0)
+    armed = []
+
+    def one(cases, budget):
+        yield made_up_rows()[:3]
+        armed.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_cases", one)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["--filter", "forward", "--out", str(tmp_path)]) == 130
+    assert (tmp_path / "results.json").exists()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_nothing_measured_is_not_all_right(tmp_path, capsys):
+    empty = dataclasses.replace(made_up_report(), rows=[])
+    console.Console().summary(empty)
+    assert "as exact as" not in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert "all right" not in report.write_html(empty, tmp_path / "r.html").read_text()
+
+
+def test_the_legend_names_a_peer_whose_cases_are_all_unsure():
+    run_report = made_up_report()
+    for row in run_report.rows:
+        if row.contestant == TORCH and row.verdict:
+            row.verdict = "unsure"
+    assert run_report.peers == [TORCH, ORT]
+
+
+def test_the_header_leaves_out_what_is_not_installed(capsys):
+    run_report = made_up_report()
+    run_report.environment |= {"onnxruntime": "not installed"}
+    console.Console().header(run_report)
+    assert "onnxruntime" not in capsys.readouterr().out
+
+
+def test_a_terminal_without_arrows(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", "from seqkernels.bench.console import Console; Console().print('1 → 2')"],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert (ran.returncode, ran.stdout) == (0, b"1 ? 2\n"), ran.stderr
+
+
 # --- selftest
 
 
@@ -728,3 +870,17 @@ def test_selftest_finds_a_broken_kernel(capsys, monkeypatch):
     monkeypatch.setattr(selftest, "seqkernels_contestant", off_by_one)
     assert selftest.main([]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_selftest_finds_broken_attention(capsys, monkeypatch):
+    honest = attention.runner
+
+    def broken(problem, ours):
+        run, outputs = honest(problem, ours)
+        return run, (lambda r: {n: t + 1 for n, t in outputs(r).items()}) if ours else outputs
+
+    monkeypatch.setattr(selftest, "DTYPES", ("float32",))
+    monkeypatch.setattr(attention, "runner", broken)
+    selftest.reference.cache_clear()
+    assert selftest.main([]) == 1
+    assert "SDPA" in capsys.readouterr().out

@@ -44,3 +44,17 @@ def test_language_model_notices_different_losses(monkeypatch, capsys):
 
     monkeypatch.setattr("seqkernels.swap_", swap_badly)
     assert run_example(monkeypatch) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--vocabulary", "1"], "--vocabulary at least 2"),
+        (["--text", "/there/is/none"], "--text .*No such file"),
+        (["--batch", "1000000"], "the text is too short"),
+    ],
+)
+def test_arguments_that_cannot_be(monkeypatch, capsys, arguments, message):
+    assert run_example(monkeypatch, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -73,3 +73,11 @@ def test_unknown_verb_is_an_error():
 
 def test_version():
     assert seqkernels_command("--version").stdout.strip() == f"seqkernels {seqkernels.__version__}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe")
+def test_who_has_read_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "seqkernels", "bench", "--suite", "all", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""

@@ -265,3 +265,36 @@ def test_training_with_dropout_says_that_torch_runs(monkeypatch):
     with pytest.warns(UserWarning, match="the attention kernels for cpu tensors have no dropout"):
         model(**padded("right")).logits.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_that_says_which_keys_to_attend_to_is_refused():
+    transformers = pytest.importorskip("transformers")
+    from seqkernels.integrations.transformers import register
+
+    register()
+    config = transformers.DeepseekV32Config(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=3,
+        max_position_embeddings=64,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="seqkernels").eval()
+    with pytest.raises(ValueError, match="hands indices to its attention, which seqkernels does not know"):
+        model(input_ids=torch.arange(12)[None])

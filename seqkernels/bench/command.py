@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -78,11 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     folder = args.out or Path("bench-reports") / started.replace(":", "").replace(" ", "-")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"--out {folder}: {error}")
-        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -92,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command += f' --filter "{args.filter}"' if args.filter else ""
     report = Report(info.collect(), command, started, cases_planned=len(cases), busy=timing.busy())
+    try:
+        write(report, folder, page=False)
+    except OSError as error:
+        print(f"--out {folder}: {error}")
+        return 2
     console.header(report, on_gpu)
     interrupted = False
     start = time.perf_counter()
@@ -99,10 +102,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.progress([case for _, case in cases], args.budget, on_gpu) as progress:
             for rows in (run_gpu_cases if on_gpu else run_cases)(cases, args.budget):
                 report.rows += rows
+                report.seconds = time.perf_counter() - start
+                write(report, folder, page=False)  # whatever ends this run, what is done is kept
                 progress.case_done(rows)
     except KeyboardInterrupt:
         interrupted = True
-    report.seconds = time.perf_counter() - start
+    with deaf():
+        return finish(console, report, older, folder, on_gpu, interrupted)
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Without ear for Ctrl-C, which many press twice. Only the main thread hears it anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def finish(
+    console: Console, report: Report, older: dict | None, folder: Path, on_gpu: bool, interrupted: bool
+) -> int:
+    """Say and write what was found; returns the exit status."""
     report.busy = max(report.busy, timing.busy())
     report.changes = changes(older, report.rows) if older else None
     console.summary(report)

@@ -5,6 +5,7 @@ With rich on a terminal there are colours and a moving bar; otherwise the same l
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -145,6 +146,8 @@ def case_verdict(rows: list[Row]) -> str:
 class Console:
     def __init__(self) -> None:
         self.rich = None
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
         if sys.stdout.isatty() and not missing_packages(["rich"]):
             import rich.console
 
@@ -176,7 +179,8 @@ class Console:
 
     def header(self, report: Report, on_gpu: bool = False) -> None:
         facts = report.environment
-        words = [f"{name} {facts[name].split(' ')[0]}" for name in ("seqkernels", "torch", "onnxruntime")]
+        packages = [n for n in ("seqkernels", "torch", "onnxruntime") if facts[n] != "not installed"]
+        words = [f"{name} {facts[name].split(' ')[0]}" for name in packages]
         words += [facts["cpu"], facts["isa active"], f"{facts['torch threads']} threads"]
         words += [facts["gpu"], f"CUDA {facts['torch cuda']}"] if on_gpu else []
         self.print(" · ".join(words))
@@ -203,7 +207,7 @@ class Console:
             self.print(f"{len(bad)} results WRONG or missing (no speed is reported for them):", "bold red")
             for row in bad:
                 self.print(f"  {row.contestant}: {row.case}: {reason(row)}", "bold red")
-        else:
+        elif report.rows:
             self.print(f"all {len(report.rows)} results are as exact as they have to be")
         for dtype, peak in typical_peaks(report.rows).items():
             self.print(f"peak measured in this run, {dtype}: {peak:.0f} GF/s")

@@ -87,10 +87,13 @@ def run_case(
 ) -> list[Row]:
     rows = {name: _empty_row(suite, case, name) for name in makers}
     gc.collect()
-    with torch.set_grad_enabled(case.mode == "train"):
-        ready = _checked(case, makers, rows)
-        if OURS in ready:
-            _time(case, ready, rows, budget)
+    try:
+        with torch.set_grad_enabled(case.mode == "train"):
+            ready = _checked(case, makers, rows)
+            if OURS in ready:
+                _time(case, ready, rows, budget)
+    except Exception as error:  # what torch cannot run, or has no memory for: the other cases go on
+        return _all_failed(rows, error)
     if meter and OURS in ready:
         for name in (OURS, TORCH):
             try:
@@ -98,6 +101,12 @@ def run_case(
                 rows[name].peak_mib = peak / 2**20
             except MemoryError as error:
                 rows[name].note = str(error)
+    return list(rows.values())
+
+
+def _all_failed(rows: dict[str, Row], error: Exception) -> list[Row]:
+    for row in rows.values():
+        row.check, row.note = "error", f"{type(error).__name__}: {error}".splitlines()[0]
     return list(rows.values())
 
 
@@ -160,9 +169,7 @@ def run_gpu_recurrence(suite: str, case: Case, budget: float) -> list[Row]:
                 runs = {name: contestant.run for name, contestant in ready.items()}
                 _note_times(rows, timing.interleave(runs, budget, gpu.device_seconds))
     except Exception as error:  # what torch cannot run, or a lost device: the other rows stay
-        for row in rows.values():
-            row.check, row.note = "error", f"{type(error).__name__}: {error}".splitlines()[0]
-        return list(rows.values())
+        return _all_failed(rows, error)
     for name, row in rows.items():
         if row.ms:
             tf32 = name == gpu_recurrence.TORCH_TF32

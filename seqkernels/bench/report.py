@@ -18,6 +18,7 @@ from .contestants import ORT, OURS, TORCH
 from .engine import Row
 
 SCHEMA = 1  # of results.json; a higher number means that older readers would misunderstand it
+SPEEDUP = ("speedup", "speedup_low", "speedup_high")
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Report:
 
     @property
     def peers(self) -> list[str]:
-        return [one.peer for one in versus(self.rows)]
+        return list(dict.fromkeys(row.contestant for row in self.rows if row.speedup is not None))
 
     @property
     def disturbed(self) -> str:
@@ -135,16 +136,18 @@ def read_older(path: Path) -> dict[str, Any]:
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"expected a results.json of schema {SCHEMA}, got {schema}: make it anew")
+    needed, rows = {"case", "contestant", *SPEEDUP}, content.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise ValueError(f"expected rows with {', '.join(sorted(needed))}: make it anew")
     return content
 
 
 def changes(old: Mapping[str, Any], rows: Iterable[Row]) -> list[Change]:
     """Compare with the contents of an older results.json, over the cases that both have."""
-    fields = ("speedup", "speedup_low", "speedup_high")
     before = {row["case"]: row for row in old["rows"] if row["contestant"] == TORCH and row["speedup"]}
     after = {row.case: row for row in rows if row.contestant == TORCH and row.speedup}
     found = [
-        Change(case, tuple(before[case][f] for f in fields), tuple(getattr(row, f) for f in fields))
+        Change(case, tuple(before[case][f] for f in SPEEDUP), tuple(getattr(row, f) for f in SPEEDUP))
         for case, row in after.items()
         if case in before
     ]

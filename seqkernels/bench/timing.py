@@ -58,11 +58,14 @@ def interleave(
     looks = {name: _first_look(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     orders, start = itertools.cycle(itertools.permutations(calls)), time.perf_counter()
+    next_look = 2 * MIN_ROUNDS  # and after twice as many: each look may stop at a lucky interval
     for done, order in zip(range(1, MAX_ROUNDS + 1), orders, strict=False):
         for name in order:  # everybody comes after everybody as often, so that nobody finds warmer caches
             seconds[name].append(turn(calls[name], looks[name]))
         late = time.perf_counter() - start > budget
-        if done >= MIN_ROUNDS and (late or (done >= 2 * MIN_ROUNDS and _narrow(seconds))):
+        if done == next_look:
+            late, next_look = late or _narrow(seconds), 2 * next_look
+        if done >= MIN_ROUNDS and late:
             break
     return seconds
 

@@ -13,12 +13,16 @@ from transformers.utils import is_tracing
 from seqkernels import support
 from seqkernels.attention import attend_with_lengths
 
+# What models of sparse or otherwise changed attention hand on where "eager" and "sdpa" are not what runs.
+UNKNOWN = ("indices", "block_indices", "sinks")
+
 
 def register(name: str = "seqkernels") -> None:
     """Make `attn_implementation=name` known to transformers, to `model.set_attn_implementation(name)`, too.
 
     Padding on the right becomes lengths. Softcap, sinks and position biases are supported. Attention weights
-    are not, as with "sdpa".
+    are not, as with "sdpa". A model that hands over which keys to attend to (DeepSeek-V3.2 and its kin)
+    raises ValueError.
     Equal to `attn_implementation="sdpa"`.
     """
     AttentionInterface.register(name, attend)
@@ -40,6 +44,11 @@ def attend(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """query [B,Hq,Tq,D], key and value [B,H,Tk,D] -> [B,Tq,Hq,D]"""
+    if unknown := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+        names = ", ".join(unknown)
+        raise ValueError(
+            f"{type(module).__name__} hands {names} to its attention, which seqkernels does not know"
+        )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.size(0) != key.size(0):  # learned queries come once for all rows
         rows = torch.broadcast_shapes(query.shape[:1], key.shape[:1])
