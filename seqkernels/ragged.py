@@ -57,6 +57,8 @@ def from_lengths(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged |
         if shortest == T:
             return None
         steps = max(longest, 1)
+    elif torch.compiler.is_compiling():
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "lengths must lie between 0 and T")
     lengths, order = lengths.sort(descending=True, stable=True)
     running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)
     step, row = running.nonzero(as_tuple=True)

@@ -86,6 +86,7 @@ def run(
     if sum(a is not None for a in (batch_sizes, lengths, resets)) > 1:
         raise ValueError("packed input, lengths= and resets= exclude each other, got more than one of them")
     _check_counts(cell, config, states, weights)
+    _check_dims(x, states, weights, batch_sizes)
     batch_first = config.batch_first and batch_sizes is None
     if batch_sizes is None and x.size(1 if batch_first else 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -146,6 +147,21 @@ def _check_counts(cell: Cell, config: Config, states: States | None, weights: Se
         raise ValueError(
             f"expected equally many weights for {config.num_layers} x {D} layers, got {len(weights)} tensors"
         )
+
+
+def _check_dims(
+    x: Tensor, states: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
+) -> None:
+    """Sizes are for the kernels to check."""
+    packed = batch_sizes is not None
+    if x.dim() != (2 if packed else 3):
+        wanted = "[N,I] with batch_sizes" if packed else "[T,B,I]"
+        raise ValueError(f"expected input {wanted}, got {list(x.shape)}")
+    if packed and (batch_sizes.dim() != 1 or len(batch_sizes) == 0):
+        raise ValueError(f"expected batch_sizes [T] of one step or more, got {list(batch_sizes.shape)}")
+    for name, given, dims in (("states of 3", states or (), (3,)), ("weights of 1 or 2", weights, (1, 2))):
+        if any(t.dim() not in dims for t in given):
+            raise ValueError(f"expected {name} dimensions, got {[list(t.shape) for t in given]}")
 
 
 def native_layer(cell: Cell, config: Config, return_cells: bool) -> Callable:

@@ -164,6 +164,9 @@ def test_lengths_in_one_graph(kind):
         for lengths in ([4, 0, 2], [1, 1, 3], [4, 4, 4]):
             lengths = torch.tensor(lengths)
             assert_close(results(compiled, x, lengths=lengths), results(module, x, lengths=lengths))
+        for lengths in ([-1, 2, 3], [5, 2, 1]):
+            with pytest.raises(RuntimeError, match="lengths must lie between 0 and T"):
+                compiled(x, lengths=torch.tensor(lengths))
 
 
 @kinds
@@ -218,6 +221,8 @@ def test_export_with_lengths(kind):
     for T, lengths in ((4, [1, 3, 4]), (4, [4, 4, 4]), (7, [2, 0, 7, 1, 5])):
         x, lengths = torch.randn(T, len(lengths), 5), torch.tensor(lengths)
         assert_close(program.module()(x, lengths), module(x, lengths))
+    with pytest.raises(RuntimeError, match="lengths must lie between 0 and T"):
+        program.module()(torch.randn(4, 2, 5), torch.tensor([5, 1]))
 
 
 def assert_trains_alike(program: torch.export.ExportedProgram, module: nn.Module, *args) -> None:

@@ -82,6 +82,10 @@ def test_gradients_reach_weights(kind):
 
 
 @everywhere
+def narrow_dims(hx):
+    return tuple(h[0] for h in hx) if isinstance(hx, tuple) else hx[0]
+
+
 @kinds
 def test_mistakes_are_told(kind):
     weights = torch_module(kind, 5, 7)._flat_weights
@@ -107,7 +111,12 @@ def test_mistakes_are_told(kind):
         (RuntimeError, "expected", (x, narrow, weights), {}),
         (RuntimeError, "expected", (x[..., :4], hx, weights), {}),
         (RuntimeError, "dtype", (x.double(), hx, weights), {}),
-        (RuntimeError, "dimensions", (x, hx, weights), {"batch_sizes": torch.tensor([3])}),
+        (ValueError, r"input \[N,I\] with batch_sizes", (x, hx, weights), {"batch_sizes": torch.tensor([3])}),
+        (ValueError, "batch_sizes .* one step", (x[0], hx, weights), {"batch_sizes": torch.tensor([])}),
+        (ValueError, "batch_sizes .* one step", (x[0], hx, weights), {"batch_sizes": torch.tensor([[3]])}),
+        (ValueError, r"input \[T,B,I\], got \[5\]", (x[0, 0], hx, weights), {}),
+        (ValueError, "weights of 1 or 2 dimensions", (x, hx, [w[None] for w in weights]), {}),
+        (ValueError, "states of 3 dimensions", (x, narrow_dims(hx), weights), {}),
     ):
         with pytest.raises(error, match=match):
             function(kind, *args, **kwargs)

@@ -361,6 +361,52 @@ def test_errors_of_lstm_states_are_torchs(hx):
     assert outcome(ours, x, hx) == expected
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_two_states_in_one_tensor_are_no_pair(kind):
+    ours, theirs = (getattr(library, kind)(3, 5) for library in (seqkernels, nn))
+    x, hx = (
+        (torch.zeros(2, 3), torch.zeros(2, 2, 5)) if kind == "LSTMCell" else (torch.zeros(4, 2, 3), h[None])
+    )
+    hx = hx.expand(2, *hx.shape[1:])
+    assert outcome(ours, x, hx) == outcome(theirs, x, hx)
+    with pytest.raises(TypeError):
+        ours(x, hx)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "call",
+    [
+        ([1, 2],),
+        (torch.zeros(4, 2, 3).numpy(),),
+        (torch.zeros(4, 2, 3), "states"),
+        (PackedSequence(torch.zeros(6, 3), torch.tensor([[2, 2, 2]])),),
+        (PackedSequence(torch.zeros(6, 3), torch.tensor([2.0, 2, 2])),),
+    ],
+    ids=[
+        "a list",
+        "an array",
+        "states in words",
+        "2-D batch_sizes",
+        "float batch_sizes",
+    ],
+)
+def test_errors_of_what_is_none_of_it_are_torchs(kind, call):
+    ours, theirs = twins(kind, 3, 5)
+    x, *hx = call
+    args = (x, *((hx * 2 if kind == "LSTM" and torch.is_tensor(hx[0]) else hx[0],) if hx else ()))
+    expected = outcome(theirs, *args)
+    assert expected is not None
+    assert outcome(ours, *args) == expected
+
+
+@kinds
+def test_an_order_of_too_few_rows_is_refused(kind):
+    """torch's LSTM writes beyond its memory here."""
+    x = PackedSequence(torch.zeros(6, 3), torch.tensor([2, 2, 2]), torch.tensor([0]))
+    assert outcome(getattr(seqkernels, kind)(3, 5), x, (h, c) if kind == "LSTM" else h)[0] is RuntimeError
+
+
 @pytest.mark.parametrize("proj_size", [0, 2])
 def test_errors_of_projected_states_are_torchs(proj_size):
     ours, theirs = twins("LSTM", 3, 5, 2, proj_size=proj_size)

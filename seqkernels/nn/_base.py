@@ -83,16 +83,25 @@ class Recurrent(RNNBase):
         """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, self._flat_weights_names[0])
+        if not isinstance(x, Tensor):
+            return MISFIT
+        if isinstance(states, Tensor) and x.dim() == 3:  # elsewhere torch unpacks what it gets
+            return MISFIT
         if not extras and (reason := support.why_torch(x)):
             return reason  # torch knows no extras: there the reference stands in, on any device
         device = x.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
         def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
+            if not isinstance(t, Tensor):
+                return False
             alike = t.dtype == weight.dtype or (casts and torch.float64 not in (t.dtype, weight.dtype))
             return t.shape == shape and t.device == weight.device and alike
 
         if x.dim() not in ((2,) if packed else (2, 3)) or not fits(x, (*x.shape[:-1], self.input_size)):
+            return MISFIT
+        sizes = input.batch_sizes if packed else None
+        if packed and (sizes.dim() != 1 or sizes.dtype != torch.int64 or len(sizes) == 0):
             return MISFIT
         if states is None:
             return None
@@ -114,6 +123,7 @@ class Recurrent(RNNBase):
         L = self.num_layers
         plain = (
             type(input) is Tensor
+            and not isinstance(states, Tensor)
             and (input.is_cpu or input.is_cuda)
             and (L == 1 or not support.on_gpu(input))  # there several layers have a pipeline
             and input.dim() == 3
@@ -281,12 +291,13 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     """`cell(input, hx)` by `op`. states: hx as a sequence, or None."""
     if isinstance(input, Proxy):
         return as_one_node(cell, input, hx)
-    if states is not None and input.dim() == 2 and support.is_plain_call():
+    if isinstance(states, (tuple, list)) and input.dim() == 2 and support.is_plain_call():
         try:
             return op(input, *states, *_cell_weights(cell), *options)
         except (RuntimeError, TypeError):
             pass  # the rest finds out why, and what to do
-    reason = support.why_torch(input) if input.dim() in (1, 2) else MISFIT
+    fits = isinstance(input, Tensor) and input.dim() in (1, 2) and not isinstance(states, Tensor)
+    reason = support.why_torch(input) if fits else MISFIT
     if reason:
         return leave_to_torch(cell, input, hx, reason)
     count = 2 if isinstance(cell, torch.nn.LSTMCell) else 1
