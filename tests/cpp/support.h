@@ -218,6 +218,7 @@ void expect_unchanged(const Buffers& inputs, const Case& c) {
 }
 
 // In files of their own: all cases on these instruction sets.
+void check_additive_attention(const std::vector<const char*>& isas);
 void check_attention(const std::vector<const char*>& isas);
 void check_linear(const std::vector<const char*>& isas);
 

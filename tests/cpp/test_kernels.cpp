@@ -491,6 +491,7 @@ int main() {
       check(empty, isas, random);
     }
   check_attention(isas);
+  check_additive_attention(isas);
   check_linear(isas);
 
   std::printf("%d calls;", calls);
