@@ -303,11 +303,24 @@ def test_patched_functional():
         assert ran(lambda: F.scaled_dot_product_attention(*qkv(Dv=8))) == FORWARD
 
 
+def test_additive_attention():
+    q, k, v = (torch.randn(2, T, 16, requires_grad=True) for T in (5, 9, 9))
+    w = torch.randn(16)
+
+    def attend(dtype: torch.dtype) -> None:
+        seqkernels.additive_attention(*(t.to(dtype) for t in (q, k, v, w))).sum().backward()
+
+    assert ran(attend, torch.float32) == ["additive_attention_fwd", "additive_attention_bwd"]
+    with pytest.warns(UserWarning, match="no attention kernels for torch.float64 on GPUs"):
+        assert ran(attend, torch.float64) == []
+
+
 def test_import_registers_the_kernels_and_brings_no_triton():
     code = (
         "import sys, torch, seqkernels\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "assert all(has(f'seqkernels::{name}', 'CUDA') for name in seqkernels.triton.OPS)\n"
+        "assert all(has(f'seqkernels::{name}', 'CUDA') for name in seqkernels.triton.ADDITIVE_OPS)\n"
         "seqkernels.triton.register()\n"
         "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()\n"
     )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import triton_cubin  # noqa: E402
 import triton_launch  # noqa: E402
 from triton_units import UNITS  # noqa: E402
 
-from seqkernels.triton import decode, launch, tables  # noqa: E402
+from seqkernels.triton import decode, launch, launch_additive, tables  # noqa: E402
 
 TESTS = Path(__file__).parent
 CASES = pairwise_cases()
@@ -56,7 +57,7 @@ def test_interpreted(name: str, interpreted: dict[str, str]):
 
 
 def test_the_cases_hold_every_pair_of_features():
-    from itertools import combinations, product
+    from itertools import combinations
 
     from triton_matrix import FEATURES, excluded
 
@@ -71,10 +72,10 @@ def test_import_brings_no_triton():
         "import sys, torch, seqkernels, seqkernels.triton as t\n"
         "if not hasattr(torch.ops.seqkernels, 'attention_fwd'):\n"
         "    library = torch.library.Library('seqkernels', 'FRAGMENT')\n"
-        "    [library.define(f'{name}(Tensor x) -> Tensor') for name in t.OPS]\n"
+        "    [library.define(f'{name}(Tensor x) -> Tensor') for name in (*t.OPS, *t.ADDITIVE_OPS)]\n"
         "t.register(); t.register()\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "assert all(has(f'seqkernels::{name}', 'CUDA') for name in t.OPS)\n"
+        "assert all(has(f'seqkernels::{name}', 'CUDA') for name in (*t.OPS, *t.ADDITIVE_OPS))\n"
         "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS.parent)
@@ -250,9 +251,41 @@ def test_whole_calls_compile(call: str, launched: dict):
             assert kernel.spills_in_loops <= (FEW if "float32" in call else 0), kernel
 
 
+ADDITIVE_KERNELS = ("additive_forward", "additive_statistics", "additive_dq", "additive_dkdv")
+
+
+def additive_launches() -> Iterator[tuple[str, tuple]]:
+    """ALL, or every tile on every architecture, in turn in bfloat16 and float32, with all that it can do."""
+    calls = product((80, 90, 100), tables.ADDITIVE, (1, 0), ("bfloat16", "float32", "float16"))
+    for n, (arch, *args) in enumerate(calls):
+        if ALL or n % 12 in (0, 7):
+            yield f"sm{arch}-" + "-".join(map(str, args)), (arch, "additive", *args)
+
+
+ADDITIVE_LAUNCHES = dict(additive_launches())
+
+
+@pytest.fixture(scope="session")
+def launched_additive(request: pytest.FixtureRequest):
+    yield from in_processes(request, "additive", launched_kernels, ADDITIVE_LAUNCHES)
+
+
+@pytest.mark.parametrize("additive", ADDITIVE_LAUNCHES)
+def test_additive_attention_spills_nothing(additive: str, launched_additive: dict):
+    found = launched_additive[additive]
+    assert {name.split("-")[0] for name in found} >= {*ADDITIVE_KERNELS}
+    for name, kernel in found.items():
+        assert kernel.spills_in_loops == 0, (name, kernel)
+        assert kernel.spilled <= 32, (name, kernel)  # bytes, around the loops
+        assert kernel.shared <= tables.SHARED_LIMIT[80]
+        assert kernel.tensor_memory <= tables.TENSOR_MEMORY_LIMIT
+
+
 def test_lengths_compile_nothing_new():
     """Every number is read at run time: none of them may be specialised to 1 or to multiples of 16."""
-    for kernel, _ in triton_cubin.KERNELS.values():
+    kernels = [kernel for kernel, _ in triton_cubin.KERNELS.values()]
+    kernels += [getattr(launch_additive.additive, name) for name in ADDITIVE_KERNELS]
+    for kernel in kernels:
         for p in kernel.params:
             pointer = p.name[0].isupper() and p.name not in triton_cubin.LENGTHS
             assert p.is_constexpr or pointer or p.do_not_specialize, (kernel.__name__, p.name)

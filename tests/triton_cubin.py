@@ -30,7 +30,7 @@ KERNELS = {
 # Out where there are parts
 FLOAT32 = {"Out", "OutLse", "DLse", "Lse", "Statistics", "DMask", "Alibi", "Sinks"}
 INT64 = {"CuQ", "CuK", "LenK", "Rng"}
-LENGTHS = {"Tq", "Tk", "Tp"}
+LENGTHS = {"Tq", "Tk", "Tp", "D", "Dv"}
 FLOATS = {"scale", "softcap", "factor", "dscale"}
 
 

@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton_matrix import NO_LIMIT
 
-from seqkernels.triton import launch
+from seqkernels.triton import launch, launch_additive
 
 MULTIPROCESSORS = 132
 CASES = triton_matrix.pairwise_cases()
@@ -88,6 +88,20 @@ def decode(shape: str, dtype: str, D: int, rich: bool, page: int) -> None:
         k, v = (zeros(1, Hk, Tk, D) for _ in range(2))
         rest = (None, None, None, len_k, alibi, sinks, 0.3, softcap, *visibility, 0.0, None, 0, 0)
         launch.attention_fwd(q, k, v, *rest)
+
+
+def additive(Tq: int, rich: bool, dtype: str) -> None:
+    """Additive attention and its gradients; rich: with a mask, lengths and all that can be asked for."""
+    B, Tk, D, Dv = 2, 600, 128, 64
+    q, k, v, w, dout = (
+        torch.zeros(shape, dtype=getattr(torch, dtype))
+        for shape in ((B, Tq, D), (B, Tk, D), (B, Tk, Dv), (D,), (B, Tq, Dv))
+    )
+    mask, len_k, dweights = (
+        (torch.zeros(B, Tq, Tk), torch.tensor([0, 9]), q.new_zeros(B, Tq, Tk)) if rich else (None,) * 3
+    )
+    launch_additive.additive_attention_fwd(q, k, v, w, mask, len_k, bool(rich))
+    launch_additive.additive_attention_bwd(dout, dweights, q, k, v, w, mask, len_k, bool(rich))
 
 
 def compiled(arch: int, call: Callable[..., None], *args) -> dict[str, triton_cubin.Resources]:

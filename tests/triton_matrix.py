@@ -44,19 +44,21 @@ def excluded(case: dict[str, str]) -> bool:
     return (lengths in ("varlen", "paged") and masked) or (lengths == "paged" and dropped)
 
 
-def pairwise_cases() -> dict[str, dict[str, str]]:
+def pairwise_cases(
+    features: dict[str, tuple[str, ...]] = FEATURES, excluded: Callable[[dict[str, str]], bool] = excluded
+) -> dict[str, dict[str, str]]:
     """Greedy: each next case is the one of many random ones that holds the most pairs not seen yet."""
     rng = random.Random(0)
     missing = {
         frozenset(pair)
-        for a, b in itertools.combinations(FEATURES, 2)
-        for pair in itertools.product(((a, x) for x in FEATURES[a]), ((b, x) for x in FEATURES[b]))
+        for a, b in itertools.combinations(features, 2)
+        for pair in itertools.product(((a, x) for x in features[a]), ((b, x) for x in features[b]))
         if not excluded(dict(pair))
     }
     cases = []
     while missing:
         wanted = dict(min(missing, key=sorted))
-        trials = [{name: rng.choice(values) for name, values in FEATURES.items()} | wanted for _ in range(60)]
+        trials = [{name: rng.choice(values) for name, values in features.items()} | wanted for _ in range(60)]
         pairs = {
             i: {frozenset(p) for p in itertools.combinations(trial.items(), 2)}
             for i, trial in enumerate(trials)

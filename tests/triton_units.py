@@ -4,6 +4,7 @@ import math
 import mmap
 
 import torch
+import triton_additive
 from triton_matrix import NO_LIMIT, philox_keep
 
 import seqkernels
@@ -392,4 +393,4 @@ ALL = (
     torchs_registry,
     public_functions,
 )
-UNITS = {f.__name__: f for f in ALL}
+UNITS = {f.__name__: f for f in ALL} | triton_additive.UNITS

@@ -1,14 +1,17 @@
-"""Attention on GPUs: Triton kernels behind torch.ops.seqkernels.attention_* for CUDA tensors.
+"""Attention on GPUs: Triton kernels behind torch.ops.seqkernels.attention_* and additive_attention_* for CUDA
+tensors.
 
 Importing this package imports neither Triton nor CUDA; the first call does.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 OPS = ("attention_fwd", "attention_bwd", "attention_weights", "paged_attention_fwd")
+ADDITIVE_OPS = ("additive_attention_fwd", "additive_attention_bwd")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INSTALLED = find_spec("triton") is not None
 
@@ -25,18 +28,19 @@ def register() -> None:
         "Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right) "
         "-> (Tensor, Tensor)"
     )
-    for name in OPS:
-        library.impl(name, _at_first_call(name), "CUDA")
+    for module, names in (("launch", OPS), ("launch_additive", ADDITIVE_OPS)):
+        for name in names:
+            library.impl(name, _at_first_call(module, name), "CUDA")
     _library.append(library)
 
 
-def _at_first_call(name: str):
+def _at_first_call(module: str, name: str):
     def call(*args):
         try:
-            from seqkernels.triton import launch
+            functions = import_module(f"seqkernels.triton.{module}")
         except ModuleNotFoundError as error:
             raise ImportError(f"attention on GPUs needs Triton ({error}): pip install triton") from error
-        return getattr(launch, name)(*args)
+        return getattr(functions, name)(*args)
 
     return call
 

@@ -145,3 +145,15 @@ def tile_for(kernel: str, arch: int, bits: int, dim: int, extras: int) -> Tile:
     rows = FLOAT32[kernel] if bits == 32 else HALF[kernel, arch]
     row = next(row for row in rows if dim <= row.dim)
     return (row.plain, row.one, row.rich)[min(extras, 2)]
+
+
+# Additive attention, one table for all architectures and dtypes: for up to so many queries a tile, and how
+# many features a block has. Queries times features make one for each thread, so that no two share a sum.
+ADDITIVE: dict[int, tuple[Tile, int]] = {
+    1: (Tile(1, 32, 4, 1), 64),
+    2: (Tile(2, 16, 4, 1), 64),
+    4: (Tile(4, 16, 4, 1), 32),
+    8: (Tile(8, 16, 4, 1), 16),
+    16: (Tile(16, 16, 8, 1), 16),
+}
+ADDITIVE_VALUES = 32  # features of values in a block

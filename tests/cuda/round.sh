@@ -36,7 +36,7 @@ modules() {
     tests/test_functional.py tests/test_modules.py tests/test_torch_samples.py
 }
 bench() { run bench 90 $PYTHON -m seqkernels bench --suite gpu --filter bfloat16 --budget 0.1 --out "$OUT/gpu"; }
-attention() { run attention 240 $tests $parallel tests/test_triton.py tests/test_attention_device.py; }
+attention() { run attention 240 $tests $parallel tests/test_triton.py tests/test_attention_device.py tests/test_additive_device.py; }
 bench_attention() { run bench-attention 90 $PYTHON -m seqkernels bench --suite gpu-attention --budget 0.1 --out "$OUT/gpu-attention"; }
 sanitize() { # at the same time: each takes one core and little of the GPU
   for tool in memcheck racecheck synccheck; do
