@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CMAKE_ARGS ?= -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 
 # CUDA kernels for two architectures: compiling for all that wheels carry takes three times as long.
-export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
+build/.installed: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 
 .PHONY: bench test test-isa build lint format sanitize sanitize-gpu wheel sdist clean distclean
 

@@ -27,7 +27,7 @@ def why_torch(x: Tensor) -> str | None:
         if reason := _why_not_cuda(x.device.index):
             return reason
     elif x.device.type != "cpu":
-        return f"there are kernels for cpu tensors, not for {x.device.type}"
+        return f"there are kernels for cpu and cuda tensors, not for {x.device.type}"
     if x.dtype not in DTYPES:
         return f"there are no kernels for {x.dtype}"
     return _why_torch_alone()

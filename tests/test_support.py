@@ -35,7 +35,7 @@ def sample(kind: str, **options) -> torch.Tensor:
 def test_other_devices(kind):
     module = getattr(seqkernels, kind)(3, 4, device="meta")
     with pytest.warns(
-        UserWarning, match="falls back to torch: there are kernels for cpu tensors, not for meta"
+        UserWarning, match="falls back to torch: there are kernels for cpu and cuda tensors, not for meta"
     ):
         result = module(sample(kind, device="meta"))
     assert result[0].device.type == "meta"
@@ -46,7 +46,7 @@ def test_compiled_modules_fall_back_and_say_so(kind, monkeypatch):
     torch.compiler.reset()
     compiled = torch.compile(getattr(seqkernels, kind)(3, 4, device="meta"), fullgraph=True, backend="eager")
     with pytest.warns(
-        UserWarning, match="falls back to torch: there are kernels for cpu tensors, not for meta"
+        UserWarning, match="falls back to torch: there are kernels for cpu and cuda tensors, not for meta"
     ):
         compiled(sample(kind, device="meta"))
     torch.compiler.reset()
@@ -83,7 +83,7 @@ def test_says_each_reason_once():
             module(x)
         seqkernels.LSTMCell(3, 4, device="meta")(x[0])
     assert [str(w.message) for w in caught] == [
-        "seqkernels falls back to torch: there are kernels for cpu tensors, not for meta"
+        "seqkernels falls back to torch: there are kernels for cpu and cuda tensors, not for meta"
     ]
 
 

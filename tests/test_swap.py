@@ -187,7 +187,7 @@ def test_what_is_kept_and_why():
         "sub": "Subclass is a subclass: derive it from seqkernels.GRU instead",
         "replaced": "its forward is replaced on the instance",
         "scripted": "torch.jit.script has compiled it",
-        "meta": "there are kernels for cpu tensors, not for meta",
+        "meta": "there are kernels for cpu and cuda tensors, not for meta",
         "good": None,
     }
     assert type(model["own"]) is OwnForward
@@ -456,10 +456,13 @@ def test_explain_with_inputs_says_what_runs_for_them(monkeypatch):
     assert seqkernels.explain(model, input=packed).startswith("(model): seqkernels.LSTM on ")
     meta = seqkernels.LSTM(3, 4, device="meta")
     with pytest.warns(
-        UserWarning, match="falls back to torch: there are kernels for cpu tensors, not for meta"
+        UserWarning, match="falls back to torch: there are kernels for cpu and cuda tensors, not for meta"
     ):
         text = seqkernels.explain(meta, torch.zeros(5, 2, 3, device="meta"))
-    assert text == "(model): seqkernels.LSTM, but torch runs: there are kernels for cpu tensors, not for meta"
+    assert (
+        text
+        == "(model): seqkernels.LSTM, but torch runs: there are kernels for cpu and cuda tensors, not for meta"
+    )
     whole = Model()
     seqkernels.swap_(whole, lambda name, _: name != "layers.1")
     whole.unused = seqkernels.GRU(3, 4)

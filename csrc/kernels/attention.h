@@ -42,8 +42,8 @@ struct AttentionParams {
   int64_t mask_b = 0, mask_h = 0, mask_q = 0, mask_k = 0;
   const float* alibi = nullptr;  // slopes [B, Hq], or null
   int64_t alibi_b = 0;           // 0: the same for every sequence
-  const void* sinks =
-      nullptr;  // acc [Hq]: a logit that takes part in every softmax and has no value, or null
+  // acc [Hq]: a logit that takes part in every softmax and has no value, or null.
+  const void* sinks = nullptr;
 
   Parallel parallel;
 };

@@ -33,8 +33,8 @@ struct LayerParams {
   const uint8_t* resets = nullptr;  // [T, B] bool or null: the state before step t becomes the initial state
 
   const void* x = nullptr;  // [T, B, I] by strides, or packed [tokens, I]
-  int64_t x_t = 0,
-          x_b = 0;  // elements from step to step and from row to row; packed: x_b from token to token
+  // Elements from step to step and from row to row; packed: x_b from token to token.
+  int64_t x_t = 0, x_b = 0;
   const void* h0 = nullptr;      // [D, B, P]
   Weights<const void*> w[2];     // [D]
   const void* packed = nullptr;  // forward: the weights as written by *_pack(), or null

@@ -42,12 +42,10 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? batch_sizes, Tensor? resets, "
       "bool bidirectional, bool need_dx=True) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   forward("lstm_cell_fwd",
-          "(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-          "bool save) "
+          "(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
           "-> (Tensor h, Tensor c, Tensor gates)");
   forward("gru_layer_fwd",
-          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
-          "packed, "
+          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? packed, "
           "bool bidirectional, bool save_gates) -> (Tensor y, Tensor hn, Tensor gates)");
   m.def(
       "gru_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor gates, "
@@ -57,17 +55,15 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
           "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
           "-> (Tensor h, Tensor gates)");
   forward("rnn_layer_fwd",
-          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? "
-          "packed, "
+          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? packed, "
           "bool bidirectional, bool relu) -> (Tensor y, Tensor hn)");
   m.def(
-      "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor? "
-      "batch_sizes, "
-      "Tensor? resets, bool bidirectional, bool relu, bool need_dx=True) "
+      "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, "
+      "Tensor? batch_sizes, Tensor? resets, bool bidirectional, bool relu, bool need_dx=True) "
       "-> (Tensor dx, Tensor dh0, Tensor[] dweights)");
   forward("rnn_cell_fwd",
-          "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) -> "
-          "Tensor");
+          "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) "
+          "-> Tensor");
   // The weights of one layer of G = `gates` gates as the forward kernels read them, for `packed`.
   m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
   // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
@@ -86,9 +82,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, Tensor? alibi, Tensor? sinks, float scale, "
-      "float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, int max_q, int "
-      "max_k, "
-      "bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
+      "float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, int max_q, "
+      "int max_k, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
   forward("attention_weights",
           "(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
           "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
@@ -106,9 +101,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   // wanted.
   forward("linear_fwd", "(Tensor x, Tensor w, Tensor? b) -> Tensor");
   m.def(
-      "linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw, "
-      "Tensor "
-      "db)");
+      "linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) "
+      "-> (Tensor dx, Tensor dw, Tensor db)");
   m.def("set_isa(str name) -> ()");
   m.def("get_isa() -> str");
 }

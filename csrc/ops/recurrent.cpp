@@ -1,7 +1,5 @@
 #include "recurrent.h"
 
-#include <algorithm>
-
 namespace seqkernels::ops {
 
 namespace {

@@ -1,7 +1,6 @@
 // What the three layer ops share: checks, allocation, and the bridge from tensors to kernel parameters.
 #pragma once
 
-#include <initializer_list>
 #include <tuple>
 
 #include "kernels/layer.h"

@@ -3,6 +3,8 @@
 // Python in the loop, nothing waits for the device, and a CUDA graph can record every call.
 #pragma once
 
+#include <initializer_list>
+
 #include "kernels/cuda/cells.h"
 #include "kernels/cuda/recurrence.h"
 #include "recurrent.h"
@@ -79,7 +81,7 @@ class GpuLayer {
       base.w_hh[d] = w[1].const_data_ptr();
     }
     base.dtype = call.dtype;
-    base.T = call.T, base.B = call.B, base.H = call.H, base.P = call.P, base.tokens = call.N;
+    base.T = call.T, base.B = call.B, base.H = call.H, base.P = call.P;
     base.D = static_cast<int>(call.D), base.relu = relu, base.tf32 = allows_tf32(call.dtype);
     base.h0 = h0.const_data_ptr();
     if (c0) base.c0 = c0->const_data_ptr();
@@ -322,7 +324,7 @@ void gpu_cell(const CellCall& cell, const OptionalTensor& c0, Tensor h_new, Opti
   multiply(cell.h, transposed(cell.w_hh), hw);
   cuda::FwdStep p;
   p.dtype = cell.dtype;
-  p.T = 1, p.B = cell.B, p.H = cell.H, p.P = cell.H, p.tokens = cell.B, p.rows = cell.B, p.relu = relu;
+  p.T = 1, p.B = cell.B, p.H = cell.H, p.P = cell.H, p.rows = cell.B, p.relu = relu;
   p.h0 = cell.h.const_data_ptr();
   p.xw[0] = xw.const_data_ptr(), p.hw = hw.const_data_ptr();
   if (cell.b_ih) p.b_ih[0] = cell.b_ih->const_data_ptr(), p.b_hh[0] = cell.b_hh->const_data_ptr();

@@ -61,7 +61,8 @@ class AttentionCase:
     def flops(self) -> float:
         """Of the matrix products over visible pairs: two in forward, five in backward, which rebuilds one.
 
-        Additive: an addition, a tanh counted as one, and a multiply-add; three times that with gradients.
+        Additive: for each feature an addition, a tanh counted as one and a multiply-add, and the product with
+        the values; three times that with gradients.
         """
         pairs = sum(self.lengths) * self.Tq if self.mask == "padding" else self.B * self.Tq * self.Tk
         if self.causal:

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqkernels.reference import attention as reference
+from seqkernels.reference.attention import NO_LIMIT
 
 from . import gpu, timing
 from .check import compare, errors
-
-NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)

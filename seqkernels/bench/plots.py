@@ -71,9 +71,8 @@ def speedups(rows: list[Row]) -> str:
 def shares(rows: list[Row]) -> str:
     """Arithmetic speed as a share of what the cores can do."""
 
-    most = max(
-        [1.0, *(1.05 * row.peak_share for row in rows if row.peak_share)]
-    )  # others may have faster units
+    # Beyond 100 % where others have faster units.
+    most = max([1.0, *(1.05 * row.peak_share for row in rows if row.peak_share)])
 
     def dress(axis: Any) -> None:
         axis.set(xlim=(0, most), xticks=(0.25, 0.5, 0.75) if most == 1 else (0.5, 1.0, 1.5))

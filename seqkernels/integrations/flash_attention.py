@@ -5,7 +5,7 @@
 
 From then on torch's operators are ours wherever torch chooses flash attention. On a GPU it does so in float16
 and bfloat16, and where it prefers cuDNN only under `torch.nn.attention.sdpa_kernel` with FLASH_ATTENTION;
-`torch.nn.attention.varlen.varlen_attn` is one of them. Autograd, torch.compile and all else stay torch's.
+`torch.nn.attention.varlen.varlen_attn` calls one of them. Autograd, torch.compile and all else stay torch's.
 `torch.nn.attention.restore_flash_attention_impl()` undoes it.
 """
 

@@ -13,7 +13,7 @@ from transformers.utils import is_tracing
 from seqkernels import support
 from seqkernels.attention import attend_with_lengths
 
-# What models of sparse or otherwise changed attention hand on where "eager" and "sdpa" are not what runs.
+# Keywords that models of sparse or otherwise changed attention pass to any attention but "eager" and "sdpa".
 UNKNOWN = ("indices", "block_indices", "sinks")
 
 

@@ -1,1 +1,1 @@
-"""One file per cell: fakes and autograd around the native ops. Importing one loads the native library."""
+"""One file per cell and kind of attention: fakes and autograd around the native ops, loaded on import."""

@@ -1,4 +1,4 @@
-"""What the ops of all cells share around the native `_fwd` and `_bwd` calls, which know nothing of autograd.
+"""What all ops share around the native `_fwd` and `_bwd` calls, which know nothing of autograd.
 
 The autograd.Functions stand outside the native ops: torch.compile traces them and sees two opaque calls.
 They have a setup_context because torch.func.grad needs one. torch.export traces them away; exported programs

@@ -97,8 +97,9 @@ class Head(NamedTuple):
 
 @triton.constexpr_function
 def powers_of_two(dim: int, widest: int) -> tuple[int, ...]:
-    """(112, 128) -> (64, 32, 16). Each part is at least 16, as tl.dot wants, and at most `widest`; what that
-    leaves makes at most three: 72 -> (64, 16), 240 -> (128, 128)."""
+    """(112, 128) -> (64, 32, 16). Each part is at least 16, as tl.dot wants, and at most `widest`. What is
+    left beside whole ones is padded until it makes at most two, without any at most three: 72 -> (64, 16),
+    240 -> (128, 128)."""
     whole, rest = divmod(dim, widest)
     sixteens = -(-rest // 16)
     while sixteens.bit_count() > 2 + (whole == 0):

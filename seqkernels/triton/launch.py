@@ -7,7 +7,6 @@ q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv] with any strides but the last, whic
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -214,25 +213,9 @@ def attention_weights(
 ) -> Tensor:
     """-> P after dropout, in q's dtype: [B,Hq,Tq,Tk], or its mean over heads [B,Tq,Tk]."""
     problem = prepare(
-        q,
-        k,
-        k,
-        mask,
-        None,
-        None,
-        len_k,
-        alibi,
-        None,
-        scale,
-        softcap,
-        left,
-        right,
-        bottom_right,
-        dropout,
-        rng,
-        0,
-        0,
-    )
+        q, k, k, mask, None, None, len_k, alibi, None, scale, softcap, left, right, bottom_right, dropout,
+        rng, 0, 0,
+    )  # fmt: skip
     B, heads, Tq, Tk = *q.shape[:3], k.size(2)
     average = heads if mean else 1
     p = q.new_empty((B, Tq, Tk) if mean else (B, heads, Tq, Tk))
@@ -431,6 +414,3 @@ def architecture(device: torch.device) -> int:
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-__all__: Sequence[str] = ("attention_bwd", "attention_fwd", "attention_weights", "paged_attention_fwd")

@@ -148,7 +148,8 @@ def tile_for(kernel: str, arch: int, bits: int, dim: int, extras: int) -> Tile:
 
 
 # Additive attention, one table for all architectures and dtypes: for up to so many queries a tile, and how
-# many features a block has. Queries times features make one for each thread, so that no two share a sum.
+# many features a block has. From two queries on, queries times features make one for each thread, so that no
+# two share a sum.
 ADDITIVE: dict[int, tuple[Tile, int]] = {
     1: (Tile(1, 32, 4, 1), 64),
     2: (Tile(2, 16, 4, 1), 64),

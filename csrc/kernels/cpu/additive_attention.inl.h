@@ -348,7 +348,7 @@ struct AdditiveBwd : Additive<S> {
   char* buffers;
 
   explicit AdditiveBwd(const AdditiveAttentionBwdParams& params) : Base(params), p(params) {
-    parts = most(1, busy_splits(p.B, p.parallel.threads, tiles));
+    parts = busy_splits(p.B, p.parallel.threads, tiles);
   }
   int64_t tasks() const { return p.B * parts; }
 

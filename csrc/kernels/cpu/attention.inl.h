@@ -194,10 +194,10 @@ struct Exp2<double> {
                                   0.6931471805599453,     1.0};
 };
 
-// 2^(s c - ref) for an exponent < 128 (1024) and an integer |ref| < kFar: 0 below the normal numbers and for
-// -inf, NaN for NaN. The fraction r comes out of one FMA with s c, not rounded before.
 template <class T>
 constexpr T kFar = T(1 << 21);
+// 2^(s c - ref) for an exponent < 128 (1024) and an integer |ref| < kFar: 0 below the normal numbers and for
+// -inf, NaN for NaN. The fraction r comes out of one FMA with s c, not rounded before.
 template <class T>
 SEQ_INLINE Vec<T> exp2_of(Vec<T> s, Vec<T> c, Vec<T> ref) {
   using E = Exp2<T>;
@@ -326,6 +326,7 @@ SEQ_INLINE uint32_t mask_bits(const AttentionParams& p, int64_t offset, int64_t 
     uint64_t bytes = 0;
     __builtin_memcpy(&bytes, x + i, size_t(least(8, n - i)));
     for (int shift = 4; shift; shift /= 2) bytes |= bytes >> shift;  // the lowest bit of a byte: any of them
+    // The product puts the lowest bits of the eight bytes side by side into the uppermost one.
     bits |= uint32_t((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;
   }
   return bits;

@@ -3,8 +3,11 @@
 // Keys lie in the lanes: up to 64 of them make a block, whose K^T and V^T are packed once and whose dK^T and
 // dV^T stay in L1 and L2 while the queries that see them pass by, 64 at a time, from all heads that share the
 // key head:
-//   S [queries, keys] = Q K^T,   P = exp(S - LSE),   dP = dO V^T,   dS = P (dP - delta),   delta = rowsum(dO
-//   O) - dLSE, dV^T += dO^T P,   dK^T += Q^T dS,   dQ += dS K.
+//
+//   S [queries, keys] = Q K^T,   P = exp(S - LSE),   dP = dO V^T,
+//   delta = rowsum(dO * O) - dLSE,   dS = P (dP - delta),
+//   dV^T += dO^T P,   dK^T += Q^T dS,   dQ += dS K.
+//
 // Five products (not seven), Q, dO and K read where they lie. A task is every `splits`-th block of one key
 // head; dQ is summed in memory of its own, one for each task where there are several for a key head, and
 // those are added up in one order. No atomics: the result does not depend on which thread did what.

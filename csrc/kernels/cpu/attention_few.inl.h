@@ -8,8 +8,8 @@
 #include "attention.inl.h"
 #include "direct.inl.h"
 
-constexpr int64_t kBytesAhead =
-    8192;  // of K and V to prefetch: 2 KB are too few for memory, 16 too many for L3
+// Of K and V to prefetch: 2 KB are too few for memory, 16 too many for L3.
+constexpr int64_t kBytesAhead = 8192;
 
 // out [rows, features] = out * by[row] + P [rows, nk] V, features in the lanes.
 template <class S, int rows, int NV>
@@ -62,8 +62,8 @@ struct AttentionFew {
   using T = Acc<S>;
   using O = Operand<S>;
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kRows = 16, kK = 256,
-                           kPart = 256;  // most rows; keys at a time; least keys of a part
+  // Most rows; keys at a time; least keys of a part.
+  static constexpr int64_t kRows = 16, kK = 256, kPart = 256;
 
   const AttentionFwdParams& p;
   const int64_t group, ldq, ldv, k_ahead, v_ahead;

@@ -140,7 +140,7 @@ struct AttentionFwd {
     int64_t task = take(), b = 0;
     for (int64_t n = 0; n < heads(); n += at_once) {
       const int64_t end = least(heads(), n + at_once), blocks_before = first_of(first_block, n);
-      if constexpr (kPacked) {
+      if constexpr (kPacked) {  // this->: looked up only where there is such a function
         if (n > 0) barrier->wait(size);
         this->pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
         barrier->wait(size);

@@ -34,8 +34,8 @@ struct Registers {
 
 Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   Registers r;
-  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx,
-                    &r.edx);  // leaves zeros for a leaf that does not exist
+  // Leaves zeros for a leaf that does not exist.
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
   return r;
 }
 

@@ -1,11 +1,11 @@
 // Backward of one layer, for every cell.
 //
-// Time is walked back in chunks of some 256 tokens. Within a chunk each thread owns rows and units as in
+// Time is walked back in chunks of 256 to 1024 tokens. Within a chunk each thread owns rows and units as in
 // forward: the cell's epilogue turns dh into the gate gradients dG, then dh = dG W_hh for the step before. A
 // chunk done, dG is still in cache and all threads of the direction share the rest by tokens (dx = dG W_ih)
 // and by gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk). So dG never exists for
 // the whole sequence, each weight gradient has one owner (no atomics, no copies: same bits every time), and
-// the barriers are two a chunk.
+// all threads of a direction meet twice a chunk.
 #pragma once
 
 #include "layer_fwd.inl.h"
@@ -519,8 +519,8 @@ struct LayerBwd {
       const O* dG = f.dG[d] + column;
       pack_transposed(dG, f.ldG, m, n, local_operand, depth_of(m), round_up(m, 32));
       T* to = f.db[d] + column;
-      for (int64_t i = 0; i < n;
-           i += kLanes<T>) {  // sums of 16 tokens, then of these: short chains lose fewer bits
+      // Sums of 16 tokens, then of these: short chains lose fewer bits.
+      for (int64_t i = 0; i < n; i += kLanes<T>) {
         Vec<T> chunk{};
         for (int64_t row = 0; row < m; row += 16) {
           Vec<T> sum{};

@@ -1,11 +1,11 @@
 // Forward of one layer, for every cell.
 //
 // A thread owns rows [r0, r1) and units [u0, u1) of one direction for all time steps. It projects a chunk of
-// steps at once into its own C (sized to stay in L2), then walks the chunk: for each block of NR units, the
-// recurrent product is added to C gate by gate, and the cell's epilogue turns C into h while the block is in
-// L1. The state h lives in two buffers that take turns, so one barrier a step (among the threads that share
-// rows) is enough; threads that own whole rows never wait. Weight traffic per step is the panels of the own
-// units; see step_cycles for what that costs.
+// steps at once into its own C (1 MiB, to stay in L2; more where input weights come from beyond it), then
+// walks the chunk: for each block of NR units, the recurrent product is added to C gate by gate, and the
+// cell's epilogue turns C into h while the block is in L1. The state h lives in two buffers that take turns,
+// so one barrier a step (among the threads that share rows) is enough; threads that own whole rows never
+// wait. Weight traffic per step is the panels of the own units; see step_cycles for what that costs.
 #pragma once
 
 #include "direct.inl.h"

@@ -1,5 +1,4 @@
-// One table of entry points for each instruction set; dispatch.h picks the table, gemm.inl.h and layer.inl.h
-// fill it.
+// One table of entry points for each instruction set; kernels.inl.h fills it, dispatch.h picks it.
 #pragma once
 
 #include "../additive_attention.h"

@@ -3,12 +3,12 @@
 
 #include "gemm.inl.h"
 
-// Spinning stops paying after some 50 us: a thread that is waited for is not running, because there are more
-// threads than cores. Then yield.
+// Some 50 us: whoever is waited for so long is not running, because there are more threads than cores. Then
+// yield.
 constexpr int kSpins = 1000;
 
-// Sense-reversing barrier that spins: a step of the recurrence is shorter than a futex. One cache line for
-// arrivals, one for the release.
+// A barrier that spins until the phase changes: a step of the recurrence is shorter than a futex. One cache
+// line for arrivals, one for the release.
 struct Barrier {
   alignas(64) int arrived;
   alignas(64) int phase;
@@ -85,8 +85,8 @@ struct Arena {
   template <class T>
   T* take(int64_t n) {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used +=
-        round_up(n * int64_t(sizeof(T)), 64) + 64;  // the odd line keeps buffers off each other's cache sets
+    // The odd line keeps buffers off each other's cache sets.
+    used += round_up(n * int64_t(sizeof(T)), 64) + 64;
     return p;
   }
   void keep_apart() { used += kApart; }

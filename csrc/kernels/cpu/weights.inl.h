@@ -3,7 +3,6 @@
 #pragma once
 
 #include "gemm.inl.h"
-#include "sequence.inl.h"
 #include "team.inl.h"
 
 // Forward, one direction: G gates of w_ih [I, H], G gates of w_hh [P, H], w_hr [H, P]; the biases summed

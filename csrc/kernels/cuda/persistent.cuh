@@ -132,8 +132,8 @@ struct Block {
   const int d, group, member;
   const int64_t row0, unit0;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  int tile, octet, tiles_apart,
-      octets_apart;      // a warp's tiles and groups of 8 rows: the first, how far the next
+  // A warp's tiles and groups of 8 rows: the first, how far the next.
+  int tile, octet, tiles_apart, octets_apart;
   int part, begin, end;  // of K, in chunks
   Product product;
   E* weights;

@@ -67,7 +67,7 @@ constexpr double product_clocks(const Plan& p, const Work& w, double bytes) {
 //   exchanged rows 24 bytes a clock and block from L2
 //   products, once for every 8 rows, and their partial sums, written and read 128 bytes a clock
 //   inputs from memory 700, beside all these; again for whatever exceeds the kAhead rows per thread
-//   gates 60 for every 256 units
+//   gates 60 for every 256 units x rows
 // Warps take groups of 8 rows as well as tiles, or all rows and parts of K: fewer weights for each to hold.
 inline Plan make_plan(const Machine& machine, const Work& w) {
   Plan best;

@@ -3,8 +3,8 @@
 // forms:
 //   persistent  the whole sequence in one launch, weights resident on chip (persistent.cuh)
 //   stepwise    per step one GEMM by the caller and one fused kernel (step.cuh): any size, any dtype
-// All pointers are of the device. Shapes as in kernels/layer.h with two liberties: what is said of the second
-// direction is laid out [D, tokens, ...] in xw and h_prev, so that each direction is one matrix.
+// All pointers are of the device. Shapes as in kernels/layer.h, but xw and h_prev are [D, tokens, ...], so
+// that each direction is one matrix.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ using Stream = void*;  // cudaStream_t
 
 struct Layer {
   DType dtype = DType::f32;
-  int64_t T = 0, B = 0, H = 0, P = 0, tokens = 0;
+  int64_t T = 0, B = 0, H = 0, P = 0;
   int D = 1;
   bool relu = false;                 // RNN
   bool tf32 = false;                 // products of float32 may be of TF32
@@ -36,8 +36,8 @@ struct FwdLayer : Layer {
   const void* xw[2] = {};                   // x W_ih^T, [tokens, G*H], without bias
   const void *b_ih[2] = {}, *b_hh[2] = {};  // or null
   void* y = nullptr;                        // [tokens, D*P]
-  void* hn =
-      nullptr;  // [D, B, P]; stepwise it is also the state: it starts as h0. Null: one step from h0 to y
+  // [D, B, P]; stepwise it is also the state: it starts as h0. Null: one step from h0 to y.
+  void* hn = nullptr;
   void* cn = nullptr;     // [D, B, H]
   void* c = nullptr;      // stepwise: acc [D, B, H], the state; starts as c0. Null: one step from c0 to cn
   void* cells = nullptr;  // acc, or null

@@ -1,7 +1,7 @@
 // One step: after the caller's GEMM, all else in one kernel. A thread takes one unit of one row; everything
 // is read and written once, neighbours in a warp are neighbours in memory. Forward reads per unit and row 2 G
-// elements of products and writes h twice (y, state), so the limit is launches (2 to 3 us for GEMM and
-// kernel) up to some B * H = 10^5, then bandwidth.
+// elements of products and writes h twice (y, state), so the limit is launches (4 to 6 us for GEMM and
+// kernel, computed) up to some B * H = 10^5, then bandwidth.
 #pragma once
 
 #include "gates.cuh"
