@@ -459,10 +459,8 @@ def test_explain_with_inputs_says_what_runs_for_them(monkeypatch):
         UserWarning, match="falls back to torch: there are kernels for cpu and cuda tensors, not for meta"
     ):
         text = seqkernels.explain(meta, torch.zeros(5, 2, 3, device="meta"))
-    assert (
-        text
-        == "(model): seqkernels.LSTM, but torch runs: there are kernels for cpu and cuda tensors, not for meta"
-    )
+    why = "there are kernels for cpu and cuda tensors, not for meta"
+    assert text == f"(model): seqkernels.LSTM, but torch runs: {why}"
     whole = Model()
     seqkernels.swap_(whole, lambda name, _: name != "layers.1")
     whole.unused = seqkernels.GRU(3, 4)
