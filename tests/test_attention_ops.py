@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layouts import apart
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.export import Dim, export
@@ -188,13 +189,35 @@ def test_native_errors(bad):
 
 
 def test_gradient_of_an_expanded_mask():
-    """It would be written where the mask says that several elements are one."""
+    """Each of its elements has one, those that share memory too."""
     tensors, numbers = native_arguments(FEATURES["mask"], torch.float32)
-    tensors[3] = tensors[3].expand(2, 4, 5, 7)
-    out, lse = torch.ops.seqkernels.attention_fwd(*tensors, *numbers)
-    arguments = (torch.ones_like(out), None, *tensors[:3], out, lse, *tensors[3:], *numbers, True)
-    with pytest.raises(RuntimeError, match=r"expected a mask .* got size 2 with stride 0 in dimension 0"):
-        torch.ops.seqkernels.attention_bwd(*arguments)
+    results = []
+    for mask in (tensors[3].expand(2, 4, 5, 7), tensors[3].repeat(2, 4, 1, 1)):
+        tensors[3] = mask
+        out, lse = torch.ops.seqkernels.attention_fwd(*tensors, *numbers)
+        arguments = (torch.ones_like(out), None, *tensors[:3], out, lse, *tensors[3:], *numbers, True)
+        results.append(torch.ops.seqkernels.attention_bwd(*arguments))
+    assert_close(*results)
+
+
+def native_calls(feature: dict):
+    """(op, args) of forward, backward and, where they know the feature, weights."""
+    tensors, numbers = native_arguments(feature, torch.float32)
+    forward, backward = torch.ops.seqkernels.attention_fwd, torch.ops.seqkernels.attention_bwd
+    yield forward, (*tensors, *numbers)
+    out, lse = forward(*tensors, *numbers)
+    additive = tensors[3] is not None and tensors[3].is_floating_point()
+    grads = torch.ones_like(out), torch.ones_like(lse)
+    yield backward, (*grads, *tensors[:3], out, lse, *tensors[3:], *numbers, additive)
+    q, k, _, mask, cu, _, len_k, alibi, sinks = tensors
+    if cu is None and sinks is None:
+        yield torch.ops.seqkernels.attention_weights, (q, k, lse, mask, len_k, alibi, *numbers[:7], False)
+
+
+@features
+def test_native_ops_take_any_strides(feature):
+    for op, args in native_calls(feature):
+        assert_close(op(*apart(args)), op(*args), rtol=0, atol=0, equal_nan=True)
 
 
 def test_sizes_whose_product_overflows():

@@ -1,7 +1,10 @@
 """torch.compile without graph breaks, torch.export with dynamic sizes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from layouts import apart
 from torch import nn
 from torch.export import Dim, export
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -277,6 +280,48 @@ def test_programs_exported_without_gradients_train(kind):
     with torch.no_grad():
         x = torch.randn(4, 3, 5)
         assert_close(program.module()(x), module(x))
+
+
+class Attends(nn.Module):
+    """To itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        sizes = (8, 2) if kind == "MultiheadAttention" else (8, 8, 6)
+        self.inner = getattr(seqkernels, kind)(*sizes)
+
+    def forward(self, x):
+        return self.inner(x, x, x)
+
+
+def example(kind: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A module that calls ops of ours, and its arguments."""
+    if kind.endswith("Attention"):
+        return Attends(kind), (torch.randn(4, 3, 8),)
+    layer = kind in KINDS
+    module, lead = getattr(seqkernels, kind)(5, 7), (1,) if layer else ()
+    hx = [torch.randn(*lead, 3, 7) for _ in range(2 if kind.startswith("LSTM") else 1)]
+    return module, (torch.randn(*((4,) if layer else ()), 3, 5), hx[0] if len(hx) == 1 else tuple(hx))
+
+
+exported_kinds = pytest.mark.parametrize("kind", [*KINDS, *CELLS, "MultiheadAttention", "AdditiveAttention"])
+modes = pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+
+
+@exported_kinds
+@modes
+def test_exported_programs_take_any_strides(kind, mode):
+    module, args = example(kind)
+    program = export(module, args).module()
+    weights = {n: nn.Parameter(apart(w)) for n, w in program.state_dict().items()}
+    with mode():
+        expected = tree_leaves(module(*args))
+        assert_close(tree_leaves(program(*apart(args))), expected)
+        program.load_state_dict(weights, assign=True)
+        assert_close(tree_leaves(program(*apart(args))), expected)
+    if mode is nullcontext:
+        ours, theirs = (results(m, *a)[1] for m, a in ((program, apart(args)), (module, args)))
+        assert_close(ours, theirs)
 
 
 @cells

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from devices import everywhere
+from layouts import apart
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -270,3 +271,34 @@ def test_opcheck_pack(kind):
     weights = [w.detach() for w in Problem(kind, bidirectional=True).weights]
     result = opcheck(torch.ops.seqkernels.rnn_pack.default, (weights, GATES[kind], True))
     assert set(result.values()) == {"SUCCESS"}
+
+
+@kinds
+@shapes
+def test_native_ops_take_any_strides(kind, shape):
+    for op, args in native_calls(kind, shape, torch.float32):
+        assert_close(op(*apart(args)), op(*args), rtol=0, atol=0)
+
+
+@kinds
+def test_native_cells_and_packs_take_any_strides(kind):
+    op = getattr(torch.ops.seqkernels, f"{kind.partition('_')[0]}_cell_fwd")
+    for bias in (True, False):
+        inputs = [t if t is None else t.detach() for t in cell_inputs(kind, bias=bias)]
+        assert_close(op(*apart(inputs), False), op(*inputs, False), rtol=0, atol=0)
+    weights, pack = [w.detach() for w in Problem(kind).weights], torch.ops.seqkernels.rnn_pack
+    assert torch.equal(pack(apart(weights), GATES[kind], False), pack(weights, GATES[kind], False))
+
+
+@everywhere
+@kinds
+@shapes
+def test_saved_tensors_that_come_back_with_other_strides(kind, shape):
+    problem, inputs = Problem(kind, **shape), cell_inputs(kind)
+    for function, leaves in (
+        (partial(problem.call, LAYERS[kind][0]), problem.inputs),
+        (CELLS[kind][0], inputs),
+    ):
+        expected = with_gradients(function, leaves)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, apart):
+            assert_close(with_gradients(function, leaves), expected)

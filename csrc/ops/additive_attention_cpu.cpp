@@ -8,14 +8,15 @@ namespace seqkernels::ops {
 
 namespace {
 
-// One call, checked. Errors name the op, what was got and expected.
+// One call, checked, its tensors laid as the kernels read them. Errors name the op, what was got and
+// expected.
 struct AdditiveCall {
   const char* op;
   const Tensor& q;
   AdditiveAttentionParams p;
 
-  AdditiveCall(const char* op_name, const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& w,
-               const OptionalTensor& mask, const OptionalTensor& len_k)
+  AdditiveCall(const char* op_name, Tensor& q_, Tensor& k, Tensor& v, Tensor& w, const OptionalTensor& mask,
+               OptionalTensor& len_k)
       : op(op_name), q(q_) {
     const auto type = dtype_of(q.scalar_type());
     STD_TORCH_CHECK(type.has_value() && q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "seqkernels::", op,
@@ -25,25 +26,29 @@ struct AdditiveCall {
     p.parallel = torch_threads();
     p.Hq = p.Hk = 1;
     p.B = q.size(0), p.Tq = q.size(1), p.D = q.size(2), p.Tk = k.size(1), p.Dv = v.size(2);
-    p.q = rows(q, "q", {p.B, p.Tq, p.D});
+    p.q = rows(q_, "q", {p.B, p.Tq, p.D});
     p.k = rows(k, "k", {p.B, p.Tk, p.D});
     p.v = rows(v, "v", {p.B, p.Tk, p.Dv});
-    expect(w, "w", {p.D}, w.is_contiguous());
-    p.w = w.const_data_ptr();
+    p.w = whole(w, "w", {p.D});
     if (mask) set_mask(*mask);
     if (len_k) set_lengths(*len_k);
   }
 
   ScalarType acc() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-  void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape, bool lies_well) const {
-    STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_cpu() && t.scalar_type() == q.scalar_type() && lies_well,
+  void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_cpu() && t.scalar_type() == q.scalar_type(),
                     "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
-                    ", with unit stride in its last dimension, dtype and device of q, got shape ",
-                    text(t.sizes()));
+                    ", with dtype and device of q, got shape ", text(t.sizes()));
   }
-  Heads<const void*> rows(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    expect(t, name, shape, t.stride(2) == 1 || t.size(2) <= 1);
+  const void* whole(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    expect(t, name, shape);
+    lay_contiguously(t);
+    return t.const_data_ptr();
+  }
+  Heads<const void*> rows(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    expect(t, name, shape);
+    lay_last_dimension(t);
     return {t.const_data_ptr(), t.stride(0), 0, t.stride(1)};
   }
   static Heads<void*> written(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), 0, t.stride(1)}; }
@@ -68,11 +73,11 @@ struct AdditiveCall {
                                             : MaskKind::additive_acc;
   }
 
-  void set_lengths(const Tensor& len_k) {
-    STD_TORCH_CHECK(len_k.is_cpu() && len_k.scalar_type() == ScalarType::Long && len_k.is_contiguous() &&
-                        len_k.dim() == 1 && len_k.size(0) == p.B,
-                    "seqkernels::", op, ": expected len_k [", p.B, "] as contiguous int64 on the CPU, got ",
-                    text(len_k.sizes()));
+  void set_lengths(Tensor& len_k) {
+    STD_TORCH_CHECK(
+        len_k.is_cpu() && len_k.scalar_type() == ScalarType::Long && len_k.dim() == 1 && len_k.size(0) == p.B,
+        "seqkernels::", op, ": expected len_k [", p.B, "] as int64 on the CPU, got ", text(len_k.sizes()));
+    lay_contiguously(len_k);
     p.len_k = len_k.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < p.B; b++)
       STD_TORCH_CHECK(p.len_k[b] >= 0 && p.len_k[b] <= p.Tk, "seqkernels::", op,
@@ -105,10 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
   const AdditiveCall call("additive_attention_bwd", q, k, v, w, mask, len_k);
   auto p = call.params<AdditiveAttentionBwdParams>();
   p.dout = call.rows(dout, "dout", {p.B, p.Tq, p.Dv});
-  if (dweights) {
-    call.expect(*dweights, "dweights", {p.B, p.Tq, p.Tk}, dweights->is_contiguous());
-    p.dweights = dweights->const_data_ptr();
-  }
+  if (dweights) p.dweights = call.whole(*dweights, "dweights", {p.B, p.Tq, p.Tk});
   Tensor dq = large_empty(q, q.sizes()), dk = large_empty(k, k.sizes()), dv = large_empty(v, v.sizes());
   Tensor dw = empty(w, w.sizes());
   Tensor dscores = need_dscores ? large_empty(q, {p.B, p.Tq, p.Tk}, call.acc()) : none_like(q, call.acc());

@@ -9,7 +9,8 @@ namespace seqkernels::ops {
 
 namespace {
 
-// One call, checked. Errors name the op, what was got and expected.
+// One call, checked, its tensors laid as the kernels read them. Errors name the op, what was got and
+// expected.
 struct AttentionCall {
   const char* op;
   const Tensor& q;
@@ -17,21 +18,21 @@ struct AttentionCall {
   int64_t rows;  // of lse: B, or 1 with cu_q
   AttentionParams p;
 
-  AttentionCall(const char* op_name, const Tensor& q_, const Tensor& k, const Tensor* v,
-                const OptionalTensor& cu_q, const OptionalTensor& cu_k)
+  AttentionCall(const char* op_name, Tensor& q_, Tensor& k, Tensor* v, OptionalTensor& cu_q,
+                OptionalTensor& cu_k)
       : op(op_name), q(q_) {
     const auto type = dtype_of(q.scalar_type());
     STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
                     ": expected q of float32, float64, bfloat16 or float16");
     dtype = p.dtype = *type;
     p.parallel = torch_threads();
-    p.q = heads<const void>(q, "q");
-    p.k = heads<const void>(k, "k");
+    p.q = heads(q_, "q");
+    p.k = heads(k, "k");
     rows = p.B = q.size(0), p.Hq = q.size(1), p.Tq = q.size(2), p.D = q.size(3);
     p.Hk = k.size(1), p.Tk = k.size(2);
     expect(k, "k", {p.B, p.Hk, p.Tk, p.D});
     if (v) {
-      p.v = heads<const void>(*v, "v");
+      p.v = heads(*v, "v");
       p.Dv = v->size(3);
       expect(*v, "v", {p.B, p.Hk, p.Tk, p.Dv});
     }
@@ -53,35 +54,29 @@ struct AttentionCall {
   }
   ScalarType acc() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-  template <class Void>
-  Heads<Void*> heads(const Tensor& t, const char* name) const {
+  Heads<const void*> heads(Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4, "seqkernels::", op,
                     ": expected ", name, " of 4 dimensions, with dtype and device of q, got shape ",
                     text(t.sizes()));
-    STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1, "seqkernels::", op, ": expected ", name,
-                    " with unit stride in its last dimension, got stride ", t.stride(3));
-    if constexpr (std::is_const_v<Void>)
-      return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-    else
-      return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+    lay_last_dimension(t);
+    return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
   }
   // What the ops hand out: [B, T, H, features] in memory.
   Heads<void*> by_tokens(const Tensor& t) const {
     return {t.mutable_data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
   }
-  Heads<const void*> read_by_tokens(const Tensor& t, const char* name,
-                                    const std::vector<int64_t>& shape) const {
-    const Heads<const void*> h = heads<const void>(t, name);
+  Heads<const void*> read_by_tokens(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    const Heads<const void*> h = heads(t, name);
     expect(t, name, shape);
     return {h.data, h.b, h.t, h.h};
   }
 
   // [S + 1] from 0 to the number of tokens, never falling; `longest` in: tokens, out: of one sequence.
-  const int64_t* offsets(const Tensor& t, const char* name, int64_t& longest) const {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.is_contiguous() &&
-                        t.size(0) == p.B + 1 && p.B >= 0,
-                    "seqkernels::", op, ": expected ", name,
-                    " as contiguous int64 [sequences + 1] on the CPU");
+  const int64_t* offsets(Tensor& t, const char* name, int64_t& longest) const {
+    STD_TORCH_CHECK(
+        t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == p.B + 1 && p.B >= 0,
+        "seqkernels::", op, ": expected ", name, " as int64 [sequences + 1] on the CPU");
+    lay_contiguously(t);
     const int64_t *at = t.const_data_ptr<int64_t>(), tokens = longest;
     bool rising = at[0] == 0 && at[p.B] == tokens;
     longest = 0;
@@ -94,13 +89,12 @@ struct AttentionCall {
     return at;
   }
 
-  // acc, contiguous.
-  const void* read(const OptionalTensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    if (!t) return nullptr;
-    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == acc() && t->is_contiguous(), "seqkernels::", op,
-                    ": expected ", name, " contiguous on the CPU, in float32, or float64 where q is");
-    expect(*t, name, shape);
-    return t->const_data_ptr();
+  const void* read(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == acc(), "seqkernels::", op, ": expected ", name,
+                    " on the CPU, in float32, or float64 where q is");
+    expect(t, name, shape);
+    lay_contiguously(t);
+    return t.const_data_ptr();
   }
 
   void visibility(double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
@@ -109,8 +103,7 @@ struct AttentionCall {
     p.scale = scale, p.softcap = softcap, p.left = left, p.right = right, p.bottom_right = bottom_right;
   }
 
-  void modifiers(const OptionalTensor& mask, const OptionalTensor& len_k, const OptionalTensor& alibi,
-                 const OptionalTensor& sinks) {
+  void modifiers(const OptionalTensor& mask, OptionalTensor& len_k, OptionalTensor& alibi, Tensor* sinks) {
     STD_TORCH_CHECK(!p.cu_q || (!mask && !len_k), "seqkernels::", op,
                     ": expected no mask and no len_k with cu_q");
     if (mask) {
@@ -133,24 +126,26 @@ struct AttentionCall {
                                               : MaskKind::additive_acc;
     }
     if (len_k) {
-      STD_TORCH_CHECK(len_k->is_cpu() && len_k->scalar_type() == ScalarType::Long && len_k->is_contiguous(),
-                      "seqkernels::", op, ": expected len_k as contiguous int64 on the CPU");
+      STD_TORCH_CHECK(len_k->is_cpu() && len_k->scalar_type() == ScalarType::Long, "seqkernels::", op,
+                      ": expected len_k as int64 on the CPU");
       expect(*len_k, "len_k", {p.B});
+      lay_contiguously(*len_k);
       p.len_k = len_k->const_data_ptr<int64_t>();
       for (int64_t b = 0; b < p.B; b++)
         STD_TORCH_CHECK(p.len_k[b] >= 0 && p.len_k[b] <= p.Tk, "seqkernels::", op,
                         ": expected len_k from 0 to the ", p.Tk, " keys, got ", p.len_k[b], " at ", b);
     }
     if (alibi) {
-      STD_TORCH_CHECK(alibi->is_cpu() && alibi->scalar_type() == ScalarType::Float && alibi->is_contiguous(),
-                      "seqkernels::", op, ": expected alibi as contiguous float32 on the CPU");
+      STD_TORCH_CHECK(alibi->is_cpu() && alibi->scalar_type() == ScalarType::Float, "seqkernels::", op,
+                      ": expected alibi as float32 on the CPU");
       if (alibi->dim() == 1)
         expect(*alibi, "alibi", {p.Hq});
       else
         expect(*alibi, "alibi", {p.B, p.Hq}), p.alibi_b = p.Hq;
+      lay_contiguously(*alibi);
       p.alibi = alibi->const_data_ptr<float>();
     }
-    p.sinks = read(sinks, "sinks", {p.Hq});
+    if (sinks) p.sinks = read(*sinks, "sinks", {p.Hq});
   }
 };
 
@@ -168,7 +163,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
                                          double dropout, OptionalTensor, int64_t, int64_t) {
   AttentionCall call("attention_fwd", q, k, &v, cu_q, cu_k);
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
-  call.modifiers(mask, len_k, alibi, sinks);
+  call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   Tensor out = large_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
   Tensor lse = empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
   auto p = params_of<AttentionFwdParams>(call);
@@ -183,22 +178,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     OptionalTensor mask, OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k, OptionalTensor alibi,
     OptionalTensor sinks, double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
     double dropout, OptionalTensor, int64_t, int64_t, bool need_dmask) {
+  if (mask && need_dmask) lay_contiguously(*mask);  // a gradient for each element, those of one place too
   AttentionCall call("attention_bwd", q, k, &v, cu_q, cu_k);
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
-  call.modifiers(mask, len_k, alibi, sinks);
+  call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   const int64_t tokens_q = q.size(2), tokens_k = k.size(2);
   auto p = params_of<AttentionBwdParams>(call);
   p.out = call.read_by_tokens(out, "out", {call.rows, tokens_q, p.Hq, p.Dv});
   p.dout = call.read_by_tokens(dout, "dout", {call.rows, tokens_q, p.Hq, p.Dv});
   p.lse = call.read(lse, "lse", {call.rows, p.Hq, tokens_q});
-  p.dlse = call.read(dlse, "dlse", {call.rows, p.Hq, tokens_q});
+  if (dlse) p.dlse = call.read(*dlse, "dlse", {call.rows, p.Hq, tokens_q});
   STD_TORCH_CHECK(!need_dmask || (mask && p.mask_kind != MaskKind::boolean), "seqkernels::attention_bwd",
                   ": expected a float mask where its gradient is wanted");
-  for (int64_t d = 0; need_dmask && d < mask->dim(); d++)
-    STD_TORCH_CHECK(
-        mask->size(d) == 1 || mask->stride(d) != 0, "seqkernels::attention_bwd",
-        ": expected a mask whose gradient is wanted to be of size 1 where it is broadcast, got size ",
-        mask->size(d), " with stride 0 in dimension ", d, ": call contiguous() on it");
   Tensor dq = large_empty(q, {call.rows, tokens_q, p.Hq, p.D});
   Tensor dk = large_empty(q, {call.rows, tokens_k, p.Hk, p.D});
   Tensor dv = large_empty(q, {call.rows, tokens_k, p.Hk, p.Dv});
@@ -214,9 +205,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, OptionalTensor len_k,
                          OptionalTensor alibi, double scale, double softcap, int64_t left, int64_t right,
                          bool bottom_right, double dropout, OptionalTensor, bool mean) {
-  AttentionCall call("attention_weights", q, k, nullptr, std::nullopt, std::nullopt);
+  OptionalTensor none;
+  AttentionCall call("attention_weights", q, k, nullptr, none, none);
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
-  call.modifiers(mask, len_k, alibi, std::nullopt);
+  call.modifiers(mask, len_k, alibi, nullptr);
   auto p = params_of<AttentionWeightsParams>(call);
   std::vector<int64_t> shape{p.B, p.Tq, p.Tk};
   if (!mean) shape.insert(shape.begin() + 1, p.Hq);

@@ -6,14 +6,15 @@ namespace seqkernels::ops {
 namespace {
 
 // x [M, K] by strides, w [N, K]: what both ops take, checked.
-LinearParams params_of(const char* op, const Tensor& x, const Tensor& w) {
+LinearParams params_of(const char* op, const Tensor& x, Tensor& w) {
   const auto dtype = dtype_of(x.scalar_type());
   STD_TORCH_CHECK(dtype.has_value(), "seqkernels::", op,
                   ": expected x of float32, float64, bfloat16 or float16");
   STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "seqkernels::", op,
                   ": expected x [M, K] and w [N, K], got ", text(x.sizes()), " and ", text(w.sizes()));
-  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.is_cpu() && w.is_contiguous(), "seqkernels::", op,
-                  ": expected w contiguous, on the CPU and of the dtype of x");
+  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.is_cpu(), "seqkernels::", op,
+                  ": expected w on the CPU and of the dtype of x");
+  lay_contiguously(w);
   LinearParams p;
   p.dtype = *dtype, p.M = x.size(0), p.N = w.size(0), p.K = w.size(1);
   p.w = w.const_data_ptr();
@@ -21,13 +22,12 @@ LinearParams params_of(const char* op, const Tensor& x, const Tensor& w) {
   return p;
 }
 // Rows of `t` [M, columns], which may lie apart; returns their stride.
-int64_t rows_of(const char* op, const Tensor& t, const char* name, const Tensor& like, int64_t M,
-                int64_t columns) {
+int64_t rows_of(const char* op, Tensor& t, const char* name, const Tensor& like, int64_t M, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == M && t.size(1) == columns && t.is_cpu() &&
-                      t.scalar_type() == like.scalar_type() && (t.stride(1) == 1 || columns <= 1),
+                      t.scalar_type() == like.scalar_type(),
                   "seqkernels::", op, ": expected ", name, " of [", M, ", ", columns,
-                  "] on the CPU, of the dtype of w, with unit stride in its last dimension, got ",
-                  text(t.sizes()));
+                  "] on the CPU, of the dtype of w, got ", text(t.sizes()));
+  lay_last_dimension(t);
   return t.stride(0);
 }
 
@@ -36,10 +36,10 @@ Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
   static_cast<LinearParams&>(p) = params_of("linear_fwd", x, w);
   p.x_m = rows_of("linear_fwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
   if (b) {
-    STD_TORCH_CHECK(b->dim() == 1 && b->size(0) == p.N && b->is_cpu() && b->is_contiguous() &&
-                        b->scalar_type() == x.scalar_type(),
-                    "seqkernels::linear_fwd: expected b [", p.N,
-                    "], contiguous, on the CPU, of the dtype of x, got ", text(b->sizes()));
+    STD_TORCH_CHECK(b->dim() == 1 && b->size(0) == p.N && b->is_cpu() && b->scalar_type() == x.scalar_type(),
+                    "seqkernels::linear_fwd: expected b [", p.N, "] on the CPU, of the dtype of x, got ",
+                    text(b->sizes()));
+    lay_contiguously(*b);
     p.b = b->const_data_ptr();
   }
   Tensor y = large_empty(x, {p.M, p.N});

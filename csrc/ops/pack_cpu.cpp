@@ -39,11 +39,11 @@ Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional) {
   STD_TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                   "seqkernels::rnn_pack: expected w_ih [G*H, I], w_hh [G*H, P], ...");
   const std::vector<int64_t> x{1, 1, weights[0].size(1)}, h0{bidirectional ? 2 : 1, 1, weights[1].size(1)};
-  const Tensor h = empty(weights[0], h0);
-  const LayerCall call("rnn_pack", static_cast<int>(gates), empty(weights[0], x), h, weights, std::nullopt,
-                       std::nullopt, bidirectional);
+  Tensor inputs = empty(weights[0], x), h = empty(weights[0], h0);
+  OptionalTensor none;
+  const LayerCall call("rnn_pack", static_cast<int>(gates), inputs, h, weights, none, none, bidirectional);
   LayerParams p;
-  call.fill(p, h, weights, std::nullopt, std::nullopt);
+  call.fill(p, h, weights, none, none);
   Tensor out = large_empty(weights[0], {packed_size(call, p)}, ScalarType::Byte);
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const PackedHeader header = header_of(call);

@@ -9,21 +9,20 @@ int64_t weights_per_direction(const Tensors& weights, int64_t D) {
 }
 
 // Seven of these stand before a step of one row, which takes microseconds: nothing is allocated.
-void check_tensor(const char* op, const Tensor& x, const Tensor& t, const char* name, Shape shape,
+void check_tensor(const char* op, const Tensor& x, Tensor& t, const char* name, Shape shape,
                   ScalarType type) {
   STD_TORCH_CHECK(same_device(t, x) && t.scalar_type() == type, "seqkernels::", op, ": expected ", name,
                   type == x.scalar_type() ? "" : " (accumulation type)", " of the dtype and device of x");
-  STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_contiguous(), "seqkernels::", op, ": expected ", name,
-                  " contiguous of shape ", text(shape), ", got ",
-                  t.is_contiguous() ? "" : "strides of its own and ", text(t.sizes()));
+  STD_TORCH_CHECK(t.sizes().equals(shape), "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
+                  ", got ", text(t.sizes()));
+  lay_contiguously(t);
 }
 
 }  // namespace
 
-LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h0,
-                     const Tensors& weights, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
-                     bool bidirectional)
-    : op(op_name), G(gates), D(bidirectional ? 2 : 1), x(x_) {
+LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Tensors& weights,
+                     OptionalTensor& batch_sizes, OptionalTensor& resets, bool bidirectional)
+    : op(op_name), G(gates), D(bidirectional ? 2 : 1) {
   const auto type = dtype_of(x_.scalar_type());
   STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
                   ": expected x of float32, float64, bfloat16 or float16");
@@ -46,14 +45,13 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   H = weights[0].size(0) / G;
   STD_TORCH_CHECK(I > 0 && H > 0 && P > 0, "seqkernels::", op,
                   ": expected at least one input and one hidden unit");
-  STD_TORCH_CHECK(x_.stride(dims - 1) == 1 || I == 1, "seqkernels::", op,
-                  ": expected x with unit stride in its last", " dimension, got stride ",
-                  x_.stride(dims - 1));
+  lay_last_dimension(x_);
+  x = x_;
   if (batch_sizes) {
-    const Tensor& sizes = *batch_sizes;
-    STD_TORCH_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1 &&
-                        sizes.is_contiguous(),
-                    "seqkernels::", op, ": expected batch_sizes as contiguous int64 [T] on the CPU");
+    Tensor& sizes = *batch_sizes;
+    STD_TORCH_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1,
+                    "seqkernels::", op, ": expected batch_sizes as int64 [T] on the CPU");
+    lay_contiguously(sizes);
     T = sizes.size(0);
     const int64_t* n = sizes.const_data_ptr<int64_t>();
     N = 0;
@@ -75,15 +73,16 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
     leading = {T, B};
     if (resets) {
       STD_TORCH_CHECK(same_device(*resets, x_) && resets->scalar_type() == ScalarType::Bool &&
-                          resets->is_contiguous() && resets->sizes().equals(leading),
-                      "seqkernels::", op, ": expected resets as contiguous bool ", text(leading),
+                          resets->sizes().equals(leading),
+                      "seqkernels::", op, ": expected resets as bool ", text(leading),
                       " on the device of x, got ", text(resets->sizes()));
+      lay_contiguously(*resets);
     }
   }
   STD_TORCH_CHECK(T > 0, "seqkernels::", op, ": Expected sequence length to be larger than 0 in RNN");
   check(h0, "h0", {D, B, P});
   for (int64_t d = 0; d < D; d++) {
-    const Tensor* w = &weights[d * per];
+    Tensor* w = &weights[d * per];
     check(w[0], "w_ih", {G * H, I});
     check(w[1], "w_hh", {G * H, P});
     if (has_bias) check(w[2], "b_ih", {G * H}), check(w[3], "b_hh", {G * H});
@@ -92,12 +91,11 @@ LayerCall::LayerCall(const char* op_name, int gates, const Tensor& x_, const Ten
   STD_TORCH_CHECK(projected || P == H, "seqkernels::", op, ": expected h0 of ", H, " units, got ", P);
 }
 
-void LayerCall::check(const Tensor& t, const char* name, Shape shape, bool accumulation) const {
+void LayerCall::check(Tensor& t, const char* name, Shape shape, bool accumulation) const {
   check_tensor(op, *x, t, name, shape, accumulation ? accumulation_type() : x->scalar_type());
 }
 
-const void* LayerCall::gradient(const OptionalTensor& t, const char* name, Shape shape,
-                                bool accumulation) const {
+const void* LayerCall::gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation) const {
   if (!t) return nullptr;
   check(*t, name, shape, accumulation);
   return t->const_data_ptr();
@@ -134,8 +132,8 @@ void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights,
   p.parallel = torch_threads();
 }
 
-CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tensor& h_, const Tensor& w_ih_,
-                   const Tensor& w_hh_, const OptionalTensor& b_ih_, const OptionalTensor& b_hh_)
+CellCall::CellCall(const char* op_name, int gates, Tensor& x_, Tensor& h_, Tensor& w_ih_, Tensor& w_hh_,
+                   OptionalTensor& b_ih_, OptionalTensor& b_hh_)
     : op(op_name), G(gates), x(x_), h(h_), w_ih(w_ih_), w_hh(w_hh_), b_ih(b_ih_), b_hh(b_hh_) {
   const auto type = dtype_of(x.scalar_type());
   STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
@@ -147,14 +145,14 @@ CellCall::CellCall(const char* op_name, int gates, const Tensor& x_, const Tenso
   STD_TORCH_CHECK(I > 0 && H > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
   STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "seqkernels::", op,
                   ": expected both biases or neither");
-  check(x, "x", {B, I});
-  check(h, "h", {B, H});
-  check(w_ih, "w_ih", {G * H, I});
-  check(w_hh, "w_hh", {G * H, H});
-  if (b_ih) check(*b_ih, "b_ih", {G * H}), check(*b_hh, "b_hh", {G * H});
+  check(x_, "x", {B, I});
+  check(h_, "h", {B, H});
+  check(w_ih_, "w_ih", {G * H, I});
+  check(w_hh_, "w_hh", {G * H, H});
+  if (b_ih) check(*b_ih_, "b_ih", {G * H}), check(*b_hh_, "b_hh", {G * H});
 }
 
-void CellCall::check(const Tensor& t, const char* name, Shape shape) const {
+void CellCall::check(Tensor& t, const char* name, Shape shape) const {
   check_tensor(op, x, t, name, shape, x.scalar_type());
 }
 

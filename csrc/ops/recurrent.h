@@ -8,8 +8,8 @@
 
 namespace seqkernels::ops {
 
-// One layer call, checked: sizes and the tensors that every kernel reads. Errors name the op, what was got
-// and expected.
+// One layer call, checked: sizes and the tensors that every kernel reads, laid as it reads them. Errors name
+// the op, what was got and expected.
 struct LayerCall {
   const char* op;
   int G;
@@ -17,23 +17,22 @@ struct LayerCall {
   DType dtype;
   bool has_bias, projected;
   std::vector<int64_t> leading;  // of y and the like: {T, B} or {N}
-  OptionalTensor x;              // as given
+  OptionalTensor x;
 
-  LayerCall(const char* op, int G, const Tensor& x, const Tensor& h0, const Tensors& weights,
-            const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool bidirectional);
+  LayerCall(const char* op, int G, Tensor& x, Tensor& h0, Tensors& weights, OptionalTensor& batch_sizes,
+            OptionalTensor& resets, bool bidirectional);
 
   void fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
             const OptionalTensor& resets) const;
-  void check(const Tensor& t, const char* name, Shape shape, bool accumulation = false) const;
+  void check(Tensor& t, const char* name, Shape shape, bool accumulation = false) const;
   // data of an optional gradient with the given shape, or null
-  const void* gradient(const OptionalTensor& t, const char* name, Shape shape,
-                       bool accumulation = false) const;
+  const void* gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation = false) const;
   std::vector<int64_t> tokens_by(int64_t columns) const;
   ScalarType accumulation_type() const;
 };
 
-// One step of a cell, checked; lighter than LayerCall because a step at B = 1 takes microseconds. Contiguous
-// tensors.
+// One step of a cell, checked, its tensors laid contiguously; lighter than LayerCall because a step at B = 1
+// takes microseconds.
 struct CellCall {
   const char* op;
   int G;
@@ -42,10 +41,10 @@ struct CellCall {
   const Tensor &x, &h, &w_ih, &w_hh;
   const OptionalTensor &b_ih, &b_hh;
 
-  CellCall(const char* op, int G, const Tensor& x, const Tensor& h, const Tensor& w_ih, const Tensor& w_hh,
-           const OptionalTensor& b_ih, const OptionalTensor& b_hh);
+  CellCall(const char* op, int G, Tensor& x, Tensor& h, Tensor& w_ih, Tensor& w_hh, OptionalTensor& b_ih,
+           OptionalTensor& b_hh);
   void fill(LayerParams& p) const;
-  void check(const Tensor& t, const char* name, Shape shape) const;
+  void check(Tensor& t, const char* name, Shape shape) const;
 };
 
 // New tensors shaped like the weights, and their pointers in `out`.

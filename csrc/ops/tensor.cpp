@@ -37,6 +37,18 @@ bool same_device(const Tensor& a, const Tensor& b) {
          a.get_device_index() == b.get_device_index();
 }
 
+void lay_contiguously(Tensor& t) {
+  if (t.is_contiguous()) return;
+  Tensor copy = empty(t, t.sizes());  // and not stable::contiguous, whose errors are without words
+  torch::stable::copy_(copy, t);
+  t = copy;
+}
+
+void lay_last_dimension(Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.stride(last) != 1 && t.size(last) > 1) lay_contiguously(t);
+}
+
 Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* arg) {

@@ -26,6 +26,11 @@ std::optional<DType> dtype_of(ScalarType type);
 
 bool same_device(const Tensor& a, const Tensor& b);
 
+// Kernels read features, and small tensors as a whole, as they lie: what lies otherwise is replaced by a
+// copy. An exported program meets such tensors, as no Python looks at them there.
+void lay_contiguously(Tensor& t);
+void lay_last_dimension(Tensor& t);
+
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 
