@@ -324,6 +324,15 @@ def test_exported_programs_take_any_strides(kind, mode):
         assert_close(ours, theirs)
 
 
+@modes
+def test_errors_of_exported_programs_say_what_is_wrong(mode):
+    module = nn.GRUCell(5, 7)
+    seqkernels.swap_(holder := nn.ModuleList([module]))
+    program = export(holder[0], (torch.randn(3, 5), torch.randn(3, 7))).module()
+    with mode(), pytest.raises(RuntimeError, match=r"seqkernels::gru_cell_fwd: expected h of the dtype"):
+        program(torch.randn(3, 5), torch.randn(3, 7).double())
+
+
 @cells
 def test_cells_of_one_tensor_twice_in_one_graph(kind):
     """As decoders feed themselves; torch.compile wants the inputs of a Function distinct."""

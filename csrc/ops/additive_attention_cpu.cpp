@@ -125,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
+  m.impl("additive_attention_fwd.exported", TORCH_BOX(&additive_attention_fwd));
   m.impl("additive_attention_bwd", TORCH_BOX(&additive_attention_bwd));
 }
 

@@ -224,8 +224,10 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, Op
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_fwd.exported", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
   m.impl("attention_weights", TORCH_BOX(&attention_weights));
+  m.impl("attention_weights.exported", TORCH_BOX(&attention_weights));
 }
 
 }  // namespace seqkernels::ops

@@ -63,8 +63,10 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("gru_layer_fwd", TORCH_BOX(&gru_layer_fwd));
+  m.impl("gru_layer_fwd.exported", TORCH_BOX(&gru_layer_fwd));
   m.impl("gru_layer_bwd", TORCH_BOX(&gru_layer_bwd));
   m.impl("gru_cell_fwd", TORCH_BOX(&gru_cell_fwd));
+  m.impl("gru_cell_fwd.exported", TORCH_BOX(&gru_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

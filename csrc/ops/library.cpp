@@ -1,7 +1,6 @@
 // Every op's schema. Recurrent shapes: T steps, B rows, N tokens, D directions, P = H or the projection's
 // size; `weights` is the layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means:
 // not saved, rebuild them.
-#include <algorithm>
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
@@ -14,16 +13,6 @@ namespace {
 void set_isa(std::string name) { force_isa(name.c_str()); }
 std::string get_isa() { return isa_name(active_isa()); }
 bool exact_products() { return false; }
-
-template <size_t n>
-struct Name {
-  char text[n];
-  constexpr Name(const char (&name)[n]) { std::copy_n(name, n, text); }
-};
-template <Name op>
-void call(StableIValue* stack, uint64_t, uint64_t) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.text, "", stack, TORCH_ABI_VERSION));
-}
 
 }  // namespace
 
@@ -110,16 +99,6 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("get_isa", TORCH_BOX(&get_isa));
-  m.impl("lstm_layer_fwd.exported", &call<"seqkernels::lstm_layer_fwd">);
-  m.impl("lstm_cell_fwd.exported", &call<"seqkernels::lstm_cell_fwd">);
-  m.impl("gru_layer_fwd.exported", &call<"seqkernels::gru_layer_fwd">);
-  m.impl("gru_cell_fwd.exported", &call<"seqkernels::gru_cell_fwd">);
-  m.impl("rnn_layer_fwd.exported", &call<"seqkernels::rnn_layer_fwd">);
-  m.impl("rnn_cell_fwd.exported", &call<"seqkernels::rnn_cell_fwd">);
-  m.impl("attention_fwd.exported", &call<"seqkernels::attention_fwd">);
-  m.impl("attention_weights.exported", &call<"seqkernels::attention_weights">);
-  m.impl("additive_attention_fwd.exported", &call<"seqkernels::additive_attention_fwd">);
-  m.impl("linear_fwd.exported", &call<"seqkernels::linear_fwd">);
 }
 
 // Python's goes before it: CompositeExplicitAutograd.

@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor w, boo
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  m.impl("linear_fwd.exported", TORCH_BOX(&linear_fwd));
   m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
 }
 

@@ -78,8 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("lstm_layer_fwd", TORCH_BOX(&lstm_layer_fwd));
+  m.impl("lstm_layer_fwd.exported", TORCH_BOX(&lstm_layer_fwd));
   m.impl("lstm_layer_bwd", TORCH_BOX(&lstm_layer_bwd));
   m.impl("lstm_cell_fwd", TORCH_BOX(&lstm_cell_fwd));
+  m.impl("lstm_cell_fwd.exported", TORCH_BOX(&lstm_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

@@ -57,8 +57,10 @@ Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
+  m.impl("rnn_layer_fwd.exported", TORCH_BOX(&rnn_layer_fwd));
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
   m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
+  m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
   m.impl("rnn_pack", TORCH_BOX(&rnn_pack));
 }
 

@@ -72,8 +72,10 @@ std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, 
 
 STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
   m.impl("rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
+  m.impl("rnn_layer_fwd.exported", TORCH_BOX(&rnn_layer_fwd));
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
   m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
+  m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
   m.impl("rnn_pack", TORCH_BOX(&rnn_pack_nothing));
   m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
 }

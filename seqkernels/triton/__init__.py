@@ -12,6 +12,7 @@ from torch import Tensor
 
 OPS = ("attention_fwd", "attention_bwd", "attention_weights", "paged_attention_fwd")
 ADDITIVE_OPS = ("additive_attention_fwd", "additive_attention_bwd")
+EXPORTED = ("attention_fwd", "attention_weights", "additive_attention_fwd")  # exported programs call an overload
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INSTALLED = find_spec("triton") is not None
 
@@ -30,7 +31,9 @@ def register() -> None:
     )
     for module, names in (("launch", OPS), ("launch_additive", ADDITIVE_OPS)):
         for name in names:
-            library.impl(name, _at_first_call(module, name), "CUDA")
+            overloads = (name, f"{name}.exported") if name in EXPORTED else (name,)
+            for overload in overloads:
+                library.impl(overload, _at_first_call(module, name), "CUDA")
     _library.append(library)
 
 
