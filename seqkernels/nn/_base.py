@@ -44,7 +44,7 @@ def as_one_node(module: Module, input: Proxy, *args, **kwargs) -> Proxy:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; by our product where tensors on the CPU are taken as they are."""
     ours = x.device.type == "cpu" == weight.device.type and x.dtype == weight.dtype and is_plain(weight, bias)
-    if ours and not torch.is_autocast_enabled("cpu"):
+    if ours and not torch.is_autocast_enabled("cpu") and support.why_torch(x) is None:
         return linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
