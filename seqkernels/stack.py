@@ -12,6 +12,7 @@ from seqkernels import pipeline, ragged, support
 from seqkernels.ops import gru as gru_ops
 from seqkernels.ops import lstm as lstm_ops
 from seqkernels.ops import rnn as rnn_ops
+from seqkernels.ops._autograd import autocast, autocast_dtypes
 from seqkernels.reference import gru, lstm, rnn
 
 States = Sequence[Tensor]
@@ -101,7 +102,8 @@ def run(
         support.fall_back(why_torch)
         prepacked = None
     elif torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype, *dtypes = _autocast_dtypes(cell, states, batch_sizes)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        dtypes = autocast_dtypes(cell.gates, dtype, states, batch_sizes)
         x, *states = autocast(dtype, x, *states)
         weights, prepacked = autocast(dtype, *weights), None
 
@@ -201,7 +203,9 @@ def _layers(
         finals = _joined(finals)
     else:
         x, finals, cells = in_turn(one, x, states_of, weights_of)
-    return [x, *(c.to(x.dtype) for c in cells if c is not None)], finals
+    # no cast to the same dtype: a program would insist on it, under autocast too
+    cells = [c if c.dtype == x.dtype else c.to(x.dtype) for c in cells if c is not None]
+    return [x, *cells], finals
 
 
 def by_layer(
@@ -274,29 +278,3 @@ def _time_major(resets: Tensor, x: Tensor, batch_first: bool) -> Tensor:
         expected, got = list(x.shape[:2]), list(resets.shape)
         raise ValueError(f"resets must be torch.bool of shape {expected}, got {resets.dtype} of shape {got}")
     return (resets.transpose(0, 1) if batch_first else resets).to(x.device).contiguous()
-
-
-def autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """As torch.autocast casts, which leaves float64 and what is no float as they are."""
-
-    def casts(t: Tensor | None) -> bool:
-        return t is not None and t.is_floating_point() and t.dtype != torch.float64
-
-    return [t.to(dtype) if casts(t) else t for t in tensors]
-
-
-def _autocast_dtypes(
-    cell: Cell, states: States, batch_sizes: Tensor | None
-) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """The dtype to compute in, and what torch gives to (output, h) and to (cells, c) under the same autocast.
-
-    Where torch runs a loop of single ops, a state blended with the one before takes the wider dtype.
-    """
-    dtype = torch.get_autocast_dtype(states[0].device.type)
-    if states[0].is_cuda:
-        return dtype, dtype, dtype
-    projection = cell is LSTM and states[0].size(2) != states[1].size(2)
-    ragged = batch_sizes is not None and int(batch_sizes[0]) > int(batch_sizes[-1])
-    blends = cell is GRU or (cell is LSTM and (ragged or projection))
-    state_dtype = torch.promote_types(dtype, states[-1].dtype) if blends else dtype
-    return dtype, dtype if projection else state_dtype, state_dtype

@@ -1,11 +1,13 @@
 """torch.compile without graph breaks, torch.export with dynamic sizes."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 from layouts import apart
 from torch import nn
+from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -322,6 +324,97 @@ def test_exported_programs_take_any_strides(kind, mode):
     if mode is nullcontext:
         ours, theirs = (results(m, *a)[1] for m, a in ((program, apart(args)), (module, args)))
         assert_close(ours, theirs)
+
+
+@exported_kinds
+@modes
+def test_exported_programs_under_autocast(kind, mode):
+    """With states of the example's dtype and of autocast's, of which results take one."""
+    module, args = example(kind)
+    wrapped = nn.Sequential(nn.Linear(args[0].size(-1), args[0].size(-1)), module)
+    wrapped.forward = lambda x, *rest: wrapped[1](wrapped[0](x), *rest)
+    program = export(wrapped, args).module()
+    for given in ((args), (args[0], *torch.utils._pytree.tree_map(torch.Tensor.bfloat16, args[1:]))):
+        with mode(), torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = tree_leaves(program(*given)), tree_leaves(wrapped(*given))
+            assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+            assert_close(ours, theirs)
+    if mode is nullcontext:
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = ([r.float() for r in results(m, *args)[1]] for m in (program, wrapped))
+        assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_exported_programs_in_float64_under_autocast():
+    module, x = seqkernels.GRU(5, 7).double(), torch.randn(4, 3, 5).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(export(module, (x,)).module()(x), module(x))
+
+
+@kinds
+def test_exported_programs_with_lengths_under_autocast(kind):
+    module, lengths = WithLengths(getattr(seqkernels, kind)(5, 7)), torch.tensor([4, 0, 2])
+    x = torch.randn(4, 3, 5)
+    program = export(module, (x, lengths)).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(program(x, lengths), module(x, lengths))
+
+
+class WithCellStates(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, resets):
+        return self.inner(x, resets=resets, return_cell_states=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True}])
+def test_exported_programs_with_cell_states_under_autocast(options):
+    x, resets = torch.randn(4, 3, 5), torch.rand(4, 3) < 0.4
+    module = WithCellStates(seqkernels.LSTM(5, 7, **options))
+    program = export(module, (x, resets)).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(program(x, resets), module(x, resets), rtol=1e-2, atol=1e-2)
+
+
+@exported_kinds
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_exported_programs_under_torch_func(kind, frozen):
+    module, args = example(kind)
+    module.requires_grad_(not frozen)
+    # torch's own oneDNN layers have no forward-mode derivatives
+    reference, x = copy.deepcopy(module).double(), args[0]
+    program = export(module, args).module()
+
+    def one(f, like):
+        rest = torch.utils._pytree.tree_map(lambda t: t.to(like), args[1:])
+        return lambda x: tree_leaves(f(x.to(like), *rest))[0].to(x)
+
+    ours, theirs = one(program, torch.float32), one(reference, torch.float64)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    expected, direction = torch.func.jvp(theirs, (x,), (torch.ones_like(x),)), torch.ones_like(x)
+    assert_close(torch.func.jvp(ours, (x,), (direction,)), expected, **close)
+    for mode in (nullcontext, torch.no_grad):
+        with mode(), forward_ad.dual_level():
+            y, tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction)))
+            assert_close((y, tangent), expected, **close)
+
+    gradient = [torch.func.grad(lambda x, f=f: f(x).sin().sum()) for f in (ours, theirs)]
+    assert_close(gradient[0](x), gradient[1](x), **close)
+    xs = torch.stack([x, 2 * x])
+    for f, g in ((ours, theirs), gradient):
+        assert_close(torch.vmap(f)(xs), torch.stack([g(x) for x in xs]), **close)
+    assert_close(torch.func.jacrev(ours)(x), torch.func.jacfwd(theirs)(x), **close)
+
+
+def test_strict_exported_programs_refuse_torch(monkeypatch):
+    monkeypatch.setenv("SEQKERNELS_STRICT", "1")
+    x = torch.randn(4, 3, 5)
+    program = export(seqkernels.GRU(5, 7), (x,)).module()
+    with pytest.raises(RuntimeError, match="do not see kernels in exported programs"):
+        torch.func.jvp(lambda x: program(x)[0], (x,), (x,))
 
 
 @modes

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack, support
 from seqkernels.attention import is_plain
+from seqkernels.ops._autograd import blended
 from seqkernels.ops.linear import linear
 
 States = Sequence[Tensor]
@@ -307,11 +308,11 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
         states = [x.new_zeros(x.size(0), cell.hidden_size)] * count
     elif unbatched:
         states = [s.unsqueeze(0) for s in states]
-    weights, out_dtype = _cell_weights(cell), x.dtype
+    weights, out_dtype = _cell_weights(cell), None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = out_dtype = torch.get_autocast_dtype(x.device.type)
-        if x.is_cpu and not isinstance(cell, torch.nn.RNNCell):  # torch's blends old and new
-            out_dtype = torch.promote_types(dtype, states[-1].dtype)
+        if not isinstance(cell, torch.nn.RNNCell):
+            out_dtype = blended(dtype, states[-1])
         x, *states = stack.autocast(dtype, x, *states)
         weights = stack.autocast(dtype, *weights)
     try:
@@ -319,7 +320,9 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     except (RuntimeError, TypeError) as error:
         refusal = str(error).rpartition("seqkernels::")[2]
     else:
-        new = [(s.squeeze(0) if unbatched else s).to(out_dtype) for s in (new if count == 2 else (new,))]
+        new = [s.squeeze(0) if unbatched else s for s in (new if count == 2 else (new,))]
+        if out_dtype is not None:  # a program would insist on what it was cast from
+            new = [s.to(out_dtype) for s in new]
         return tuple(new) if count == 2 else new[0]
     return leave_to_torch(cell, input, hx, refusal)
 

@@ -2,7 +2,8 @@
 
 The autograd.Functions stand outside the native ops: torch.compile traces them and sees two opaque calls.
 They have a setup_context because torch.func.grad needs one. torch.export traces them away; exported programs
-call `_fwd.exported` instead, which finds its Function when the program runs.
+call `_fwd.exported` instead, which finds its Function when the program runs, or what else the ways of eager
+modules are: autocast, and torch where the kernels cannot follow.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +14,10 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import seqkernels.ops._library  # noqa: F401  (defines torch.ops.seqkernels)
+from seqkernels import support
 
 _library = torch.library.Library("seqkernels", "IMPL")
+_KEPT = {"lse", "alibi", "sinks"}  # by autocast: in the dtype in which the kernels accumulate
 
 
 class Function(torch.autograd.Function):
@@ -26,18 +29,85 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-def exported(name: str, differentiable: Callable) -> torch._ops.OpOverload:
-    """`name`.exported; where a gradient is wanted it is differentiable(*arguments of the op)."""
+def exported(
+    name: str, differentiable: Callable, reference: Callable, dtypes: Callable = lambda *args: ()
+) -> torch._ops.OpOverload:
+    """`name`.exported, which takes its arguments to `differentiable` where a gradient is wanted.
+
+    reference: the same in plain torch, with any tensors for what only backward reads. dtypes: of the results
+    under autocast, from its dtype and the arguments; what it leaves out stays as it comes.
+    """
     op = getattr(torch.ops.seqkernels, name).exported
+    names = [argument.name for argument in op._schema.arguments]
+
+    def in_torch(*args: object) -> object:
+        support.fall_back("torch.func and forward-mode AD do not see kernels in exported programs")
+        return reference(*args)
 
     def call(*args: object) -> object:
+        if support.is_transformed():
+            return in_torch(*args)
         if records(*(t for t in pytree.tree_leaves(args) if isinstance(t, Tensor))):
             return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(f"{name}.exported", call, "Autograd")
+    def cast(x: Tensor, *args: object) -> object:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if x.dtype == torch.float64:
+                return op(x, *args)
+            results = op(
+                *(a if n in _KEPT else _cast(dtype, a) for n, a in zip(names, (x, *args), strict=True))
+            )
+            told = dtypes(dtype, x, *args)
+            if not told:
+                return results
+            return *(r.to(d) for r, d in zip(results, told, strict=False)), *results[len(told) :]
+
+    for key, kernel in (
+        ("Autograd", call),
+        ("AutocastCPU", cast),
+        ("AutocastCUDA", cast),
+        ("FuncTorchBatched", in_torch),
+    ):
+        _library.impl(f"{name}.exported", kernel, key)
     return op
+
+
+def _cast(dtype: torch.dtype, value: object) -> object:
+    return pytree.tree_map_only(Tensor, lambda t: autocast(dtype, t)[0], value)
+
+
+def autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """As torch.autocast casts, which leaves float64 and what is no float as they are."""
+
+    def casts(t: Tensor | None) -> bool:
+        return t is not None and t.is_floating_point() and t.dtype != torch.float64
+
+    return [t.to(dtype) if casts(t) else t for t in tensors]
+
+
+def autocast_dtypes(
+    gates: int, dtype: torch.dtype, states: Sequence[Tensor], batch_sizes: Tensor | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """What torch gives to (output, h) and to (cells, c) of layers under autocast to dtype.
+
+    Where torch runs a loop of single ops, a state blended with the one before takes the wider dtype.
+    """
+    if states[0].is_cuda:
+        return dtype, dtype
+    projection = gates == 4 and states[0].size(2) != states[1].size(2)
+    ragged = batch_sizes is not None and int(batch_sizes[0]) > int(batch_sizes[-1])
+    blends = gates == 3 or (gates == 4 and (ragged or projection))
+    state_dtype = blended(dtype, states[-1]) if blends else dtype
+    return dtype if projection else state_dtype, state_dtype
+
+
+def blended(dtype: torch.dtype, state: Tensor) -> torch.dtype:
+    """Of a new state, under autocast to dtype, into which the one before went as it was."""
+    return dtype if state.is_cuda else torch.promote_types(dtype, state.dtype)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

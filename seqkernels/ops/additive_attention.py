@@ -69,7 +69,13 @@ class _AdditiveAttention(ag.Function):
         return *grads, dmask, None, None
 
 
-_exported = ag.exported("additive_attention_fwd", _AdditiveAttention.apply)
+_exported = ag.exported(
+    "additive_attention_fwd",
+    _AdditiveAttention.apply,
+    lambda q, k, v, w, mask, len_k, need_weights: reference.additive_attention(
+        q, k, v, w, mask=mask, len_k=len_k
+    ),
+)
 
 
 @torch.library.register_fake("seqkernels::additive_attention_fwd")

@@ -141,27 +141,12 @@ class _Attention(ag.Function):
 
 def _differentiate(ctx, tensors, grads, need_dmask):
     q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks = tensors
-    scale, softcap, left, right, bottom_right = ctx.visibility
 
     def function(q, k, v, *rest):
         rest = list(rest)
-        out, lse = reference.attention(
-            q,
-            k,
-            v,
-            mask=rest.pop(0) if need_dmask else mask,
-            sinks=rest.pop(0) if rest else None,
-            cu_q=cu_q,
-            cu_k=cu_k,
-            len_k=len_k,
-            alibi=alibi,
-            scale=scale,
-            softcap=softcap,
-            left=left,
-            right=right,
-            bottom_right=bottom_right,
-        )
-        return out.transpose(1, 2), lse
+        added = rest.pop(0) if need_dmask else mask
+        joining = rest.pop(0) if rest else None
+        return _reference(q, k, v, added, cu_q, cu_k, len_k, alibi, joining, *ctx.visibility, 0.0)
 
     inputs = [q, k, v, *([mask] if need_dmask else []), *([] if sinks is None else [sinks])]
     dq, dk, dv, *rest = ag.differentiate(function, inputs, grads)
@@ -191,11 +176,36 @@ class _Weights(ag.Function):
         return dq, dk, None, *(dmask or [None]), None, None, None
 
 
-_exported_fwd = ag.exported("attention_fwd", _Attention.apply)
+def _reference(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options):
+    scale, softcap, left, right, bottom_right, dropout, *_ = options
+    out, lse = reference.attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        cu_q=cu_q,
+        cu_k=cu_k,
+        len_k=len_k,
+        alibi=alibi,
+        sinks=sinks,
+        scale=scale,
+        softcap=softcap,
+        left=left,
+        right=right,
+        bottom_right=bottom_right,
+        dropout=dropout,
+    )
+    return out.transpose(1, 2).contiguous(), lse  # programs may view it as the op's
+
+
+_exported_fwd = ag.exported("attention_fwd", _Attention.apply, _reference)
 _exported_weights = ag.exported(
     "attention_weights",
     lambda q, k, lse, mask, len_k, alibi, scale, softcap, left, right, bottom_right, dropout, rng, mean: (
         _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
+    ),
+    lambda q, k, lse, mask, len_k, alibi, scale, softcap, left, right, bottom_right, dropout, rng, mean: (
+        reference.attention_weights(q, k, mask=mask, scale=scale, right=right, mean=mean)
     ),
 )
 

@@ -87,15 +87,24 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0), *dweights
 
 
+def _reference_layer(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
+    options = {"batch_sizes": batch_sizes, "resets": resets, "bidirectional": bidirectional}
+    return *reference.gru_layer(x, h0, weights, **options), x.new_empty(0)
+
+
 _exported_layer = ag.exported(
     "gru_layer_fwd",
     lambda x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates: _Layer.apply(
         x, h0, batch_sizes, resets, bidirectional, True, *weights
     ),
+    _reference_layer,
+    lambda dtype, x, h0, *_: [ag.blended(dtype, h0)] * 2,
 )
 _exported_cell = ag.exported(
     "gru_cell_fwd",
     lambda x, h, w_ih, w_hh, b_ih, b_hh, save: _Cell.apply(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh)),
+    lambda x, *args: (reference.gru_cell(x, *args[:-1]), x.new_empty(0)),
+    lambda dtype, x, h, *_: [ag.blended(dtype, h)],
 )
 
 

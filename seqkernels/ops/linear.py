@@ -46,7 +46,7 @@ class _Linear(ag.Function):
         return dx if need_dx else None, dw if need_dw[0] else None, db if need_dw[1] else None
 
 
-_exported = ag.exported("linear_fwd", _Linear.apply)
+_exported = ag.exported("linear_fwd", _Linear.apply, F.linear)
 
 
 @torch.library.register_fake("seqkernels::linear_fwd")

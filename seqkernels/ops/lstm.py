@@ -100,15 +100,26 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0, dc0), *dweights
 
 
+def _reference_layer(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
+    options = {"batch_sizes": batch_sizes, "resets": resets, "bidirectional": bidirectional}
+    *results, cells = reference.lstm_layer(x, h0, c0, weights, **options)
+    return *results, cells.to(ag.accumulation_dtype(x.dtype)), x.new_empty(0)
+
+
 _exported_layer = ag.exported(
     "lstm_layer_fwd",
     lambda x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates: (
         _Layer.apply(x, h0, c0, batch_sizes, resets, bidirectional, True, *weights)
     ),
+    _reference_layer,
+    # packed rows are those of lengths=, for which modules say nothing of batch_sizes either
+    lambda dtype, x, h0, c0, *_: [d for d in ag.autocast_dtypes(4, dtype, (h0, c0), None) for _ in range(2)],
 )
 _exported_cell = ag.exported(
     "lstm_cell_fwd",
     lambda x, h, c, w_ih, w_hh, b_ih, b_hh, save: _Cell.apply(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh)),
+    lambda x, *args: (*reference.lstm_cell(x, *args[:-1]), x.new_empty(0)),
+    lambda dtype, x, h, c, *_: [ag.blended(dtype, c)] * 2,
 )
 
 

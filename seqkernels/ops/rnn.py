@@ -97,15 +97,26 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0), None, *dweights
 
 
+def _nonlinearity(relu: bool) -> str:
+    return "relu" if relu else "tanh"
+
+
+def _reference_layer(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
+    options = {"batch_sizes": batch_sizes, "resets": resets, "bidirectional": bidirectional}
+    return reference.rnn_layer(x, h0, weights, nonlinearity=_nonlinearity(relu), **options)
+
+
 _exported_layer = ag.exported(
     "rnn_layer_fwd",
     lambda x, h0, weights, batch_sizes, resets, packed, bidirectional, relu: _Layer.apply(
         x, h0, batch_sizes, resets, bidirectional, relu, *weights
     ),
+    _reference_layer,
 )
 _exported_cell = ag.exported(
     "rnn_cell_fwd",
     lambda x, h, w_ih, w_hh, b_ih, b_hh, relu: _Cell.apply(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh)),
+    lambda *args: reference.rnn_cell(*args[:-1], _nonlinearity(args[-1])),
 )
 
 
@@ -114,15 +125,7 @@ def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
     if ag.beyond_native(*grads):
 
         def layer(x, h0, *weights):
-            return reference.rnn_layer(
-                x,
-                h0,
-                weights,
-                nonlinearity="relu" if relu else "tanh",
-                batch_sizes=saved[1],
-                resets=saved[2],
-                bidirectional=bidirectional,
-            )
+            return _reference_layer(x, h0, weights, *saved[1:], None, bidirectional, relu)
 
         return ag.differentiate(layer, inputs, grads)
     x, h0, *weights = inputs
