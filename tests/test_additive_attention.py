@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import apart
+from layouts import apart, with_one_on_meta
 from peak import MIB, growth
 from tolerances import assert_as_exact
 from torch import Tensor, nn
@@ -299,12 +299,16 @@ def test_opcheck(mask, lengths, weights, dtype):
 
 
 @pytest.mark.parametrize("mask", [None, torch.rand(2, 1, 5)])
-def test_native_ops_take_any_strides(mask):
+def test_native_ops_look_where_tensors_are(mask):
+    """Any strides, but one device."""
     tensors, ops = opcheck_arguments(mask, torch.tensor([5, 2]), torch.float32), torch.ops.seqkernels
     backward = (torch.rand(2, 3, 4), torch.rand(2, 3, 5), *tensors, mask is not None)
     calls = (ops.additive_attention_fwd, (*tensors, True)), (ops.additive_attention_bwd, backward)
     for op, args in calls:
         assert_close(op(*apart(args)), op(*args), rtol=0, atol=0)
+        for mixed in with_one_on_meta(args):
+            with pytest.raises(RuntimeError, match="expected one device for all tensors"):
+                op(*mixed)
 
 
 BAD = {

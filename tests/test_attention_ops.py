@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layouts import apart
+from layouts import apart, with_one_on_meta
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.export import Dim, export
@@ -218,6 +218,14 @@ def native_calls(feature: dict):
 def test_native_ops_take_any_strides(feature):
     for op, args in native_calls(feature):
         assert_close(op(*apart(args)), op(*args), rtol=0, atol=0, equal_nan=True)
+
+
+@features
+def test_no_results_from_tensors_on_two_devices(feature):
+    for op, args in native_calls(feature):
+        for mixed in with_one_on_meta(args):
+            with pytest.raises(RuntimeError, match="expected one device for all tensors"):
+                op(*mixed)
 
 
 def test_sizes_whose_product_overflows():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layouts import apart
+from layouts import apart, with_one_on_meta
 from tolerances import assert_as_exact
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -143,6 +143,14 @@ def test_native_ops_take_any_strides():
     for op, args in (("linear_fwd", (x, w, b)), ("linear_bwd", (dy, x, w, True, True))):
         op = getattr(torch.ops.seqkernels, op)
         torch.testing.assert_close(op(*apart(args)), op(*args), rtol=0, atol=0)
+
+
+def test_no_results_from_tensors_on_two_devices():
+    x, w, b, dy = problem(20, 5, 7, torch.float32)
+    for op, args in (("linear_fwd", (x, w, b)), ("linear_bwd", (dy, x, w, True, True))):
+        for mixed in with_one_on_meta(args):
+            with pytest.raises(RuntimeError, match="expected one device for all tensors"):
+                getattr(torch.ops.seqkernels, op)(*mixed)
 
 
 def test_one_graph():

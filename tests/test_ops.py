@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from devices import everywhere
-from layouts import apart
+from layouts import apart, with_one_on_meta
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -302,3 +302,32 @@ def test_saved_tensors_that_come_back_with_other_strides(kind, shape):
         expected = with_gradients(function, leaves)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, apart):
             assert_close(with_gradients(function, leaves), expected)
+
+
+@kinds
+@shapes
+def test_no_results_from_tensors_on_two_devices(kind, shape):
+    """Of tensors without data, which torch takes to the functions that know shapes only."""
+    for op, args in native_calls(kind, shape, torch.float32):
+        for mixed in with_one_on_meta(args):
+            with pytest.raises(RuntimeError, match="expected one device for all tensors"):
+                op(*mixed)
+
+
+@kinds
+def test_no_results_of_cells_and_packs_from_tensors_on_two_devices(kind):
+    ops = torch.ops.seqkernels
+    inputs = [t.detach() for t in cell_inputs(kind)]
+    weights = [w.detach() for w in Problem(kind).weights]
+    packed = ops.rnn_pack(weights, GATES[kind], False)
+    op, args = next(native_calls(kind, {}, torch.float64))
+    at = next(i for i, argument in enumerate(op._schema.arguments) if argument.name == "packed")
+    calls = (
+        (getattr(ops, f"{kind.partition('_')[0]}_cell_fwd"), (*inputs, False)),
+        (ops.rnn_pack, (weights, GATES[kind], False)),
+        (op, (*args[:at], packed, *args[at + 1 :])),
+    )
+    for op, args in calls:
+        for mixed in with_one_on_meta(args):
+            with pytest.raises(RuntimeError, match="expected one device for all tensors"):
+                op(*mixed)

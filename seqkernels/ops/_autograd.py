@@ -199,12 +199,15 @@ def new_like(*tensors: Tensor) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in tensors]
 
 
-def check_devices(*tensors: Tensor | None) -> None:
+def check_devices(*tensors: Tensor | None, batch_sizes: Tensor | None = None) -> None:
     """For fakes: one tensor on the meta device calls them, with whatever the others are.
 
-    From tensors on the CPU `new_empty` would make a result of what happens to be in memory.
+    From tensors on the CPU `new_empty` would make a result of what happens to be in memory. batch_sizes are
+    on the CPU beside tensors of any device.
     """
     devices = {t.device for t in tensors if t is not None}
+    if batch_sizes is not None and not batch_sizes.is_cpu:
+        devices.add(batch_sizes.device)
     if len(devices) > 1:
         names = sorted(map(str, devices))
         raise RuntimeError(f"seqkernels: expected one device for all tensors, got {names}")
@@ -217,4 +220,5 @@ def gradient_of_x(x: Tensor, needed: bool) -> Tensor:
 
 @torch.library.register_fake("seqkernels::rnn_pack")
 def _(weights, gates, bidirectional):
+    check_devices(*weights)
     return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)

@@ -88,6 +88,7 @@ def _(q, k, v, w, mask, len_k, need_weights):
 
 @torch.library.register_fake("seqkernels::additive_attention_bwd")
 def _(dout, dweights, q, k, v, w, mask, len_k, need_dscores):
+    ag.check_devices(dout, dweights, q, k, v, w, mask, len_k)
     scores = (*q.shape[:2], k.size(1)) if need_dscores else 0
     acc = ag.accumulation_dtype(q.dtype)
     return *ag.new_like(q, k, v, w), q.new_empty(scores, dtype=acc)

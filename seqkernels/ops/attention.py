@@ -214,13 +214,14 @@ _exported_weights = ag.exported(
 @torch.library.register_fake("seqkernels::attention_fwd.exported")
 @torch.library.register_fake("seqkernels::paged_attention_fwd")
 def _(q, k, v, *args):
-    ag.check_devices(q, k, v, *(a for a in args if isinstance(a, Tensor)))
+    _check_devices(q, k, v, *args)
     B, Hq, Tq, _ = q.shape
     return q.new_empty(B, Tq, Hq, v.size(3)), _accumulated(q, (B, Hq, Tq))
 
 
 @torch.library.register_fake("seqkernels::attention_bwd")
 def _(dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *options):
+    _check_devices(dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
     grads = [t.new_empty([t.size(d) for d in (0, 2, 1, 3)]) for t in (q, k, v)]
     dmask = _accumulated(q, mask.shape if options[-1] else 0)
     return *grads, dmask, _accumulated(q, 0 if sinks is None else sinks.shape)
@@ -229,8 +230,13 @@ def _(dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *opt
 @torch.library.register_fake("seqkernels::attention_weights")
 @torch.library.register_fake("seqkernels::attention_weights.exported")
 def _(q, k, lse, *options):
+    _check_devices(q, k, lse, *options)
     B, Hq, Tq, _ = q.shape
     return q.new_empty(*((B,) if options[-1] else (B, Hq)), Tq, k.size(2))
+
+
+def _check_devices(*args: object) -> None:
+    ag.check_devices(*(a for a in args if isinstance(a, Tensor)))
 
 
 def _accumulated(like: Tensor, shape) -> Tensor:

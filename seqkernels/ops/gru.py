@@ -127,7 +127,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 @torch.library.register_fake("seqkernels::gru_layer_fwd")
 @torch.library.register_fake("seqkernels::gru_layer_fwd.exported")
 def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
-    ag.check_devices(x, h0, *weights)
+    ag.check_devices(x, h0, *weights, resets, packed, batch_sizes=batch_sizes)
     tokens, (D, _, H) = x.shape[:-1], h0.shape
     gates = x.new_empty((*tokens, D * 4 * H) if save_gates else 0)
     return x.new_empty(*tokens, D * H), *ag.new_like(h0), gates
@@ -135,6 +135,7 @@ def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
 
 @torch.library.register_fake("seqkernels::gru_layer_bwd")
 def _(dy, dhn, x, h0, weights, y, gates, batch_sizes, resets, bidirectional, need_dx=True):
+    ag.check_devices(dy, dhn, x, h0, *weights, y, gates, resets, batch_sizes=batch_sizes)
     return ag.gradient_of_x(x, need_dx), *ag.new_like(h0), ag.new_like(*weights)
 
 

@@ -58,5 +58,6 @@ def _(x, w, b):
 
 @torch.library.register_fake("seqkernels::linear_bwd")
 def _(dy, x, w, need_dx, need_dw):
+    ag.check_devices(dy, x, w)
     dw, db = (w.shape, w.size(0)) if need_dw else (0, 0)
     return ag.gradient_of_x(x, need_dx), x.new_empty(dw), x.new_empty(db)

@@ -144,7 +144,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 @torch.library.register_fake("seqkernels::lstm_layer_fwd")
 @torch.library.register_fake("seqkernels::lstm_layer_fwd.exported")
 def _(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
-    ag.check_devices(x, h0, c0, *weights)
+    ag.check_devices(x, h0, c0, *weights, resets, packed, batch_sizes=batch_sizes)
     tokens, D, H = x.shape[:-1], h0.size(0), c0.size(2)
     hn, cn = ag.new_like(h0, c0)
     cells = x.new_empty((*tokens, D * H) if save_cells else 0, dtype=ag.accumulation_dtype(x.dtype))
@@ -170,6 +170,8 @@ def _(
     bidirectional,
     need_dx=True,
 ):
+    given = dy, dhn, dcn, dcells, x, h0, c0, *weights, y, cells, gates, resets
+    ag.check_devices(*given, batch_sizes=batch_sizes)
     return ag.gradient_of_x(x, need_dx), *ag.new_like(h0, c0), ag.new_like(*weights)
 
 

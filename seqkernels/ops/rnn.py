@@ -139,12 +139,13 @@ def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
 @torch.library.register_fake("seqkernels::rnn_layer_fwd")
 @torch.library.register_fake("seqkernels::rnn_layer_fwd.exported")
 def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
-    ag.check_devices(x, h0, *weights)
+    ag.check_devices(x, h0, *weights, resets, packed, batch_sizes=batch_sizes)
     return x.new_empty(*x.shape[:-1], h0.size(0) * h0.size(2)), *ag.new_like(h0)
 
 
 @torch.library.register_fake("seqkernels::rnn_layer_bwd")
 def _(dy, dhn, x, h0, weights, y, batch_sizes, resets, bidirectional, relu, need_dx=True):
+    ag.check_devices(dy, dhn, x, h0, *weights, y, resets, batch_sizes=batch_sizes)
     return ag.gradient_of_x(x, need_dx), *ag.new_like(h0), ag.new_like(*weights)
 
 
