@@ -12,7 +12,8 @@ from torch import Tensor
 
 OPS = ("attention_fwd", "attention_bwd", "attention_weights", "paged_attention_fwd")
 ADDITIVE_OPS = ("additive_attention_fwd", "additive_attention_bwd")
-EXPORTED = ("attention_fwd", "attention_weights", "additive_attention_fwd")  # exported programs call an overload
+# What exported programs call is an overload.
+EXPORTED = ("attention_fwd", "attention_weights", "additive_attention_fwd")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INSTALLED = find_spec("triton") is not None
 
