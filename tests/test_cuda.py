@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import OPS, emulated_gpu, load
+from layouts import apart
 from tolerances import assert_as_exact, error
 from torch.autograd import gradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -94,6 +95,21 @@ def test_persistent_in_blocks_that_exchange_states(kind, dtype, T, B, H):
     with emulated_gpu(120, too_little_for_one_block(kind, B, H, 2, dtype)):
         result = run(ours, x, hx, True)
     assert_as_exact(result, run(theirs, x, hx, True), run_exactly(theirs, x, hx, True), dtype, pooled=True)
+
+
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, ALONE])
+def test_tensors_of_any_strides(kind, gpu):
+    ours, theirs = twins(kind, 5, 7, bidirectional=True)
+    x, hx = torch.randn(4, 3, 5), states(theirs, 3)
+    op = getattr(torch.ops.seqkernels_emulated, f"{kind.lower()}_layer_fwd")
+    flags = {"LSTM": (True, True), "GRU": (True,), "RNN": (False,)}[kind]
+    args = (x, *hx, [w.detach() for w in ours.parameters()], None, None, None, True, *flags)
+    with emulated_gpu(gpu):
+        assert_close(op(*apart(args)), op(*args), rtol=0, atol=0)
+        expected = run(ours, x, hx, True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, apart):
+            assert_close(run(ours, x, hx, True), expected, rtol=0, atol=0)
 
 
 def test_warps_that_take_all_rows_and_parts_of_k():
