@@ -379,6 +379,14 @@ def test_exported_programs_with_cell_states_under_autocast(options):
 
 
 @exported_kinds
+def test_programs_exported_under_autocast_compile(kind):
+    module, args = example(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = export(module, args).module()
+        assert_close(tree_leaves(in_one_graph(program)(*args)), tree_leaves(module(*args)))
+
+
+@exported_kinds
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.filterwarnings("ignore:seqkernels falls back")
 def test_exported_programs_under_torch_func(kind, frozen):

@@ -107,7 +107,7 @@ def autocast_dtypes(
 
 def blended(dtype: torch.dtype, state: Tensor) -> torch.dtype:
     """Of a new state, under autocast to dtype, into which the one before went as it was."""
-    return dtype if state.is_cuda else torch.promote_types(dtype, state.dtype)
+    return dtype if state.is_cuda or state.dtype == dtype else torch.float32
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
