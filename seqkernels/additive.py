@@ -35,9 +35,22 @@ def additive_attention(
     Bahdanau, Cho & Bengio 2015, Neural Machine Translation by Jointly Learning to Align and Translate, A.1.2.
     """
     given = query, key, value, v, bias, attn_mask
+    if _may_go_straight_on(*given, key_lengths):
+        try:
+            out, weights = ops.additive_attention(
+                query if bias is None else query + bias,
+                key,
+                value,
+                v,
+                len_k=key_lengths,
+                need_weights=need_weights,
+            )
+            return (out, weights) if need_weights else out
+        except RuntimeError:
+            pass  # the rest finds out why, and what to do
     if not is_plain(*given, key_lengths) or any(t is None for t in given[:4]):
         types = ", ".join(type(t).__name__ for t in given)
-        raise ValueError(f"additive_attention takes tensors that are not nested, got {types}")
+        raise ValueError(f"additive_attention takes torch.Tensor, dense and not nested, got {types}")
     query, key, value, v, bias, mask = autocast(*given)
     unbatched = query.dim() == key.dim() == value.dim() == 2
     if unbatched:
@@ -63,6 +76,30 @@ def additive_attention(
     if unbatched:
         out, weights = out.squeeze(0), weights.squeeze(0) if need_weights else weights
     return (out, weights) if need_weights else out
+
+
+def _may_go_straight_on(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+) -> bool:
+    """A step of a decoder waits longer for all questions than for the kernel."""
+    return (
+        mask is None
+        and type(query) is type(key) is type(value) is Tensor
+        and isinstance(v, Tensor)
+        and query.dim() == 3
+        and query.is_cpu
+        and v.dim() == 1
+        and (bias is None or (isinstance(bias, Tensor) and bias.shape == v.shape and bias.dtype == v.dtype))
+        and (lengths is None or (type(lengths) is Tensor and lengths.dtype == torch.int64 and lengths.is_cpu))
+        and not query.is_nested
+        and support.is_plain_call()
+    )
 
 
 def _fit(

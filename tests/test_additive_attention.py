@@ -512,3 +512,90 @@ def test_module_starts_as_it_says_and_stays_itself():
     for wrong in (0, -1, 2.5, None):
         with pytest.raises(ValueError, match="hidden_size must be an integer > 0"):
             seqkernels.AdditiveAttention(4, 9, wrong)
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = seqkernels.AdditiveAttention(6, 8, 16).double()
+
+    def forward(self, query, key):
+        return self.attention(query, key, need_weights=False)[0]
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back", "ignore:.*torch.jit.* is deprecated")
+def test_module_under_transforms_and_tracers():
+    model = Wrapped()
+    args = torch.randn(2, 3, 6).double(), torch.randn(2, 5, 8).double()
+
+    def written(query, key):
+        return module_as_written(model.attention, query, key, key)[0]
+
+    assert_close(torch.vmap(model)(*args), written(*args))
+    assert_close(torch.func.jvp(model, args, args)[1], torch.func.jvp(written, args, args)[1])
+    of_rows = torch.vmap(torch.func.grad(lambda *row: model(*row).sum()))(*args)
+    assert_close(of_rows, torch.func.grad(lambda *batch: written(*batch).sum())(*args))
+    hessians = [torch.func.hessian(lambda q, f=f: f(q, args[1]).sum())(args[0]) for f in (model, written)]
+    assert_close(*hessians)
+    traced = torch.jit.trace(model, args)
+    assert "seqkernels::" not in str(traced.inlined_graph)
+    assert_close(traced(*args), model(*args))
+    graph = torch.fx.symbolic_trace(model)
+    assert "self.attention(" in graph.code
+    assert_close(graph(*args), model(*args))
+    with pytest.raises(RuntimeError, match="script knows torch's operators only"):
+        torch.jit.script(model)
+
+
+def test_masks_of_one_step():
+    module, mask = seqkernels.AdditiveAttention(6, 8, 16), torch.arange(10).view(2, 5) % 3 > 0
+    query, key = torch.randn(2, 6), torch.randn(2, 5, 8)
+    context, weights = module(query, key, attn_mask=mask)
+    assert not weights[~mask].any()
+    assert_close(context.unsqueeze(1), module(query.unsqueeze(1), key, attn_mask=mask[:, None])[0])
+
+
+def test_nothing_hidden_comes_back():
+    """NaN in the gradient of a query that sees no key; keys beyond 2^24, which float32 cannot count."""
+    tensors = {n: t.requires_grad_() for n, t in problem(1, 9, 20, 6, 4).items()}
+    dout = torch.ones(1, 9, 4)
+    dout[0, 3] = torch.nan
+    mask = torch.ones(1, 9, 20, dtype=torch.bool)
+    mask[0, 3] = False
+    out = ours(**tensors, attn_mask=mask)
+    dq, dk, _, dv, dbias = torch.autograd.grad(out, list(tensors.values()), dout)
+    assert all(g.isfinite().all() for g in (dq, dk, dv, dbias))
+
+
+def test_more_keys_than_float32_counts(threads):
+    threads(1)
+    n = 2**24 + 1
+    one = torch.zeros(1, 1, 1)
+    mask, value = torch.full((1, 1, n), -1e4), torch.zeros(1, n, 1)
+    mask[..., -1], value[:, -1] = 0, 1
+    assert ours(one, one.expand(1, n, 1), value, one[0, 0], attn_mask=mask).item() == 1
+
+
+def test_keys_without_number_are_refused():
+    n, one = 2**58, torch.zeros(1, 1, 1)
+    with pytest.raises(RuntimeError, match="no memory"):
+        ours(torch.zeros(1, 8, 1), one.expand(1, n, 1), one.expand(1, n, 1), one[0, 0])
+
+
+def test_gradients_of_keys_stay_exact_with_many_queries():
+    """One chain of 4096 additions had six times torch's error."""
+    tensors = problem(1, 4096, 64, 16, 8)
+    results, theirs, exact = (
+        run(f, tensors, dtype)
+        for f, dtype in ((ours, torch.float32), (torchs, torch.float32), (torchs, torch.float64))
+    )
+    for name in ("grad_key", "grad_v"):
+        error, torchs_error = ((r[name] - exact[name]).norm() for r in (results, theirs))
+        assert error <= 3 * torchs_error, name
+
+
+def test_memory_with_many_threads(threads):
+    """Parts of forward and backward keep what is theirs; the gradients take 70 MiB."""
+    threads(64)
+    tensors = {n: t.requires_grad_() for n, t in problem(33, 128, 1024, 256, 256).items()}
+    assert growth(lambda: ours(**tensors).sum().backward()) < 250 * MIB

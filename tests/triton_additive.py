@@ -132,6 +132,28 @@ def nothing_to_add(device):
         assert all(x.isfinite().all() for x in (out, dq, *others))
 
 
+def rows_hidden_by_numbers(device):
+    """Numbers like -1e9 show all keys alike in float32, and a share of few keys counts as many as it has."""
+    given = inputs(device, 1, 3)
+    for number in (-1e9, torch.finfo(torch.float32).min):
+        mask = torch.zeros(1, 3, 37, device=device)
+        mask[:, 1] = number
+        leaves = [x.clone().requires_grad_() for x in given]
+        exact = reference(*leaves, mask=mask)
+        slopes = [torch.randn_like(x) for x in exact]
+        exact_grads = torch.autograd.grad(exact, leaves, slopes)
+        split = decode.key_splits
+        for splits in (1, 3):
+            decode.key_splits = lambda *_, splits=splits: splits
+            try:
+                found = forward(*given, mask, None, True)
+                *grads, _ = backward(*slopes, *given, mask, None, False)
+            finally:
+                decode.key_splits = split
+            torch.testing.assert_close(list(found), list(exact), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grads, list(exact_grads), rtol=1e-4, atol=1e-4)
+
+
 def lengths_that_lie(device):
     """What lies behind the keys is not read, whatever len_k says, and its gradients are 0."""
     q, k, v, w = inputs(device, B=3)
@@ -220,6 +242,7 @@ def public_additive_function(device):
 ALL = (
     tiny_and_huge_sums,
     nothing_to_add,
+    rows_hidden_by_numbers,
     lengths_that_lie,
     additive_rows_far_apart,
     what_additive_refuses,

@@ -30,6 +30,9 @@ struct AdditiveCall {
     p.k = rows(k, "k", {p.B, p.Tk, p.D});
     p.v = rows(v, "v", {p.B, p.Tk, p.Dv});
     p.w = whole(w, "w", {p.D});
+    // What threads keep, scores of 128 queries and sums of dk and dv, has to be countable.
+    STD_TORCH_CHECK(contiguous({16, p.parallel.threads, p.Tk, p.D + p.Dv + 128, 8}).has_value(),
+                    "seqkernels::", op, ": there is no memory for ", p.Tk, " keys; use shorter sequences");
     if (mask) set_mask(*mask);
     if (len_k) set_lengths(*len_k);
   }

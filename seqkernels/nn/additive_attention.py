@@ -1,11 +1,14 @@
 """AdditiveAttention: Bahdanau's, as a module."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Module, Parameter, init
 
 from seqkernels.additive import additive_attention
-from seqkernels.nn._base import project
+from seqkernels.nn._base import as_one_node, project
 
 
 class AdditiveAttention(Module):
@@ -27,10 +30,11 @@ class AdditiveAttention(Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.query_size, self.key_size, self.hidden_size = query_size, key_size, hidden_size
         for name, size in (("query_size", query_size), ("key_size", key_size), ("hidden_size", hidden_size)):
-            if not isinstance(size, int) or size <= 0:
+            if not isinstance(size, Integral) or size <= 0:
                 raise ValueError(f"{name} must be an integer > 0, got {size!r}")
+
+        self.query_size, self.key_size, self.hidden_size = map(int, (query_size, key_size, hidden_size))
 
         def parameter(*shape: int) -> Parameter:
             return Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -69,16 +73,22 @@ class AdditiveAttention(Module):
         """Context [B,Tq,Dv] and weights [B,Tq,Tk], or None where they are not needed.
 
         query [B,Tq,query_size], key [B,Tk,key_size], value [B,Tk,Dv], or key if None. A query [B,query_size]
-        is one step of a decoder: context [B,Dv], weights [B,Tk].
+        is one step of a decoder: context [B,Dv], weights and attn_mask [B,Tk].
 
         projected_keys: what `project_keys(key)` gave; key is then only the value, and may be None beside one.
         key_lengths, attn_mask, errors: as in `seqkernels.additive_attention`.
         """
+        if isinstance(query, Proxy):
+            options = {"projected_keys": projected_keys, "key_lengths": key_lengths, "attn_mask": attn_mask}
+            options["need_weights"] = int(need_weights)  # as_one_node leaves out what is False
+            return as_one_node(self, query, key, value, **options)
         if key is None and (value is None or projected_keys is None):
             raise ValueError("key may be None only where both value and projected_keys are given")
         keys = self.project_keys(key) if projected_keys is None else projected_keys
         value = key if value is None else value
         one_step = query.dim() == 2 and keys.dim() == 3
+        if one_step and attn_mask is not None and attn_mask.dim() == 2:
+            attn_mask = attn_mask.unsqueeze(1)
         queries = project(query, self.q_proj_weight, None)
         v = self.v if self.g is None else self.g * self.v / self.v.norm()
         result = additive_attention(
@@ -95,6 +105,12 @@ class AdditiveAttention(Module):
         if one_step:
             context, weights = context.squeeze(1), weights if weights is None else weights.squeeze(1)
         return context, weights
+
+    def __prepare_scriptable__(self) -> Module:
+        raise RuntimeError(
+            "torch.jit.script knows torch's operators only, and torch has no additive attention:"
+            " torch.jit.trace or torch.export the model"
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import BOOL, INF, LN2, LOG2E, tanh, wide
+from .common import BOOL, INF, LOG2E, tanh, wide
 
 
 class Additive(NamedTuple):
@@ -178,11 +178,13 @@ def additive_forward(
     Q, K, V, W, Mask, LenK,
     q_b: tl.int64, q_t: tl.int64, k_b: tl.int64, k_t: tl.int64, v_b: tl.int64, v_t: tl.int64,
     mask_b: tl.int64, mask_q: tl.int64, mask_k: tl.int64, Tq, Tk, D, Dv, tiles, splits,
-    Out, Lse, Scores,
+    Out, Max, Norm, Scores,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of queries and walks its share of the keys. Out [splits, B, Tq, Dv], float32, is
-    zeros to begin with, Lse [splits, B, Tq]; Scores [B, Tq, Tk] are written up to the last key only."""
+    zeros to begin with; Max and Norm [splits, B, Tq]: the largest score of the share, the sum of e^(S - max).
+    An LSE would not do: where a mask hides a row by a number like -1e9 it has no digits left for the sum.
+    Scores [B, Tq, Tk] are written up to the last key only."""
     b, split, i, row = place(tiles, splits, Tq, BM)
     x = operands(
         b, Q, K, V, W, Mask, LenK, q_b, q_t, k_b, k_t, v_b, v_t, mask_b, mask_q, mask_k, Tq, Tk, D, Dv, F
@@ -214,7 +216,8 @@ def additive_forward(
         at = Out + row[:, None] * x.Dv + c[None, :]
         there = ok[:, None] & (c < x.Dv)[None, :]
         tl.store(at, tl.load(at, mask=there, other=0.0) * inverse[:, None], mask=there)
-    tl.store(Lse + row, tl.where(none, -INF, m + tl.log2(norm) * LN2), mask=ok)
+    tl.store(Max + row, m, mask=ok)
+    tl.store(Norm + row, norm, mask=ok)
 
 
 @triton.jit
@@ -243,10 +246,10 @@ def additive_statistics(
     q_b: tl.int64, q_t: tl.int64, k_b: tl.int64, k_t: tl.int64, v_b: tl.int64, v_t: tl.int64,
     mask_b: tl.int64, mask_q: tl.int64, mask_k: tl.int64, Tq, Tk, D, Dv, tiles, splits,
     DOut, DWeights, dout_b: tl.int64, dout_t: tl.int64,
-    Delta, Lse,
+    Delta, Max, Norm,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DWEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """LSE and delta, as additive_forward makes LSE and output."""
+    """Max and Norm as additive_forward makes them, and delta, not yet divided by the sum of all shares."""
     b, split, i, row = place(tiles, splits, Tq, BM)
     x = operands(
         b, Q, K, V, W, Mask, LenK, q_b, q_t, k_b, k_t, v_b, v_t, mask_b, mask_q, mask_k, Tq, Tk, D, Dv, F
@@ -261,25 +264,26 @@ def additive_statistics(
         e, alpha, m, norm = softmax_step(scores(x, i, j, F), m, norm)
         dp = value_gradient(x, i, j, dout, dout_t * F.ALIGN, DWeights, b * Tq, Tk, F, DWEIGHTS)
         delta = delta * alpha + tl.sum(e * dp, 0)
-    none = norm == 0.0
-    tl.store(Delta + row, tl.where(none, 0.0, delta / norm), mask=i < Tq)
-    tl.store(Lse + row, tl.where(none, -INF, m + tl.log2(norm) * LN2), mask=i < Tq)
+    tl.store(Delta + row, delta, mask=i < Tq)
+    tl.store(Max + row, m, mask=i < Tq)
+    tl.store(Norm + row, norm, mask=i < Tq)
 
 
 @triton.jit
 def weight_and_gradient(
-    x, i, j, dout, dout_t, DWeights, Delta, Lse, first, Tk, F: tl.constexpr, DWEIGHTS: tl.constexpr
+    x, i, j, dout, dout_t, DWeights, Delta, Max, Inverse, first, Tk, F: tl.constexpr, DWEIGHTS: tl.constexpr
 ):  # fmt: skip
-    """P and dS [walked, owned]."""
+    """P and dS [walked, owned]; of a query that sees no key Max and Inverse are 0."""
     ok = i < x.len_q
-    lse = tl.load(Lse + first + i, mask=ok, other=-INF)
+    m = tl.load(Max + first + i, mask=ok, other=INF)
+    inverse = tl.load(Inverse + first + i, mask=ok, other=0.0)
     delta = tl.load(Delta + first + i, mask=ok, other=0.0)
-    lse = tl.where(lse == -INF, INF, lse)  # of a query that sees no key P is 0
     dp = value_gradient(x, i, j, dout, dout_t, DWeights, first, Tk, F, DWEIGHTS)
     s = scores(x, i, j, F)
-    lse, _j = crossed(lse, j, F)
+    m, _j = crossed(m, j, F)
+    inverse, _j = crossed(inverse, j, F)
     delta, _j = crossed(delta, j, F)
-    p = tl.exp2((s - lse) * LOG2E)
+    p = tl.exp2((s - m) * LOG2E) * inverse
     return p, p * (dp - delta)
 
 
@@ -289,7 +293,7 @@ def additive_dq(
     q_b: tl.int64, q_t: tl.int64, k_b: tl.int64, k_t: tl.int64, v_b: tl.int64, v_t: tl.int64,
     mask_b: tl.int64, mask_q: tl.int64, mask_k: tl.int64, Tq, Tk, D, Dv, tiles, splits,
     DOut, DWeights, dout_b: tl.int64, dout_t: tl.int64,
-    Delta, Lse, DQ, DW, DScores,
+    Delta, Max, Inverse, DQ, DW, DScores,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DWEIGHTS: tl.constexpr, DSCORES: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of queries and walks its share of the keys. DQ and DW [splits, B, Tq, D] and
@@ -304,7 +308,7 @@ def additive_dq(
     for j0 in tl.range(lo, hi, BN):
         j = j0 + tl.arange(0, BN)
         _p, ds = weight_and_gradient(
-            x, i, j, dout, dout_t * F.ALIGN, DWeights, Delta, Lse, b * Tq, Tk, F, DWEIGHTS
+            x, i, j, dout, dout_t * F.ALIGN, DWeights, Delta, Max, Inverse, b * Tq, Tk, F, DWEIGHTS
         )  # fmt: skip
         if DSCORES:
             to = DScores + (b * Tq + i)[None, :] * Tk + j[:, None]
@@ -323,7 +327,7 @@ def additive_dkdv(
     q_b: tl.int64, q_t: tl.int64, k_b: tl.int64, k_t: tl.int64, v_b: tl.int64, v_t: tl.int64,
     mask_b: tl.int64, mask_q: tl.int64, mask_k: tl.int64, Tq, Tk, D, Dv, tiles, splits,
     DOut, DWeights, dout_b: tl.int64, dout_t: tl.int64,
-    Delta, Lse, DKey, DValue,
+    Delta, Max, Inverse, DKey, DValue,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DWEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of keys and walks the queries. DKey [B, Tk, D] and DValue [B, Tk, Dv] are
@@ -337,7 +341,7 @@ def additive_dkdv(
     for i0 in tl.range(0, Tq, BM):
         i = i0 + tl.arange(0, BM)
         p, ds = weight_and_gradient(
-            x, i, j, dout, dout_t * F.ALIGN, DWeights, Delta, Lse, b * Tq, Tk, F, DWEIGHTS
+            x, i, j, dout, dout_t * F.ALIGN, DWeights, Delta, Max, Inverse, b * Tq, Tk, F, DWEIGHTS
         )  # fmt: skip
         for d0 in tl.range(0, x.D, F.BD):
             t, w = tanh_of_pairs(x, i, j, d0, F)

@@ -40,14 +40,6 @@ class Problem(NamedTuple):
             *self.arguments, tiles, splits, *arguments, **constants,
         )  # fmt: skip
 
-    def join(self, parts: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """parts [splits,B,Tq,N], part_lse [splits,B,Tq] -> those of all keys"""
-        out, lse = parts[0], part_lse[0]
-        if self.splits > 1:
-            out, lse = torch.empty_like(out), torch.empty_like(lse)
-            launch.combine(parts, part_lse, None, out.unsqueeze(2), lse.unsqueeze(1))
-        return out, lse
-
 
 def additive_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None, len_k: Tensor | None, need_weights: bool
@@ -56,14 +48,18 @@ def additive_attention_fwd(
     problem = prepare(q, k, v, w, mask, len_k)
     rows = problem.splits, problem.B, problem.Tq
     parts = q.new_zeros(*rows, v.size(2), dtype=torch.float32)
-    part_lse = q.new_empty(rows, dtype=torch.float32)
+    largest, norm = q.new_empty(2, *rows, dtype=torch.float32)
     shape = (*rows[1:], problem.Tk) if need_weights else (0,)
     scores = q.new_full(shape, -math.inf, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        problem.by_queries(additive.additive_forward, parts, part_lse, scores, SCORES=need_weights)
-    out, lse = problem.join(parts, part_lse)
-    if need_weights:  # where no key is seen all scores are -inf too
-        scores = scores.sub_(lse.masked_fill(lse == -math.inf, 0)[..., None]).exp_()
+        problem.by_queries(additive.additive_forward, parts, largest, norm, scores, SCORES=need_weights)
+    if problem.splits == 1:
+        out, sees = parts[0], norm[0] != 0
+    else:
+        by, _, inverse = joined(largest, norm)
+        out, sees = (parts * (by * norm * inverse)[..., None]).sum(0), inverse != 0
+    if need_weights:
+        scores = scores.softmax(-1).masked_fill_(~sees[..., None], 0)
     return out.to(q.dtype), scores.to(q.dtype)
 
 
@@ -86,7 +82,7 @@ def additive_attention_bwd(
     def zeros(*shape: int) -> Tensor:
         return q.new_zeros(shape, dtype=torch.float32)
 
-    delta, lse = zeros(*rows, 1), zeros(*rows)
+    delta, largest, norm = (zeros(*rows) for _ in range(3))
     dq, dw = zeros(*rows, q.size(2)), zeros(*rows, q.size(2))
     dk, dv = zeros(*k.shape), zeros(*v.shape)
     dscores = zeros(*rows[1:], problem.Tk) if need_dscores else zeros(0)
@@ -94,11 +90,22 @@ def additive_attention_bwd(
     given = dout, dweights, *(s // problem.features.ALIGN for s in dout.stride()[:2])
     flags = {"DWEIGHTS": dweights is not None}
     with torch.cuda.device_of(q):
-        problem.by_queries(additive.additive_statistics, *given, delta, lse, **flags)
-        given = *given, *problem.join(delta, lse)
+        problem.by_queries(additive.additive_statistics, *given, delta, largest, norm, **flags)
+        by, *statistics = joined(largest, norm)
+        given = *given, (delta * by).sum(0) * statistics[1], *statistics
         problem.by_queries(additive.additive_dq, *given, dq, dw, dscores, **flags, DSCORES=need_dscores)
         problem.by_keys(additive.additive_dkdv, *given, dk, dv, **flags)
     return *(x.to(q.dtype) for x in (dq.sum(0), dk, dv, dw.sum((0, 1, 2)))), dscores
+
+
+def joined(largest: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of shares of the keys [splits,B,Tq] -> e^(their max - max), and max and 1 / sum of all [B,Tq], which
+    are 0 where none is seen."""
+    most = largest.amax(0)
+    most = most.masked_fill(most == -math.inf, 0)
+    by = (largest - most).exp()
+    total = (norm * by).sum(0)
+    return by, most, torch.where(total == 0, 0, 1 / total)
 
 
 def prepare(q, k, v, w, mask, len_k, dout: Tensor | None = None, dweights: Tensor | None = None) -> Problem:

@@ -104,7 +104,8 @@ static void scores(const Tanh& tanh_of_pair, const Operands<T>& x, int64_t nq, i
 }
 
 // With G = dS (1 - tanh(q + k)^2): dq += sum of G over keys, dk += sum of G over queries, both without the
-// factor w; dw += sum of dS tanh(q + k). dq, dk and dw are padded like q and k, `width` apart.
+// factor w; dw += sum of dS tanh(q + k). dq, dk and dw are padded like q and k, `width` apart. What four
+// queries give is summed apart: long chains of additions were ten times less exact than torch's.
 template <class T, class Tanh>
 static void score_gradients(const Tanh& tanh_of_pair, const Operands<T>& x, int64_t nq, int64_t nk,
                             int64_t width, const T* dS, int64_t ld, T* dq, T* dk, T* dw) {
@@ -116,14 +117,14 @@ static void score_gradients(const Tanh& tanh_of_pair, const Operands<T>& x, int6
       Vec<T> of_q[rows], of_w{};
       SEQ_UNROLL for (int i = 0; i < rows; i++) of_q[i] = load(to_q + i * width + h);
       _Pragma("GCC unroll 1") for (int64_t c = 0; c < nk; c++) {
-        Vec<T> of_k = load(dk + c * width + h);
+        Vec<T> of_k{};
         SEQ_UNROLL for (int i = 0; i < rows; i++) {
           const Vec<T> t = tanh_of_pair(q + i * x.ldq + h, x.k + c * x.ldk + h);
           const T by = ds[i * ld + c];
           const Vec<T> g = by * (T(1) - t * t);
           of_q[i] += g, of_k += g, of_w += by * t;
         }
-        store(dk + c * width + h, of_k);
+        store(dk + c * width + h, load(dk + c * width + h) + of_k);
       }
       SEQ_UNROLL for (int i = 0; i < rows; i++) store(to_q + i * width + h, of_q[i]);
       store(dw + h, load(dw + h) + of_w);
@@ -206,14 +207,14 @@ struct Additive {
       }
     }
     // Of keys [begin, end): e^(S - max) in rows of x, their maxima and sums.
-    void softmax(int64_t begin, int64_t end, T* x, T* max, T* sum) {
+    void softmax(int64_t begin, int64_t end, T* x, int64_t ldx, T* max, T* sum) {
       each_block(begin, end, [&](const auto& pair, const Operands<T>& operands, int64_t j, int64_t nk) {
-        scores(pair, operands, n, nk, f.ld, f.w, x + j - begin, f.lds);
+        scores(pair, operands, n, nk, f.ld, f.w, x + j - begin, ldx);
       });
       const KeyBlock<S> keys(f.p, f.rule, span, b, begin, end);
       for (int64_t r = 0; r < n; r++) {
         max[r] = -kInf<T>, sum[r] = 0;
-        if (begin < end) softmax_row(keys, 0, i + r, x + r * f.lds, max[r], sum[r]);
+        if (begin < end) softmax_row(keys, 0, i + r, x + r * ldx, max[r], sum[r]);
       }
     }
   };
@@ -247,7 +248,7 @@ struct AdditiveFwd : Additive<S> {
     next = a.take<int64_t>(1);
     barrier = a.take<Barrier>(1);
     const int64_t count = parts == 1 ? team : tasks();
-    x = a.take_each<T>(count, rows * lds);
+    x = a.take_each<T>(count, rows * ldx());
     out = a.take_each<T>(count, rows * ldv);
     max = a.take_each<T>(count, rows), sum = a.take_each<T>(count, rows);
     buffers = a.take<char>(0);
@@ -275,17 +276,18 @@ struct AdditiveFwd : Additive<S> {
   }
 
   int64_t first_key(const Span& span, int64_t part) const { return span.Tk * part / parts; }
+  int64_t ldx() const { return round_up((p.Tk + parts - 1) / parts, W); }  // rows of scores of a part
 
   void part(const Buffers& m, int64_t task, int64_t at) {
     Tile tile(*this, m, task / parts / tiles, task / parts % tiles);
     const int64_t begin = first_key(tile.span, task % parts), end = first_key(tile.span, task % parts + 1);
-    tile.softmax(begin, end, x[at], max[at], sum[at]);
+    tile.softmax(begin, end, x[at], ldx(), max[at], sum[at]);
     const S* values = row_of<S>(p.v, tile.b, 0, begin);
     if (tile.n < Base::kFew) {
       T* to = out[at];
       const T by[Base::kFew] = {};
       __builtin_memset(static_cast<void*>(to), 0, sizeof(T) * tile.n * ldv);
-      return few_values(tile.n, end - begin, x[at], lds, values, p.v.t, ahead_of<S>(p.Dv, p.v.t), p.Dv, by,
+      return few_values(tile.n, end - begin, x[at], ldx(), values, p.v.t, ahead_of<S>(p.Dv, p.v.t), p.Dv, by,
                         to, ldv);
     }
     Start start = Start::zero;
@@ -293,7 +295,7 @@ struct AdditiveFwd : Additive<S> {
       const int64_t nk = least(kKeys, end - j);
       int64_t step;
       const T* v = as_operand<T>(values + (j - begin) * p.v.t, p.v.t, nk, p.Dv, m.v_copy, ldv, true, step);
-      product<T, false>(tile.n, ldv, nk, x[at] + j - begin, lds, v, step, out[at], ldv, start);
+      product<T, false>(tile.n, ldv, nk, x[at] + j - begin, ldx(), v, step, out[at], ldv, start);
     }
   }
 
@@ -322,7 +324,7 @@ struct AdditiveFwd : Additive<S> {
       for (int64_t s = 0; s < parts; s++) {
         const int64_t begin = first_key(span, s), end = first_key(span, s + 1);
         for (int64_t j = begin; j < end; j += W)
-          store(weights + j, load(x[at + s] + r * lds + j - begin) * by[s], end - j);
+          store(weights + j, load(x[at + s] + r * ldx() + j - begin) * by[s], end - j);
       }
       for (int64_t j = span.Tk; j < p.Tk; j++) weights[j] = S{};
     }
@@ -348,17 +350,17 @@ struct AdditiveBwd : Additive<S> {
   char* buffers;
 
   explicit AdditiveBwd(const AdditiveAttentionBwdParams& params) : Base(params), p(params) {
-    parts = busy_splits(p.B, p.parallel.threads, tiles);
+    parts = busy_splits(p.B, p.parallel.threads, least(tiles, 2 * p.parallel.threads / most(1, p.B)));
   }
   int64_t tasks() const { return p.B * parts; }
 
   struct Own : Buffers {
-    T *P, *dS, *max, *sum, *VT, *dO, *dq, *dw;
+    T *P, *dS, *max, *sum, *VT, *dO, *dq, *dk, *dw, *tile_dw;
     Own(const AdditiveBwd& f, Arena& a) : Buffers(f, a) {
       P = a.take<T>(f.rows * f.lds), dS = a.take<T>(f.rows * f.lds);
       max = a.take<T>(f.rows), sum = a.take<T>(f.rows);
       VT = a.take<T>(f.p.Dv * kKeys), dO = a.take<T>(f.rows * f.ldv), dq = a.take<T>(f.rows * f.ld);
-      dw = a.take<T>(f.ld);
+      dk = a.take<T>(kKeys * f.ld), dw = a.take<T>(f.ld), tile_dw = a.take<T>(f.ld);
       a.keep_apart();
     }
   };
@@ -402,12 +404,15 @@ struct AdditiveBwd : Additive<S> {
       store(static_cast<S*>(p.dw) + h, total, p.D - h);
     }
   }
+  static void add(const T* x, T* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) store(to + i, load(to + i) + load(x + i));
+  }
   static void clear(T* x, int64_t n) { __builtin_memset(static_cast<void*>(x), 0, sizeof(T) * n); }
 
   void tile(const Own& m, int64_t b, int64_t index, T* dk_sums, T* dv_sums) {
     Tile t(*this, m, b, index);
     const int64_t keys = t.span.Tk;
-    t.softmax(0, keys, m.P, m.max, m.sum);
+    t.softmax(0, keys, m.P, lds, m.max, m.sum);
     int64_t ldo;
     const T* dO = as_operand<T>(row_of<S>(p.dout, b, 0, t.i), p.dout.t, t.n, p.Dv, m.dO, ldv, true, ldo);
     for (int64_t j = 0; j < keys; j += kKeys) {
@@ -418,16 +423,24 @@ struct AdditiveBwd : Additive<S> {
     for (int64_t r = 0; r < t.n; r++)
       gradients_of_row((b * p.Tq + t.i + r) * p.Tk, keys, m.sum[r], m.P + r * lds, m.dS + r * lds);
     product<T, true>(keys, ldv, t.n, m.P, lds, dO, ldo, dv_sums, ldv, Start::c);
-    clear(m.dq, t.n * ld);
+    clear(m.dq, t.n * ld), clear(m.tile_dw, ld);
     t.each_block(0, keys, [&](const auto& pair, const auto& of, int64_t j, int64_t nk) {
-      score_gradients(pair, of, t.n, nk, ld, m.dS + j, lds, m.dq, dk_sums + j * ld, m.dw);
+      clear(m.dk, nk * ld);
+      score_gradients(pair, of, t.n, nk, ld, m.dS + j, lds, m.dq, m.dk, m.tile_dw);
+      add(m.dk, dk_sums + j * ld, nk * ld);
     });
+    add(m.tile_dw, m.dw, ld);
     for (int64_t r = 0; r < t.n; r++) write_row(m.dq + r * ld, row_of<S>(p.dq, b, 0, t.i + r));
   }
 
   // P: e^(S - max) and their sum -> weights; dS: dO V^T -> dS. `row`: of dweights and dmask.
   void gradients_of_row(int64_t row, int64_t keys, T sum, T* P, T* dS) const {
-    const T inverse = sum == T(0) ? T(0) : 1 / sum;
+    if (sum == T(0)) {  // no key is seen, whatever dO is
+      clear(P, lds), clear(dS, lds);
+      if (p.dmask) clear(static_cast<T*>(p.dmask) + row, p.Tk);
+      return;
+    }
+    const T inverse = 1 / sum;
     const S* dweights = static_cast<const S*>(p.dweights) + (p.dweights ? row : 0);
     Vec<T> deltas{};
     for (int64_t j = 0; j < keys; j += W) {
@@ -453,9 +466,8 @@ struct AdditiveBwd : Additive<S> {
     for (int64_t j = id; j < p.Tk; j += size) {
       T *key = dk[at] + j * ld, *value = dv[at] + j * ldv;
       for (int64_t s = 1; s < parts; s++) {
-        for (int64_t h = 0; h < ld; h += W) store(key + h, load(key + h) + load(dk[at + s] + j * ld + h));
-        for (int64_t d = 0; d < ldv; d += W)
-          store(value + d, load(value + d) + load(dv[at + s] + j * ldv + d));
+        add(dk[at + s] + j * ld, key, ld);
+        add(dv[at + s] + j * ldv, value, ldv);
       }
       write_row(key, row_of<S>(p.dk, b, 0, j));
       S* to = row_of<S>(p.dv, b, 0, j);

@@ -374,9 +374,9 @@ struct KeyBlock {
       s = (bit & Word<T>(mask_bits(p, row, j + l, least(W, nk - l)))) != 0 ? s : splat(-kInf<T>);
     }
     if (limits) {
-      const Vec<T> at = iota<T>() + T(l);
-      s = at < T(most(0, least(nk, span.first_key(i) - j))) ? splat(-kInf<T>) : s;
-      s = at >= T(most(0, least(nk, span.end_key(i) - j))) ? splat(-kInf<T>) : s;
+      const int64_t end = least(nk, span.end_key(i) - j);  // lanes are small numbers, keys may be no floats
+      s = iota<T>() < T(most(0, least(W, span.first_key(i) - j - l))) ? splat(-kInf<T>) : s;
+      s = iota<T>() >= T(most(0, least(W, end - l))) ? splat(-kInf<T>) : s;
     }
     return s;
   }
