@@ -20,10 +20,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import seqkernels
 from seqkernels import support
-from seqkernels.nn import multihead_attention
+from seqkernels.nn import _base, multihead_attention
 
 E, H, N, L, S = 8, 2, 3, 4, 5
 op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+
+
+@pytest.fixture(autouse=True)
+def no_product_is_small(monkeypatch):
+    """Ours project, though tests are small."""
+    monkeypatch.setattr(_base, "SMALL_PRODUCT", -1)
 
 
 def twins(**options) -> tuple[nn.Module, nn.Module]:
@@ -188,6 +194,19 @@ def test_shared_inputs(batch_first):
             ours(*qkv)
         calls = {event.key: event.count for event in profile.key_averages()}
         assert calls["seqkernels::linear_fwd"] == products + 1  # and the one behind
+
+
+@pytest.mark.parametrize("T", [16, 128])
+def test_small_products_are_torchs(T, monkeypatch):
+    monkeypatch.undo()
+    module, x = seqkernels.MultiheadAttention(64, 4), torch.randn(T, 1, 64)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        module(x, x, x, need_weights=False)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    names = {16: "aten::linear", 128: "seqkernels::linear_fwd"}
+    assert {name: calls.get(name, 0) for name in names.values()} == {
+        n: 2 * (t == T) for t, n in names.items()
+    }
 
 
 def test_gradients_of_masks():
