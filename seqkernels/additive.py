@@ -94,6 +94,7 @@ def _may_go_straight_on(
         and isinstance(v, Tensor)
         and query.dim() == 3
         and query.is_cpu
+        and not support.on_gpu(query)
         and v.dim() == 1
         and (bias is None or (isinstance(bias, Tensor) and bias.shape == v.shape and bias.dtype == v.dtype))
         and (lengths is None or (type(lengths) is Tensor and lengths.dtype == torch.int64 and lengths.is_cpu))

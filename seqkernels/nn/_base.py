@@ -45,7 +45,7 @@ def as_one_node(module: Module, input: Proxy, *args, **kwargs) -> Proxy:
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; by our product where tensors on the CPU are taken as they are and the product is large."""
-    if not torch.compiler.is_compiling() and x.numel() * weight.size(0) <= SMALL_PRODUCT:
+    if support.is_plain_call() and x.numel() * weight.size(0) <= SMALL_PRODUCT:
         return F.linear(x, weight, bias)
     ours = x.device.type == "cpu" == weight.device.type and x.dtype == weight.dtype and is_plain(weight, bias)
     if ours and not torch.is_autocast_enabled("cpu") and support.why_torch(x) is None:
