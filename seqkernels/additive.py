@@ -91,12 +91,12 @@ def _may_go_straight_on(
     return (
         mask is None
         and type(query) is type(key) is type(value) is Tensor
-        and isinstance(v, Tensor)
+        and all(t is None or isinstance(t, Tensor) for t in (v, bias))
+        and v is not None
         and query.dim() == 3
         and query.is_cpu
         and not support.on_gpu(query)
-        and v.dim() == 1
-        and (bias is None or (isinstance(bias, Tensor) and bias.shape == v.shape and bias.dtype == v.dtype))
+        and (bias is None or (bias.shape == query.shape[2:] and bias.dtype == query.dtype))  # no broadcast
         and (lengths is None or (type(lengths) is Tensor and lengths.dtype == torch.int64 and lengths.is_cpu))
         and not query.is_nested
         and support.is_plain_call()

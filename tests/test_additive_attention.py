@@ -361,6 +361,8 @@ MISUSES = {
     "dtypes": {"key": k.double()},
     "integers": {"query": q.int(), "key": k.int(), "value": v.int(), "v": w.int()},
     "a bias of another size": {"bias": w[:3]},
+    "a query that the bias would widen": {"query": q[..., :1], "bias": w},
+    "a query that the bias would promote": {"query": q.half(), "bias": w},
     "a mask of other keys": {"attn_mask": torch.zeros(3, 4)},
     "a mask of four dims": {"attn_mask": torch.zeros(1, 1, 3, 5)},
     "lengths of another batch": {"key_lengths": torch.tensor([1])},
