@@ -67,7 +67,7 @@ def additive_attention(
     if bias is not None:
         query = query + bias
     lengths = None if key_lengths is None else int64(key_lengths.to(query.device))
-    reason = support.why_torch_adds(query)
+    reason = support.why_torch_attends(query)
     if reason is None or query.is_meta:  # shapes need no kernel
         out, weights = _attend(query, key, value, v, mask, lengths, need_weights)
     else:

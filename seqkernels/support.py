@@ -57,7 +57,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) -> str | None:
-    """`why_torch` for attention, which has kernels for GPUs too; their head dims have a limit."""
+    """`why_torch` for attention, which has kernels for GPUs too; their head dims, if any, have a limit."""
     if on_gpu(query):
         reason = triton.why_not(query, *head_dims) or _why_torch_alone()
     else:
@@ -67,11 +67,6 @@ def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) ->
     if dropout_p and not on_gpu(query):
         return "the attention kernels for cpu tensors have no dropout"
     return None
-
-
-def why_torch_adds(query: Tensor) -> str | None:
-    """`why_torch` for additive attention, whose kernels for GPUs have no limit of features."""
-    return why_torch_attends(query)
 
 
 def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:

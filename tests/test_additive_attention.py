@@ -546,6 +546,7 @@ def test_module_under_transforms_and_tracers(monkeypatch):
     assert_close(traced(*args), model(*args))
     graph = torch.fx.symbolic_trace(model)
     assert "self.attention(" in graph.code
+    assert "need_weights = False" in graph.code
     assert_close(graph(*args), model(*args))
     with pytest.raises(RuntimeError, match="script knows torch's operators only"):
         torch.jit.script(model)

@@ -5,6 +5,7 @@ graph at every instance of those.
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from operator import is_
 
 import torch
@@ -37,8 +38,12 @@ def torchs_twin(module: Module) -> Module:
 
 
 def as_one_node(module: Module, input: Proxy, *args, **kwargs) -> Proxy:
-    """What torch.fx.symbolic_trace records of torch's modules, while it looks into those of others."""
-    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    """What torch.fx.symbolic_trace records of torch's modules, while it looks into those of others.
+
+    Without what is left at its default, which torch's own modules may not know.
+    """
+    parameters = signature(type(module).forward).parameters
+    given = {name: value for name, value in kwargs.items() if value is not parameters[name].default}
     path = input.tracer.path_of_module(module)
     return input.tracer.create_proxy("call_module", path, (input, *args), given)
 

@@ -80,8 +80,7 @@ class AdditiveAttention(Module):
         """
         if isinstance(query, Proxy):
             options = {"projected_keys": projected_keys, "key_lengths": key_lengths, "attn_mask": attn_mask}
-            options["need_weights"] = int(need_weights)  # as_one_node leaves out what is False
-            return as_one_node(self, query, key, value, **options)
+            return as_one_node(self, query, key, value, **options, need_weights=need_weights)
         if key is None and (value is None or projected_keys is None):
             raise ValueError("key may be None only where both value and projected_keys are given")
         keys = self.project_keys(key) if projected_keys is None else projected_keys
