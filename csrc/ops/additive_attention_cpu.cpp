@@ -1,8 +1,8 @@
 // Additive attention on CPU tensors: checks, allocation, and the bridge to kernels/additive_attention.h.
 #include <tuple>
 
+#include "attention.h"
 #include "kernels/additive_attention.h"
-#include "tensor.h"
 
 namespace seqkernels::ops {
 
@@ -33,8 +33,8 @@ struct AdditiveCall {
     // What threads keep, scores of 128 queries and sums of dk and dv, has to be countable.
     STD_TORCH_CHECK(contiguous({16, p.parallel.threads, p.Tk, p.D + p.Dv + 128, 8}).has_value(),
                     "seqkernels::", op, ": there is no memory for ", p.Tk, " keys; use shorter sequences");
-    if (mask) set_mask(*mask);
-    if (len_k) set_lengths(*len_k);
+    if (mask) set_mask(op, q, *mask, p);
+    if (len_k) set_lengths(op, *len_k, p);
   }
 
   ScalarType acc() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
@@ -55,37 +55,6 @@ struct AdditiveCall {
     return {t.const_data_ptr(), t.stride(0), 0, t.stride(1)};
   }
   static Heads<void*> written(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), 0, t.stride(1)}; }
-
-  void set_mask(const Tensor& mask) {
-    const auto type = mask.scalar_type();
-    STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 3 &&
-                        (type == ScalarType::Bool || type == q.scalar_type() || type == acc()),
-                    "seqkernels::", op,
-                    ": expected mask of 3 dimensions on the CPU, bool, float32 or of the dtype of q");
-    const int64_t full[] = {p.B, p.Tq, p.Tk};
-    int64_t* strides[] = {&p.mask_b, &p.mask_q, &p.mask_k};
-    for (int i = 0; i < 3; i++) {
-      STD_TORCH_CHECK(mask.size(i) == full[i] || mask.size(i) == 1, "seqkernels::", op,
-                      ": expected mask that broadcasts to ", text({full, full + 3}), ", got ",
-                      text(mask.sizes()));
-      *strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
-    }
-    p.mask = mask.const_data_ptr();
-    p.mask_kind = type == ScalarType::Bool  ? MaskKind::boolean
-                  : type == q.scalar_type() ? MaskKind::additive
-                                            : MaskKind::additive_acc;
-  }
-
-  void set_lengths(Tensor& len_k) {
-    STD_TORCH_CHECK(
-        len_k.is_cpu() && len_k.scalar_type() == ScalarType::Long && len_k.dim() == 1 && len_k.size(0) == p.B,
-        "seqkernels::", op, ": expected len_k [", p.B, "] as int64 on the CPU, got ", text(len_k.sizes()));
-    lay_contiguously(len_k);
-    p.len_k = len_k.const_data_ptr<int64_t>();
-    for (int64_t b = 0; b < p.B; b++)
-      STD_TORCH_CHECK(p.len_k[b] >= 0 && p.len_k[b] <= p.Tk, "seqkernels::", op,
-                      ": expected len_k from 0 to the ", p.Tk, " keys, got ", p.len_k[b], " at ", b);
-  }
 
   template <class Params>
   Params params() const {

@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "kernels/attention.h"
-#include "tensor.h"
+#include "attention.h"
 
 namespace seqkernels::ops {
 
@@ -106,35 +105,8 @@ struct AttentionCall {
   void modifiers(const OptionalTensor& mask, OptionalTensor& len_k, OptionalTensor& alibi, Tensor* sinks) {
     STD_TORCH_CHECK(!p.cu_q || (!mask && !len_k), "seqkernels::", op,
                     ": expected no mask and no len_k with cu_q");
-    if (mask) {
-      const auto type = mask->scalar_type();
-      STD_TORCH_CHECK(mask->is_cpu() && mask->dim() == 4 &&
-                          (type == ScalarType::Bool || type == q.scalar_type() || type == acc()),
-                      "seqkernels::", op,
-                      ": expected mask of 4 dimensions on the CPU, bool, float32 or of the dtype of q");
-      const int64_t full[] = {p.B, p.Hq, p.Tq, p.Tk};
-      int64_t* strides[] = {&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
-      for (int i = 0; i < 4; i++) {
-        STD_TORCH_CHECK(mask->size(i) == full[i] || mask->size(i) == 1, "seqkernels::", op,
-                        ": expected mask that broadcasts to ", text({full, full + 4}), ", got ",
-                        text(mask->sizes()));
-        *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
-      }
-      p.mask = mask->const_data_ptr();
-      p.mask_kind = type == ScalarType::Bool  ? MaskKind::boolean
-                    : type == q.scalar_type() ? MaskKind::additive
-                                              : MaskKind::additive_acc;
-    }
-    if (len_k) {
-      STD_TORCH_CHECK(len_k->is_cpu() && len_k->scalar_type() == ScalarType::Long, "seqkernels::", op,
-                      ": expected len_k as int64 on the CPU");
-      expect(*len_k, "len_k", {p.B});
-      lay_contiguously(*len_k);
-      p.len_k = len_k->const_data_ptr<int64_t>();
-      for (int64_t b = 0; b < p.B; b++)
-        STD_TORCH_CHECK(p.len_k[b] >= 0 && p.len_k[b] <= p.Tk, "seqkernels::", op,
-                        ": expected len_k from 0 to the ", p.Tk, " keys, got ", p.len_k[b], " at ", b);
-    }
+    if (mask) set_mask(op, q, *mask, p);
+    if (len_k) set_lengths(op, *len_k, p);
     if (alibi) {
       STD_TORCH_CHECK(alibi->is_cpu() && alibi->scalar_type() == ScalarType::Float, "seqkernels::", op,
                       ": expected alibi as float32 on the CPU");

@@ -145,6 +145,8 @@ struct Additive {
   const int64_t ld, ldv, lds, rows, tiles;  // rows of D and Dv features and of scores; queries of a tile
   const ScoreRule<T> rule;
   T* w;
+  int64_t* next;
+  Barrier* barrier;
 
   explicit Additive(const AdditiveAttentionParams& params)
       : p(params),
@@ -170,8 +172,17 @@ struct Additive {
       a.keep_apart();
     }
   };
-  void layout(Arena& a) { w = a.take<T>(ld); }
-  void prepare() const { copy_row(static_cast<const S*>(p.w), p.D, w, ld); }
+  void layout(Arena& a) {
+    w = a.take<T>(ld);
+    next = a.take<int64_t>(1);
+    barrier = a.take<Barrier>(1);
+  }
+  void prepare() const {
+    copy_row(static_cast<const S*>(p.w), p.D, w, ld);
+    *next = 0;
+    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
+  }
+  int64_t next_task() const { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
   struct Tile {  // queries [i, i + n) of sequence b
     const Additive& f;
@@ -233,8 +244,6 @@ struct AdditiveFwd : Additive<S> {
   int64_t parts;
   int team = 1;
 
-  int64_t* next;
-  Barrier* barrier;
   PerThread<T> x, out, max, sum;  // of each thread, or of each task where parts are joined
   char* buffers;
 
@@ -245,8 +254,6 @@ struct AdditiveFwd : Additive<S> {
 
   void layout(Arena& a) {
     Base::layout(a);
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
     const int64_t count = parts == 1 ? team : tasks();
     x = a.take_each<T>(count, rows * ldx());
     out = a.take_each<T>(count, rows * ldv);
@@ -254,24 +261,19 @@ struct AdditiveFwd : Additive<S> {
     buffers = a.take<char>(0);
     for (int i = 0; i < team; i++) Buffers(*this, a);
   }
-  void prepare() {
-    Base::prepare();
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-  }
 
   void thread(int id, int size) {
     Arena arena{buffers};
     for (int i = 0; i < id; i++) Buffers(*this, arena);
     const Buffers m(*this, arena);
     for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      const int64_t task = this->next_task();
       if (task >= tasks()) break;
       part(m, task, parts == 1 ? id : task);
       if (parts == 1) join(task, id);
     }
     if (parts == 1) return;
-    barrier->wait(size);
+    this->barrier->wait(size);
     for (int64_t n = id; n < p.B * tiles; n += size) join(n, n * parts);
   }
 
@@ -343,8 +345,6 @@ struct AdditiveBwd : Additive<S> {
   int64_t parts;
   int team = 1;
 
-  int64_t* next;
-  Barrier* barrier;
   PerThread<T> dk, dv;  // of each thread, or of each task where parts are added up
   T* dw;                // of each task
   char* buffers;
@@ -366,8 +366,6 @@ struct AdditiveBwd : Additive<S> {
   };
   void layout(Arena& a) {
     Base::layout(a);
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
     const int64_t count = parts == 1 ? team : tasks();
     dk = a.take_each<T>(count, p.Tk * ld);
     dv = a.take_each<T>(count, p.Tk * ldv);
@@ -375,18 +373,13 @@ struct AdditiveBwd : Additive<S> {
     buffers = a.take<char>(0);
     for (int i = 0; i < team; i++) Own(*this, a);
   }
-  void prepare() {
-    Base::prepare();
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-  }
 
   void thread(int id, int size) {
     Arena arena{buffers};
     for (int i = 0; i < id; i++) Own(*this, arena);
     const Own m(*this, arena);
     for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      const int64_t task = this->next_task();
       if (task >= tasks()) break;
       const int64_t b = task / parts, at = parts == 1 ? id : task;
       clear(dk[at], p.Tk * ld), clear(dv[at], p.Tk * ldv), clear(m.dw, ld);
@@ -395,7 +388,7 @@ struct AdditiveBwd : Additive<S> {
       __builtin_memcpy(static_cast<void*>(dw + task * ld), m.dw, sizeof(T) * ld);
       if (parts == 1) write_keys(b, at, 0, 1);
     }
-    barrier->wait(size);
+    this->barrier->wait(size);
     for (int64_t b = 0; b < p.B && parts > 1; b++) write_keys(b, b * parts, id, size);
     if (id > 0) return;
     for (int64_t h = 0; h < p.D; h += W) {
