@@ -217,6 +217,28 @@ void expect_unchanged(const Buffers& inputs, const Case& c) {
     if (!buffer.unchanged()) fail(name + ": an input was written to", c);
 }
 
+// A mask of attention: bytes, not zero where a query sees a key, or numbers to add. Whole blocks are hidden,
+// and single keys.
+struct RandomMask {
+  std::vector<uint8_t> shown;
+  Values added;
+};
+inline RandomMask random_mask(MaskKind kind, int64_t size, Random& random) {
+  const bool boolean = kind == MaskKind::boolean;
+  RandomMask mask{std::vector<uint8_t>(boolean ? size_t(size) : 0),
+                  random.values(kind > MaskKind::boolean ? size : 0, 2)};
+  bool block = true;
+  for (size_t n = 0; n < std::max(mask.shown.size(), mask.added.size()); n++) {
+    if (n % 50 == 0) block = random.one_in(3);
+    const bool hidden = block || random.one_in(4);
+    if (boolean)
+      mask.shown[n] = hidden ? 0 : random.of<uint8_t>({1, 1, 2, 128});
+    else if (hidden)
+      mask.added[n] = -INFINITY;
+  }
+  return mask;
+}
+
 // In files of their own: all cases on these instruction sets.
 void check_additive_attention(const std::vector<const char*>& isas);
 void check_attention(const std::vector<const char*>& isas);

@@ -256,18 +256,7 @@ void check(const AdditiveCase& c, const std::vector<const char*>& isas, Random& 
         std::fill(x.begin() + c.pair(b, i, c.keys(b)), x.begin() + c.pair(b, i, c.Tk), NAN);
     in["dweights"] = Buffer(c.dtype, x);
   }
-  // Masks hide whole blocks and single keys.
-  std::vector<uint8_t> shown(c.mask == MaskKind::boolean ? size_t(c.mask_size()) : 0);
-  Values added = random.values(c.mask > MaskKind::boolean ? c.mask_size() : 0, 2);
-  bool block = true;
-  for (size_t n = 0; n < std::max(shown.size(), added.size()); n++) {
-    if (n % 50 == 0) block = random.one_in(3);
-    const bool hidden = block || random.one_in(4);
-    if (c.mask == MaskKind::boolean)
-      shown[n] = hidden ? 0 : random.of<uint8_t>({1, 1, 2, 128});
-    else if (hidden)
-      added[n] = -INFINITY;
-  }
+  const auto [shown, added] = random_mask(c.mask, c.mask_size(), random);
   if (c.mask > MaskKind::boolean)
     in["mask"] = Buffer(c.mask == MaskKind::additive ? c.dtype : c.acc(), added);
 
