@@ -2,12 +2,15 @@
 
 What no table of tiles says is decided in the launcher: which pointers are None, of what type a number is,
 whether heads are packed and keys split. Nothing runs.
+
+`PYTHONPATH=. python tests/triton_launch.py` prints the table of additive attention in docs/attention-gpu.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from unittest import mock
 
 import torch
@@ -19,9 +22,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton_matrix import NO_LIMIT
 
-from seqkernels.triton import launch, launch_additive
+from seqkernels.triton import launch, launch_additive, tables
 
 MULTIPROCESSORS = 132
+KERNELS = ("forward", "statistics", "dq", "dkdv")
 CASES = triton_matrix.pairwise_cases()
 SHAPES = {  # queries, query heads, key heads, keys, each with what lets heads be packed and keys be split
     "one query": (1, 8, 2, 4096),
@@ -108,3 +112,25 @@ def compiled(arch: int, call: Callable[..., None], *args) -> dict[str, triton_cu
     with absent_gpu(arch) as built:
         call(*args)
     return {name: triton_cubin.resources_of(kernel) for name, kernel in built.items()}
+
+
+def additive_table() -> Iterator[str]:
+    """Registers / KB of shared memory of every tile, plain and rich."""
+    yield "| kernel | queries a tile | sm_80 | sm_90 | sm_100 | float32, sm_80 |"
+    yield "|---|---|---|---|---|---|"
+    columns = [(arch, "bfloat16") for arch in (80, 90, 100)] + [(80, "float32")]
+    rows: dict[tuple[str, int], list[str]] = {}
+    for (arch, dtype), Tq in product(columns, sorted(tables.ADDITIVE)):
+        found = [compiled(arch, additive, Tq, rich, dtype) for rich in (False, True)]
+        for names in zip(*found, strict=True):
+            pair = (kernels[name] for kernels, name in zip(found, names, strict=True))
+            cell = ", ".join(f"{x.registers} / {x.shared / 1024:.0f}" for x in pair)
+            kernel = names[0].removeprefix("additive_").split("-")[0]
+            rows.setdefault((kernel, Tq), []).append(cell)
+    for (kernel, Tq), cells in sorted(rows.items(), key=lambda row: KERNELS.index(row[0][0])):
+        yield f"| {kernel} | {Tq} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    for line in additive_table():
+        print(line, flush=True)

@@ -363,21 +363,13 @@ def run_forward(
             *problem.arguments, *parts, block_table, 0 if block_table is None else block_table.stride(0),
             tiles, splits, part, F=f,
         )  # fmt: skip
-    if splits > 1:
-        combine(*parts, problem.sinks, out, lse)
-    return out, lse
-
-
-def combine(parts: Tensor, part_lse: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """parts [splits,B,Tq,heads,N] and part_lse [splits,B,heads,Tq] -> out [B,Tq,heads,N], lse [B,heads,Tq]"""
-    splits, (_B, heads, Tq), N = parts.size(0), lse.shape, out.size(-1)
-    width = triton.next_power_of_2(N)
-    if rows := lse.numel():
-        with torch.cuda.device_of(out):
-            decode.combine[(rows,)](
-                parts, part_lse, sinks, out, lse, heads, Tq, splits, rows, SINKS=sinks is not None, DV=N,
-                WIDTH=width, CHUNK=max(1, min(16, 8192 // width)), num_warps=1 if width <= 128 else 4,
+        if splits > 1 and part:
+            width = triton.next_power_of_2(DV)
+            decode.combine[(part,)](
+                *parts, problem.sinks, out, lse, heads, Tq, splits, part,
+                SINKS=f.SINKS, DV=DV, WIDTH=width, CHUNK=16, num_warps=1 if width <= 128 else 4,
             )  # fmt: skip
+    return out, lse
 
 
 def launch(kernel, programs: int, tile: Tile, *arguments, **constants) -> None:
