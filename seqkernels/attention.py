@@ -429,7 +429,7 @@ def int64(integers: Tensor) -> Tensor:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not support.autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in _CASTS else t for t in tensors)

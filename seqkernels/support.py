@@ -21,6 +21,13 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("seqkernels::lstm_layer_fwd", "CUDA")
 
 
+def autocasts(device: str) -> bool:
+    """Autocast is on there; False where there is no autocast, of which it is an error to ask."""
+    # Compiling, torch 2.11 breaks the graph where it is asked for a device's autocast.
+    known = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
+
+
 def why_torch(x: Tensor) -> str | None:
     """None when the kernels run on inputs like `x`, else the reason, in words, why torch runs instead."""
     if x.device.type == "cuda":

@@ -239,8 +239,7 @@ def _recorder(seen: dict[str, Call], name: str) -> Callable:
 
 def _call_with(input: Tensor) -> Call:
     device, dtype = input.device.type, input.dtype
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if casts and dtype != torch.float64:
+    if support.autocasts(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return {"input": input, "dtype": str(dtype).removeprefix("torch.")}
 

@@ -9,6 +9,7 @@ from layouts import apart
 from torch import nn
 from torch.autograd import forward_ad
 from torch.export import Dim, export
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
@@ -43,6 +44,17 @@ OPTIONS = {
     "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True},
     "without bias": {"bias": False},
 }
+
+
+def test_graphs_ask_nothing_that_torch_2_11_cannot_compile(monkeypatch):
+    def unknown(device):
+        raise AssertionError("torch 2.11 cannot compile this")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", unknown)
+    module, x, q = seqkernels.GRU(3, 4), torch.randn(5, 2, 3), torch.randn(2, 2, 5, 8)
+    assert_close(in_one_graph(lambda: module(x))(), nn.GRU.forward(module, x))
+    attend = seqkernels.scaled_dot_product_attention
+    assert_close(in_one_graph(lambda: attend(q, q, q))(), F.scaled_dot_product_attention(q, q, q))
 
 
 @kinds

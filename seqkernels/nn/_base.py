@@ -98,8 +98,7 @@ class Recurrent(RNNBase):
             return MISFIT
         if not extras and (reason := support.why_torch(x)):
             return reason  # torch knows no extras: there the reference stands in, on any device
-        device = x.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        casts = support.autocasts(x.device.type)
 
         def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
             if not isinstance(t, Tensor):
