@@ -117,7 +117,7 @@ def scaled_dot_product_attention(
         raise ValueError(_why_torchs_only(query, key, value, attn_mask, is_causal, enable_gqa))
     reason = MISFIT
     if plain:
-        reason = support.why_torch_attends(query, dropout_p, *query.shape[-1:], *value.shape[-1:])
+        reason = support.why_torch_attends(query, *query.shape[-1:], *value.shape[-1:])
     dense = None
     if plain and (extras or reason is None):
         dense = _four_dims(*autocast(query, key, value, attn_mask), enable_gqa)
@@ -125,7 +125,8 @@ def scaled_dot_product_attention(
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras or bottom_right) and support.why_torch_is_faster(*dense[:4])
     both = plain and attn_mask is not None and is_causal
-    refused = dropout_p is None or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))  # by torch
+    refused = dropout_p is None or not 0 <= dropout_p <= 1  # by torch, as much as the next
+    refused = refused or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))
     if not extras and (reason or forbidden or faster or refused):
         if bottom_right:
             attn_mask, is_causal = bias._materialize(query.device), False
@@ -198,7 +199,7 @@ def varlen_attention(
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks, cu[0].size(0) - 1)
     options |= {"cu_q": int64(cu[0]), "cu_k": int64(cu[1]), "bottom_right": True}
-    reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    reason = support.why_torch_attends(q, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=max_q, max_k=max_k)
     return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
 
@@ -272,7 +273,7 @@ def _may_read_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bo
     return (
         support.on_gpu(q)
         and q.dim() == k.dim() == v.dim() == 4
-        and support.why_torch_attends(q, 0.0, q.size(3), v.size(3)) is None
+        and support.why_torch_attends(q, q.size(3), v.size(3)) is None
         and q.dtype == k.dtype == v.dtype
         and not needs_grad(q, k, v, sinks)
         and not torch._C._are_functorch_transforms_active()
@@ -304,7 +305,7 @@ def attend_with_lengths(
     if dense is None or q.size(0) != k.size(0):
         raise ValueError(f"{MISFIT}: got {described(q, k, v, mask)}")
     q, k, v, mask, _ = dense
-    reason = support.why_torch_attends(q, dropout_p, q.size(3), v.size(3))
+    reason = support.why_torch_attends(q, q.size(3), v.size(3))
     torch_can = lengths is window is softcap is alibi_slopes is sinks is None
     torch_can = torch_can and not (
         is_causal and (mask is not None or (bottom_right and q.size(2) != k.size(2)))
@@ -357,7 +358,7 @@ def _jagged(
     q, k, v, _ = autocast(*(t.values().unsqueeze(0) for t in (query, key, value)), None)
     options = _options(q, scale, *options, query.size(0))
     options |= {"cu_q": int64(query.offsets()), "cu_k": int64(key.offsets())}
-    reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    reason = support.why_torch_attends(q, q.size(3), v.size(3))
     out, lse = _attend(q, k, v, options, reason, max_q=_longest(query), max_k=_longest(key))
     results = (
         torch.nested.nested_tensor_from_jagged(t[0], query.offsets(), jagged_dim=2) for t in (out, lse)
@@ -386,7 +387,7 @@ def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
 
 
 def _ours_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    reason = support.why_torch_attends(q, 0.0, q.size(3), v.size(3))
+    reason = support.why_torch_attends(q, q.size(3), v.size(3))
     return not (reason or support.why_torch_is_faster(q, k, v))
 
 

@@ -63,17 +63,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def why_torch_attends(query: Tensor, dropout_p: float = 0.0, *head_dims: int) -> str | None:
+def why_torch_attends(query: Tensor, *head_dims: int) -> str | None:
     """`why_torch` for attention, which has kernels for GPUs too; their head dims, if any, have a limit."""
     if on_gpu(query):
-        reason = triton.why_not(query, *head_dims) or _why_torch_alone()
-    else:
-        reason = why_torch(query)
-    if reason:
-        return reason
-    if dropout_p and not on_gpu(query):
-        return "the attention kernels for cpu tensors have no dropout"
-    return None
+        return triton.why_not(query, *head_dims) or _why_torch_alone()
+    return why_torch(query)
 
 
 def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:

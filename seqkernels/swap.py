@@ -253,7 +253,7 @@ def _explain(module: Module, call: Call | None) -> str:
         return f"seqkernels.{cls.__name__}, not called"
     x = call["input"]
     if cls is nn.MultiheadAttention:
-        reason = support.why_torch_attends(x, module.dropout if module.training else 0.0, module.head_dim)
+        reason = support.why_torch_attends(x, module.head_dim)
         if not (reason or torch._C._get_flash_sdp_enabled()):
             reason = "torch.nn.attention.sdpa_kernel forbids flash attention"
     else:

@@ -1,5 +1,6 @@
 """scaled_dot_product_attention, varlen_attention, decode_attention: torch's contract, and what is ours."""
 
+import itertools
 import math
 import warnings
 from functools import partial
@@ -21,6 +22,7 @@ from seqkernels import scaled_dot_product_attention as ours
 from seqkernels import support
 from seqkernels.bench.attention import AttentionCase
 from seqkernels.bench.memory import MemoryMeter
+from seqkernels.reference import attention as reference
 
 theirs = F.scaled_dot_product_attention
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -94,18 +96,57 @@ def test_gradients_of_torchs_own_samples():
             assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.filterwarnings("ignore:seqkernels falls back")
-def test_dropout_is_torchs():
-    q, k, v = qkv(2, 3, 5, 8)
+def seeded(seed: int, function, *args, **kwargs):
+    torch.manual_seed(seed)
+    return function(*args, **kwargs)
+
+
+def test_dropout():
+    leaves = [t.requires_grad_() for t in qkv(2, 3, 70, 8, dtype=torch.float64)]
     for p in (0.3, 1.0):
-        results = []
-        for function in (ours, theirs):
-            torch.manual_seed(3)
-            results.append(function(q, k, v, dropout_p=p))
-        assert torch.equal(*results)
-    out = ours(q, k, v, dropout_p=0.5, softcap=3.0)
-    assert out.ne(ours(q, k, v, softcap=3.0)).any()
-    assert_close(ours(q, k, v, dropout_p=1.0, softcap=3.0), torch.zeros_like(q))
+        call = partial(with_gradients, ours, leaves, dropout_p=p)
+        result = seeded(3, call)
+        assert all(torch.equal(a, b) for a, b in zip(result.values(), seeded(3, call).values(), strict=True))
+        plain = lambda q, k, v: reference.attention(q, k, v, scale=8**-0.5, dropout=p)[0]  # noqa: B023, E731
+        assert_close(result, seeded(3, partial(with_gradients, plain, leaves)))
+        assert p == 1 or not torch.equal(result["out"], seeded(4, call)["out"])
+    assert_close(ours(*leaves, dropout_p=1.0), theirs(*leaves, dropout_p=1.0))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_fair(p):
+    """Each weight is kept as often as every other; all of them are 1 / T."""
+    T, runs = 64, 200
+    q, v = torch.zeros(1, 2, T, 4), torch.eye(T).expand(1, 2, T, T)
+    torch.manual_seed(0)
+    kept = sum((ours(q, q, v, dropout_p=p) > 0).double() for _ in range(runs))
+    sigma = (p * (1 - p) * runs) ** 0.5
+    assert (kept - (1 - p) * runs).abs().max() < 5.5 * sigma  # 8192 weights
+    for dims in (-1, -2, (1, 3), (2, 3)):  # rows, columns, queries of both heads, heads
+        sums = kept.sum(dims)
+        error = (sums - (1 - p) * runs * kept.numel() / sums.numel()).abs().max()
+        assert error < 5 * sigma * (kept.numel() / sums.numel()) ** 0.5
+    assert_close(ours(q, q, v, dropout_p=p).unique(), torch.tensor([0, 1 / (T * (1 - p))]))
+
+
+def philox(seed: int, offset: int, b: int, h: int, i: int, j: int) -> int:
+    """Philox 4x32-7 (Salmon et al. 2011), counter (key / 4, query, sequence and head, offset)."""
+    word = 2**32 - 1
+    n = [j // 4, i ^ (offset >> 32), b * 3 + h, offset & word]
+    key = [seed & word, seed >> 32]
+    for _ in range(7):
+        x, y = n[0] * 0xD2511F53, n[2] * 0xCD9E8D57
+        n = [y >> 32 ^ n[1] ^ key[0], y & word, x >> 32 ^ n[3] ^ key[1], x & word]
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return n[j % 4]
+
+
+def test_the_numbers_of_dropout():
+    seed, offset = 2**61 + 2**40 + 7, 2**33 + 2**31 + 5
+    kept = reference.kept(torch.tensor([seed, offset]), 0.3, (2, 3, 5, 7), first=4)
+    for at in itertools.product(range(2), range(3), range(5), range(7)):
+        b, *rest = at
+        assert kept[at] == (philox(seed, offset, 4 + b, *rest) >= round(0.3 * 2**32))
 
 
 SHAPES = {

@@ -81,6 +81,9 @@ def problems(draw):
     if draw(st.booleans()):
         shape = (Hq,) if kind == "packed" or draw(st.booleans()) else (B, Hq)
         options["alibi"] = torch.rand(shape, generator=generator)
+    if draw(st.booleans()):
+        options["dropout"] = draw(st.sampled_from([0.1, 0.9]))
+        options["rng"] = torch.randint(2**62, (2,), generator=generator)
     sinks = {"sinks": torch.randn(Hq, generator=generator).to(acc)} if draw(st.booleans()) else {}
     note(f"{dtype}, {B=} {Hq=} {Hk=} {Tq=} {Tk=} {D=} {Dv=}, {kind}")
     note({n: o.shape if isinstance(o, Tensor) and o.dim() > 1 else o for n, o in (masks | options).items()})
@@ -116,30 +119,37 @@ class Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s, sinks, v, out_dtype):
+    def forward(ctx, s, sinks, v, drop, out_dtype):
         joined = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
         lse = LN_2 * (torch.logsumexp(joined, -1) / LN_2)
-        out = (p_of(s, lse) @ v).to(out_dtype)
-        ctx.save_for_backward(s, sinks, v, lse, out)
+        out = (p_of(s, lse) * drop @ v).to(out_dtype)
+        ctx.save_for_backward(s, sinks, v, drop, lse, out)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        s, sinks, v, lse, out = ctx.saved_tensors
+        s, sinks, v, drop, lse, out = ctx.saved_tensors
         p, dout = p_of(s, lse), dout.to(s.dtype)
         minus_delta = dlse[..., None] - (dout * out).sum(-1, keepdim=True)
-        ds = p * (dout @ v.mT + minus_delta)
+        ds = p * (dout @ v.mT * drop + minus_delta)
         dsinks = p_of(sinks.expand(*s.shape[:-1], 1), lse) * minus_delta
-        return ds, dsinks.sum_to_size(sinks.shape), p.mT @ dout, None
+        return ds, dsinks.sum_to_size(sinks.shape), (p * drop).mT @ dout, None, None
 
 
-def plain_flash(q, k, v, *, cu_q=None, cu_k=None, **options) -> tuple[Tensor, Tensor]:
+def plain_flash(q, k, v, *, cu_q=None, cu_k=None, first=0, **options) -> tuple[Tensor, Tensor]:
     """The yardstick in the dtype of the inputs."""
     if cu_q is not None:
         spans = zip(pairwise([0, *cu_q.tolist()]), pairwise([0, *cu_k.tolist()]), strict=True)
-        parts = [plain_flash(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], **options) for (a, b), (c, d) in spans]
+        parts = [
+            plain_flash(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], first=s, **options)
+            for s, ((a, b), (c, d)) in enumerate(spans)
+        ]
         return tuple(torch.cat(p, 2) for p in zip(*parts, strict=True))
-    return Flash.apply(*reference.logits(q, k, **options), reference.for_each_query_head(v, q), q.dtype)
+    dropout, rng, drop = options.pop("dropout", 0), options.pop("rng", None), torch.ones(())
+    s, sinks = reference.logits(q, k, **options)
+    if dropout:
+        drop = reference.kept(rng, dropout, s.shape, first) * (1 / (1 - dropout))
+    return Flash.apply(s, sinks, reference.for_each_query_head(v, q), drop.to(s.dtype), q.dtype)
 
 
 def exactly(value: object) -> object:

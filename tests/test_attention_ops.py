@@ -17,6 +17,7 @@ from seqkernels.reference import attention as reference
 
 NO_LIMIT = ops.NO_LIMIT
 cu_q, cu_k = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 1, 4, 7])
+PACKED = {"cu_q": cu_q, "cu_k": cu_k, "max_q": 3, "max_k": 3}
 FEATURES = {
     "plain": {},
     "causal": {"right": 0},
@@ -29,7 +30,9 @@ FEATURES = {
     "mask": {"mask": torch.linspace(-1, 1, 35).view(1, 1, 5, 7)},
     "mask of keys": {"mask": torch.linspace(-1, 1, 14).view(2, 1, 1, 7)},
     "bool mask": {"mask": torch.arange(70).view(2, 1, 5, 7) % 3 > 0},
-    "packed": {"cu_q": cu_q, "cu_k": cu_k, "max_q": 3, "max_k": 3, "right": 1},
+    "dropout": {"dropout": 0.3, "rng": torch.tensor([2**40 + 7, 2**33 + 5])},
+    "packed": PACKED | {"right": 1},
+    "packed with dropout": PACKED | {"dropout": 0.5, "rng": torch.tensor([3, 9])},
 }
 features = pytest.mark.parametrize("feature", FEATURES.values(), ids=FEATURES)
 
@@ -107,7 +110,8 @@ def native_arguments(feature: dict, dtype: torch.dtype) -> tuple[list, list]:
     tensors = [given.get(n) for n in ("q", "k", "v", "mask", "cu_q", "cu_k", "len_k", "alibi", "sinks")]
     numbers = [given["scale"], given.get("softcap", 0.0)]
     numbers += [given.get("left", NO_LIMIT), given.get("right", NO_LIMIT), given.get("bottom_right", False)]
-    return tensors, [*numbers, 0.0, None, given.get("max_q", 0), given.get("max_k", 0)]
+    numbers += [given.get("dropout", 0.0), given.get("rng")]
+    return tensors, [*numbers, given.get("max_q", 0), given.get("max_k", 0)]
 
 
 @features
@@ -175,7 +179,9 @@ BAD = {
     "sinks for other heads": {"sinks": torch.zeros(5)},
     "one of two offsets": {"cu_q": torch.tensor([0, 5])},
     "offsets of a batch": {"cu_q": cu_q, "cu_k": cu_k},
-    "dropout": {"dropout": 0.5},
+    "dropout without rng": {"dropout": 0.5},
+    "dropout of more than all": {"dropout": 1.5},
+    "dropout of nan": {"dropout": float("nan")},
 }
 
 

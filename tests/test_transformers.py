@@ -16,7 +16,6 @@ transformers = pytest.importorskip("transformers")
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask  # noqa: E402
 
-from seqkernels import support  # noqa: E402
 from seqkernels.integrations import transformers as integration  # noqa: E402
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -259,12 +258,21 @@ def test_softcap_and_sinks():
     assert weights is None
 
 
-def test_training_with_dropout_says_that_torch_runs(monkeypatch):
-    monkeypatch.setattr(support, "_told", set())
-    model = models("gpt2")[0].train()
-    with pytest.warns(UserWarning, match="the attention kernels for cpu tensors have no dropout"):
-        model(**padded("right")).logits.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+def test_training_with_dropout(monkeypatch):
+    monkeypatch.setenv("SEQKERNELS_STRICT", "1")
+    model, tokens = models("gpt2")[0].train(), padded("right")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.transformer.h[0].attn.attn_dropout.p, seen = 0.5, []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        model(**tokens).logits.sum().backward()
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert seen[0].isfinite().all()
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
 
 
 def test_a_model_that_says_which_keys_to_attend_to_is_refused():

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,30 +67,6 @@ def pairwise_cases(
         missing -= pairs[best]
         cases.append(trials[best])
     return {"-".join(case.values()): case for case in cases}
-
-
-def philox_keep(seed: int, offset: int, batch: int, heads: int, Tq: int, Tk: int, dropout: float) -> Tensor:
-    """The weights kept by Philox 4x32-7 (Salmon et al. 2011) with counter (key / 4, query, head, offset)."""
-    b, h, i, j = np.ogrid[:batch, :heads, :Tq, :Tk]
-    shape = (batch, heads, Tq, Tk)
-    word = np.uint64(0xFFFFFFFF)
-    c = [
-        np.broadcast_to(x, shape).astype(np.uint64)
-        for x in (j // 4, i ^ (offset >> 32), b * heads + h, offset)
-    ]
-    c = [x & word for x in c]
-    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
-    for _ in range(7):
-        low, high = c[2] * np.uint64(0xCD9E8D57), c[0] * np.uint64(0xD2511F53)
-        c = [
-            (low >> np.uint64(32)) ^ c[1] ^ key[0],
-            low & word,
-            (high >> np.uint64(32)) ^ c[3] ^ key[1],
-            high & word,
-        ]
-        key = [(k + np.uint64(w)) & word for k, w in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
-    bits = np.choose(np.broadcast_to(j % 4, shape), c)
-    return torch.from_numpy(bits >= np.uint64(round(dropout * 2**32)))
 
 
 class Problem:
@@ -202,13 +177,9 @@ def reference(problem: Problem) -> tuple[dict[str, Tensor], list[Tensor]]:
         spans = [tuple(slice(*c[n : n + 2]) for c in cu) for n in range(len(cu[0]) - 1)]
     outs, lses = [], []
     for n, (a, b) in enumerate(spans):
-        part, keep = (q[:, :, a], k[:, :, b], v[:, :, b]), None
-        if problem.dropout:
-            seed, offset = problem.rng.tolist()
-            shape = (*q.shape[:2], part[0].size(2), part[1].size(2))
-            first = n if problem.cu_q is not None else 0
-            keep = philox_keep(seed, offset, first + shape[0], *shape[1:], problem.dropout)[first:]
-        out, lse = attention(*part, dropout=problem.dropout, keep=keep, **options)
+        rng = problem.rng if problem.rng is None else problem.rng.cpu()
+        dropped = {"dropout": problem.dropout, "rng": rng, "first": n}
+        out, lse = attention(q[:, :, a], k[:, :, b], v[:, :, b], **dropped, **options)
         outs.append(out)
         lses.append(lse)
     out, lse = torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)

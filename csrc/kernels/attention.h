@@ -1,7 +1,7 @@
 // Scaled dot-product attention without a Tq x Tk matrix in memory (online softmax: Milakov & Gimelshein 2018;
 // tiles and backward: Dao et al. 2022):
 //   S = softcap(scale Q K^T) - alibi |j - i - offset| + mask,   softcap(s) = cap tanh(s / cap)
-//   P = softmax(S) over the keys that a query sees,   O = P V,   LSE = log sum exp S
+//   P = softmax(S) over the keys that a query sees,   O = dropout(P) V,   LSE = log sum exp S
 //
 //   B sequences, Hq query heads share Hk key heads (head h reads h / (Hq / Hk)), Tq queries, Tk keys, D
 //   features of queries and keys, Dv of values. Query i sees key j when -left <= j - i - offset <= right;
@@ -19,6 +19,14 @@ template <class Ptr>
 struct Heads {
   Ptr data{};
   int64_t b = 0, h = 0, t = 0;
+};
+
+// Of P, behind the softmax: what stays is multiplied by 1 / (1 - probability), LSE knows nothing of it.
+struct Dropout {
+  uint64_t threshold = 0;  // of 2^32 numbers, those below take their weight away; 0: no dropout
+  double factor = 1;
+  uint64_t seed = 0, offset = 0;
+  explicit operator bool() const { return threshold > 0; }
 };
 
 enum class MaskKind { none, boolean, additive, additive_acc };  // additive: `dtype`; additive_acc: acc
@@ -44,6 +52,7 @@ struct AttentionParams {
   int64_t alibi_b = 0;           // 0: the same for every sequence
   // acc [Hq]: a logit that takes part in every softmax and has no value, or null.
   const void* sinks = nullptr;
+  Dropout dropout;
 
   Parallel parallel;
 };
@@ -62,7 +71,7 @@ struct AttentionBwdParams : AttentionParams {
   void* dsinks = nullptr;  // acc [Hq], or null
 };
 
-// P [B, Hq, Tq, Tk], or its mean over heads [B, Tq, Tk], from the LSE of forward. Dense only.
+// dropout(P) [B, Hq, Tq, Tk], or its mean over heads [B, Tq, Tk], from the LSE of forward. Dense only.
 struct AttentionWeightsParams : AttentionParams {
   const void* lse = nullptr;
   void* weights = nullptr;  // `dtype`, contiguous

@@ -1,5 +1,6 @@
 // Attention on CPU tensors: checks, allocation, and the bridge to kernels/attention.h.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "attention.h"
@@ -96,10 +97,23 @@ struct AttentionCall {
     return t.const_data_ptr();
   }
 
-  void visibility(double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
-                  double dropout) {
-    STD_TORCH_CHECK(dropout == 0, "seqkernels::", op, ": expected no dropout on the CPU, got ", dropout);
+  void visibility(double scale, double softcap, int64_t left, int64_t right, bool bottom_right) {
     p.scale = scale, p.softcap = softcap, p.left = left, p.right = right, p.bottom_right = bottom_right;
+  }
+  // rng: seed and offset.
+  void dropout(double probability, OptionalTensor& rng) {
+    STD_TORCH_CHECK(probability >= 0 && probability <= 1, "seqkernels::", op,
+                    ": expected a dropout between 0 and 1, got ", probability);
+    if (probability == 0) return;
+    STD_TORCH_CHECK(rng && rng->is_cpu() && rng->scalar_type() == ScalarType::Long && rng->numel() == 2,
+                    "seqkernels::", op, ": expected rng as int64 [2] on the CPU with dropout");
+    lay_contiguously(*rng);
+    const int64_t* state = rng->const_data_ptr<int64_t>();
+    constexpr double kNumbers = 4294967296.0;  // of 32 bits
+    p.dropout.threshold =
+        static_cast<uint64_t>(std::min(std::nearbyint(probability * kNumbers), kNumbers - 1));
+    p.dropout.factor = probability < 1 ? 1 / (1 - probability) : 0;
+    p.dropout.seed = static_cast<uint64_t>(state[0]), p.dropout.offset = static_cast<uint64_t>(state[1]);
   }
 
   void modifiers(const OptionalTensor& mask, OptionalTensor& len_k, OptionalTensor& alibi, Tensor* sinks) {
@@ -132,9 +146,10 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
                                          OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k,
                                          OptionalTensor alibi, OptionalTensor sinks, double scale,
                                          double softcap, int64_t left, int64_t right, bool bottom_right,
-                                         double dropout, OptionalTensor, int64_t, int64_t) {
+                                         double dropout, OptionalTensor rng, int64_t, int64_t) {
   AttentionCall call("attention_fwd", q, k, &v, cu_q, cu_k);
-  call.visibility(scale, softcap, left, right, bottom_right, dropout);
+  call.visibility(scale, softcap, left, right, bottom_right);
+  call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   Tensor out = large_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
   Tensor lse = empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
@@ -149,10 +164,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor mask, OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k, OptionalTensor alibi,
     OptionalTensor sinks, double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
-    double dropout, OptionalTensor, int64_t, int64_t, bool need_dmask) {
+    double dropout, OptionalTensor rng, int64_t, int64_t, bool need_dmask) {
   if (mask && need_dmask) lay_contiguously(*mask);  // a gradient for each element, those of one place too
   AttentionCall call("attention_bwd", q, k, &v, cu_q, cu_k);
-  call.visibility(scale, softcap, left, right, bottom_right, dropout);
+  call.visibility(scale, softcap, left, right, bottom_right);
+  call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   const int64_t tokens_q = q.size(2), tokens_k = k.size(2);
   auto p = params_of<AttentionBwdParams>(call);
@@ -176,10 +192,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
 Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, OptionalTensor len_k,
                          OptionalTensor alibi, double scale, double softcap, int64_t left, int64_t right,
-                         bool bottom_right, double dropout, OptionalTensor, bool mean) {
+                         bool bottom_right, double dropout, OptionalTensor rng, bool mean) {
   OptionalTensor none;
   AttentionCall call("attention_weights", q, k, nullptr, none, none);
-  call.visibility(scale, softcap, left, right, bottom_right, dropout);
+  call.visibility(scale, softcap, left, right, bottom_right);
+  call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, nullptr);
   auto p = params_of<AttentionWeightsParams>(call);
   std::vector<int64_t> shape{p.B, p.Tq, p.Tk};

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import seqkernels
+from seqkernels.reference import attention as reference
 
 MASKS = ("bool", "padding", "float")  # [B,1,Tq,Tk]; [B,1,1,Tk], three quarters full; [1,H,Tq,Tk]
 
@@ -32,6 +34,7 @@ class AttentionCase:
     D: int = 64
     causal: bool = False
     mask: str | None = None
+    dropout: float = 0.0  # of "sdpa"
     mode: str = "forward"  # without gradients; or "train": forward, then gradients of all inputs and weights
     dtype: str = "float32"
 
@@ -46,6 +49,7 @@ class AttentionCase:
         words += [f"GQA={self.G}"] if self.G > 1 else []
         words += ["causal"] if self.causal else []
         words += [f"mask={self.mask}"] if self.mask else []
+        words += [f"dropout={self.dropout}"] if self.dropout else []
         return " ".join(words)
 
     @property
@@ -130,7 +134,7 @@ def make_problem(case: AttentionCase) -> AttentionProblem:
 def runner(
     problem: AttentionProblem, ours: bool
 ) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Mapping[str, Tensor]]]:
-    """What is timed, and its result with names."""
+    """What is timed, and its result with names; of dropout, where everybody draws anew, that of seed 0."""
     case, mask = problem.case, problem.mask
     train = case.mode == "train"
     leaves = {name: t.detach().requires_grad_(train) for name, t in problem.tensors.items()}
@@ -148,7 +152,7 @@ def runner(
         q, k, v = leaves.values()
 
         def forward() -> Tensor:
-            return attention(q, k, v, mask, is_causal=case.causal, enable_gqa=case.G > 1)
+            return attention(q, k, v, mask, case.dropout, case.causal, enable_gqa=case.G > 1)
     else:
         holder = nn.Sequential(copy.deepcopy(problem.module)).train(train)
         if ours and not seqkernels.swap_(holder).swapped:
@@ -159,12 +163,24 @@ def runner(
         def forward() -> Tensor:
             return module(x, x, x, need_weights=False)[0]
 
-    def run() -> tuple[Tensor, ...]:
+    def run(forward: Callable[[], Tensor] = forward) -> tuple[Tensor, ...]:
         out = forward()
         return (out, *torch.autograd.grad(out, list(leaves.values()), problem.dy)) if train else (out,)
 
+    def outputs(result: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+        if case.dropout:
+            torch.manual_seed(0)
+            result = run() if ours else run(partial(_dropped, case.dropout, q, k, v))
+        return {n: t.detach() for n, t in zip(names, result, strict=False)}
+
     names = ["out", *(f"grad {name}" for name in leaves)]
-    return run, lambda result: {n: t.detach() for n, t in zip(names, result, strict=False)}
+    return run, outputs
+
+
+def _dropped(dropout: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Torch's arithmetic with the weights dropped that ours drops."""
+    weights = (q @ k.mT * q.size(-1) ** -0.5).softmax(-1)
+    return weights * reference.kept(reference.random_state(q), dropout, weights.shape) / (1 - dropout) @ v
 
 
 def cases() -> tuple[AttentionCase, ...]:
@@ -181,6 +197,8 @@ def cases() -> tuple[AttentionCase, ...]:
             chosen.append(AttentionCase(G=G, causal=True, mode=mode, dtype=dtype))
         for mode, mask in product(("forward", "train"), MASKS):
             chosen.append(AttentionCase(B=2, Tq=512, Tk=512, mask=mask, mode=mode, dtype=dtype))
+        for T, B in ((128, 8), (512, 2)):
+            chosen.append(AttentionCase(B=B, Tq=T, Tk=T, dropout=0.1, mode="train", dtype=dtype))
         for B, G, Tq in ((4, 1, 1), (4, 4, 1), (1, 4, 1), (4, 1, 8)):  # decoding
             chosen.append(AttentionCase(B=B, G=G, Tq=Tq, Tk=2048, dtype=dtype))
         for mode in ("forward", "train"):

@@ -20,7 +20,7 @@ from torch.library import Library
 
 from seqkernels.ops import _autograd as ag
 from seqkernels.ops import attention as ops
-from seqkernels.ops.attention import NO_LIMIT
+from seqkernels.reference.attention import NO_LIMIT, random_state
 
 
 def register(name: str = "seqkernels") -> None:
@@ -305,7 +305,7 @@ def _lying_like(x: Tensor, result: Tensor) -> Tensor:
 
 
 def _rng(like: Tensor, dropout: float) -> Tensor | None:
-    return torch.randint(2**62, (2,), device=like.device) if dropout else None
+    return random_state(like) if dropout else None
 
 
 def _rest(like: Tensor, rng: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

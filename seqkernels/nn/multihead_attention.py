@@ -44,7 +44,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         plain = is_plain(query, key, value, *masks)
         forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
         dropout = self.dropout if self.training else 0.0
-        reason = support.why_torch_attends(query, dropout, self.head_dim)
+        reason = support.why_torch_attends(query, self.head_dim)
         if not reason and dropout and need_weights:
             reason = "the kernels give no attention weights after dropout"
         if plain and not reason and not self._fits(query, key, value, *masks, is_causal):

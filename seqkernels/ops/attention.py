@@ -32,6 +32,7 @@ def attention(
     right: int = NO_LIMIT,
     bottom_right: bool = False,
     dropout: float = 0.0,
+    rng: Tensor | None = None,
     max_q: int = 0,
     max_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -41,14 +42,16 @@ def attention(
     cu_q, cu_k [S+1]: sequence s has the queries cu_q[s] to cu_q[s+1] of a batch of one, its keys likewise,
     no more than max_q and max_k. alibi: slopes [Hq] or [B,Hq]. sinks [Hq]: logits that join every softmax.
     Query i sees key j when -left <= j - i - offset <= right; offset is 0, or the number of keys less that of
-    queries if bottom_right. Gradients of out and lse for q, k, v, a float mask and sinks.
+    queries if bottom_right. rng [2], int64: seed and offset of the dropout, drawn if None. Gradients of out
+    and lse for q, k, v, a float mask and sinks.
     """
     apart = q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1
     if apart or torch._C._are_functorch_transforms_active():
         q, k, v = map(ag.unit_last_stride, (q, k, v))
     if mask is not None:
         mask = _readable(mask, q)
-    rng = torch.randint(2**62, (2,), device=q.device) if dropout else None
+    if dropout and rng is None:
+        rng = reference.random_state(q)
     options = (scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k)
     if ag.records(q, k, v, mask, sinks):
         if mask is not None and mask.requires_grad:
@@ -123,9 +126,8 @@ class _Attention(ag.Function):
         dropout, max_q, max_k = ctx.options
         need_dmask = ctx.needs_input_grad[3]
         if ag.beyond_native(dout, dlse):
-            if dropout:
-                raise RuntimeError("attention with dropout can be differentiated once only")
-            dq, dk, dv, dmask, dsinks = _differentiate(ctx, tensors, (dout, dlse), need_dmask)
+            drop = dropout, rng
+            dq, dk, dv, dmask, dsinks = _differentiate(ctx, tensors, drop, (dout, dlse), need_dmask)
         else:
             dout = torch.zeros_like(out) if dout is None else ag.unit_last_stride(dout)
             dlse = None if dlse is None else dlse.contiguous()
@@ -139,14 +141,14 @@ class _Attention(ag.Function):
         return dq, dk, dv, dmask, None, None, None, None, dsinks, *[None] * 9
 
 
-def _differentiate(ctx, tensors, grads, need_dmask):
+def _differentiate(ctx, tensors, drop, grads, need_dmask):
     q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks = tensors
 
     def function(q, k, v, *rest):
         rest = list(rest)
         added = rest.pop(0) if need_dmask else mask
         joining = rest.pop(0) if rest else None
-        return _reference(q, k, v, added, cu_q, cu_k, len_k, alibi, joining, *ctx.visibility, 0.0)
+        return _reference(q, k, v, added, cu_q, cu_k, len_k, alibi, joining, *ctx.visibility, *drop)
 
     inputs = [q, k, v, *([mask] if need_dmask else []), *([] if sinks is None else [sinks])]
     dq, dk, dv, *rest = ag.differentiate(function, inputs, grads)
@@ -177,7 +179,7 @@ class _Weights(ag.Function):
 
 
 def _reference(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options):
-    scale, softcap, left, right, bottom_right, dropout, *_ = options
+    scale, softcap, left, right, bottom_right, dropout, rng, *_ = options
     out, lse = reference.attention(
         q,
         k,
@@ -194,6 +196,7 @@ def _reference(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options):
         right=right,
         bottom_right=bottom_right,
         dropout=dropout,
+        rng=rng,
     )
     return out.transpose(1, 2).contiguous(), lse  # programs may view it as the op's
 

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as drop
 
 NO_LIMIT = 2**62
 
@@ -22,19 +21,25 @@ def attention(
     len_k: Tensor | None = None,
     alibi: Tensor | None = None,
     dropout: float = 0.0,
-    keep: Tensor | None = None,
+    rng: Tensor | None = None,
+    first: int = 0,
     **options,
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv], and lse [B,Hq,Tq] in float32, or float64 for float64.
 
-    keep: bool [B,Hq,Tq,Tk], the weights that dropout leaves; drawn at random if None.
+    rng [2]: seed and offset of the dropout, drawn if None. first: how many sequences there are before these.
     """
+    if dropout and rng is None:
+        rng = random_state(q)
     if cu_q is not None and cu_k is not None:
         spans = (pairwise([0, *cu.tolist()]) for cu in (cu_q, cu_k))  # of no rows the first
         slopes = [alibi] * cu_q.numel() if alibi is None or alibi.dim() == 1 else [None, *alibi]
         parts = [
-            attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], alibi=slope, dropout=dropout, **options)
-            for (a, b), (c, d), slope in zip(*spans, slopes, strict=True)
+            attention(
+                *(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]),
+                **(options | {"alibi": slope, "dropout": dropout, "rng": rng, "first": s}),
+            )
+            for s, ((a, b), (c, d), slope) in enumerate(zip(*spans, slopes, strict=True))
         ]
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -42,11 +47,33 @@ def attention(
         beyond = (torch.arange(k.size(2), device=k.device) >= len_k[:, None])[:, None, :, None]
         k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
     p, lse = _softmax(*logits(q, k, len_k=len_k, alibi=alibi, **options))
-    if keep is not None:
-        p = p * keep / (1 - dropout)
-    elif dropout:
-        p = drop(p, dropout)
+    if rng is not None:
+        p = p * kept(rng, dropout, p.shape, first) * (1 / (1 - dropout) if dropout < 1 else 0)
     return (p @ for_each_query_head(v, q)).to(q.dtype), lse
+
+
+def random_state(q: Tensor) -> Tensor:
+    """Seed and offset of one dropout, from torch's generator."""
+    return torch.randint(2**62, (2,), device=q.device)
+
+
+def kept(rng: Tensor, dropout: float, shape: torch.Size, first: int = 0) -> Tensor:
+    """Bool [B,Hq,Tq,Tk]: the weights that dropout leaves, by Philox 4x32-7 (Salmon et al. 2011).
+
+    Counter: (key / 4, query, sequence and head, offset), key: seed; a number for each of four keys.
+    """
+    B, Hq, Tq, Tk = shape
+    half, (seed, offset) = 0xFFFFFFFF, rng.unbind()
+    b, h, i, quad = (torch.arange(n, device=rng.device) for n in (B, Hq, Tq, (Tk + 3) // 4))
+    rows = ((first + b[:, None]) * Hq + h)[:, :, None, None]
+    c = [quad, i[:, None] ^ (offset >> 32 & half), rows, offset & half]
+    keys = [seed & half, seed >> 32 & half]
+    for _ in range(7):
+        x, y = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # modulo 2^64, like all integers of torch
+        c = [y >> 32 & half ^ c[1] ^ keys[0], y & half, x >> 32 & half ^ c[3] ^ keys[1], x & half]
+        keys = [keys[0] + 0x9E3779B9 & half, keys[1] + 0xBB67AE85 & half]
+    numbers = torch.stack(torch.broadcast_tensors(*c), -1).flatten(-2)[..., :Tk]
+    return numbers >= min(round(dropout * 2**32), 2**32 - 1)
 
 
 def attention_weights(q: Tensor, k: Tensor, *, mean: bool = False, **options) -> Tensor:

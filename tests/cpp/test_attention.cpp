@@ -1,4 +1,6 @@
 // Attention: forward, backward and weights against plain loops in double precision.
+#include <array>
+
 #include "support.h"
 
 namespace seqkernels::test {
@@ -30,6 +32,7 @@ struct Case {
   int alibi, threads;  // dimensions of alibi
   double scale, softcap, size;
   int64_t left, right;
+  Dropout dropout;
   std::vector<int64_t> cu_q, cu_k, len_k;
 
   static constexpr double kBound = 256;  // of errors of f32 and f64, in eps: of logits up to 100
@@ -81,11 +84,12 @@ struct Case {
         line, sizeof line,
         "attention %s %s B=%d Hq=%d Hk=%d Tq=%d Tk=%d D=%d Dv=%d %s broadcast=%d%d%d%d turned=%d "
         "packed=%d len_k=%d bottom_right=%d left=%lld right=%lld scale=%g softcap=%g size=%g alibi=%d "
-        "sinks=%d dlse=%d dmask=%d mean=%d threads=%d",
+        "sinks=%d dlse=%d dmask=%d mean=%d dropout=%g threads=%d",
         kDTypeNames[int(dtype)], kLayoutNames[layout], int(B), int(Hq), int(Hk), int(Tq), int(Tk), int(D),
         int(Dv), kMaskNames[int(mask)], broadcast[0], broadcast[1], broadcast[2], broadcast[3], turned,
         packed, !len_k.empty(), bottom_right, static_cast<long long>(left), static_cast<long long>(right),
-        scale, softcap, size, alibi, sinks, dlse, want_dmask, mean, threads);
+        scale, softcap, size, alibi, sinks, dlse, want_dmask, mean, double(dropout.threshold) / 4294967296.0,
+        threads);
     return line;
   }
 };
@@ -128,6 +132,12 @@ Case random_case(DType dtype, MaskKind mask, Random& random) {
   c.softcap = random.one_in(3) ? 2 : 0, c.alibi = int(random.below(3));
   c.sinks = random.one_in(3), c.dlse = random.one_in(2), c.want_dmask = !random.one_in(3),
   c.mean = random.one_in(2);
+  if (random.one_in(3)) {
+    const double probability = random.of<double>({0.1, 0.5, 1});
+    c.dropout.threshold = uint64_t(std::min(probability * 4294967296.0, 4294967295.0));
+    c.dropout.factor = probability < 1 ? 1 / (1 - probability) : 0;
+    c.dropout.seed = uint64_t(random.below(INT64_MAX)), c.dropout.offset = uint64_t(random.below(INT64_MAX));
+  }
   const int64_t query =
       c.B * c.Hq * (c.Tk + 1) * (c.D + c.Dv + 8);  // multiply-adds: keep the reference short
   c.Tq = std::clamp<int64_t>(2000000 / query, 1, c.Tq);
@@ -174,6 +184,19 @@ struct Reference {
     if (c.mask > MaskKind::boolean) s += in.at("mask")[size_t(c.mask_at(b, h, i, j, c.turned))];
     return {s, slope};
   }
+  // What dropout makes of a weight of 1: Philox 4x32-7, number by number.
+  double stays(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const Dropout& drop = c.dropout;
+    std::array<uint32_t, 4> n{uint32_t(j / 4), uint32_t(uint64_t(i) ^ drop.offset >> 32),
+                              uint32_t(b * c.Hq + h), uint32_t(drop.offset)};
+    uint32_t key[] = {uint32_t(drop.seed), uint32_t(drop.seed >> 32)};
+    for (int round = 0; round < 7; round++) {
+      const uint64_t x = uint64_t(n[0]) * 0xd2511f53, y = uint64_t(n[2]) * 0xcd9e8d57;
+      n = {uint32_t(y >> 32) ^ n[1] ^ key[0], uint32_t(y), uint32_t(x >> 32) ^ n[3] ^ key[1], uint32_t(x)};
+      key[0] += 0x9e3779b9, key[1] += 0xbb67ae85;
+    }
+    return n[size_t(j % 4)] >= drop.threshold ? drop.factor : 0;
+  }
   // each(b, h, i) of all queries.
   template <class Each>
   void queries(const Each& each) const {
@@ -200,7 +223,8 @@ struct Reference {
       const double total = top + std::log(sum + std::exp(sink - top));
       lse[size_t(c.lse().at(b, h, i))] = total;
       for (int64_t j = 0; j < c.keys(b); j++) {
-        const double p = std::exp(x[size_t(j)] - total), *v = row("v", c.v(), b, h * c.Hk / c.Hq, j);
+        const double p = std::exp(x[size_t(j)] - total) * stays(b, h, i, j),
+                     *v = row("v", c.v(), b, h * c.Hk / c.Hq, j);
         for (int64_t d = 0; p > 0 && d < c.Dv; d++) o[d] += p * v[d];
       }
     });
@@ -235,7 +259,9 @@ struct Reference {
         if (x == -INFINITY) continue;
         const double p = std::exp(x - total), *k = row("k", c.k(), b, hk, j), *v = row("v", c.v(), b, hk, j);
         double dp = 0;
-        for (int64_t d = 0; d < c.Dv; d++) dp += d_o[d] * v[d], dv[c.v().at(b, hk, j) + d] += p * d_o[d];
+        const double by = stays(b, h, i, j);
+        for (int64_t d = 0; d < c.Dv; d++)
+          dp += by * d_o[d] * v[d], dv[c.v().at(b, hk, j) + d] += by * p * d_o[d];
         const double ds = p * (dp - delta);
         if (c.want_dmask) truth["dmask"][size_t(c.mask_at(b, h, i, j, false))] += ds;
         for (int64_t d = 0; d < c.D; d++) {
@@ -253,7 +279,7 @@ struct Reference {
       const double total = lse[size_t(c.lse().at(b, h, i))];
       double* to = all.data() + ((c.mean ? b : b * c.Hq + h) * c.Tq + i) * c.Tk;
       for (int64_t j = 0; total != -INFINITY && j < c.keys(b); j++)
-        to[j] += std::exp(logit(b, h, i, j).x - total) / double(c.mean ? c.Hq : 1);
+        to[j] += std::exp(logit(b, h, i, j).x - total) * stays(b, h, i, j) / double(c.mean ? c.Hq : 1);
     });
     return {{"weights", all}};
   }
@@ -299,6 +325,7 @@ struct Call {
     }
     if (c.alibi) p.alibi = alibi.data(), p.alibi_b = c.alibi == 2 ? c.Hq : 0;
     p.sinks = pointer(in, "sinks");
+    p.dropout = c.dropout;
     p.parallel = parallel;
     return p;
   }

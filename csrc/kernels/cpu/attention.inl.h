@@ -2,6 +2,7 @@
 // and the matrix product that both are made of.
 #pragma once
 
+#include "dropout.inl.h"
 #include "math.inl.h"
 #include "team.inl.h"
 
@@ -332,6 +333,13 @@ SEQ_INLINE uint32_t mask_bits(const AttentionParams& p, int64_t offset, int64_t 
   return bits;
 #endif
 }
+// Lanes whose bits are set, the lowest bit first.
+template <class T>
+SEQ_INLINE auto lanes_of(uint32_t bits) {
+  Vec<Word<T>> bit;
+  SEQ_UNROLL for (int lane = 0; lane < kLanes<T>; lane++) bit[lane] = 1 << lane;
+  return (bit & Word<T>(bits)) != 0;
+}
 // A block of keys in the lanes: their scores to logits.
 template <class S>
 struct KeyBlock {
@@ -368,17 +376,26 @@ struct KeyBlock {
     if (masked && !boolean)
       s += p.mask_kind == MaskKind::additive ? mask_values<S>(p, row, j + l, nk - l)
                                              : mask_values<T>(p, row, j + l, nk - l);
-    if (masked && boolean) {
-      Vec<Word<T>> bit;
-      SEQ_UNROLL for (int lane = 0; lane < W; lane++) bit[lane] = 1 << lane;
-      s = (bit & Word<T>(mask_bits(p, row, j + l, least(W, nk - l)))) != 0 ? s : splat(-kInf<T>);
-    }
+    if (masked && boolean) s = lanes_of<T>(mask_bits(p, row, j + l, least(W, nk - l))) ? s : splat(-kInf<T>);
     if (limits) {
       const int64_t end = least(nk, span.end_key(i) - j);  // lanes are small numbers, keys may be no floats
       s = iota<T>() < T(most(0, least(W, span.first_key(i) - j - l))) ? splat(-kInf<T>) : s;
       s = iota<T>() >= T(most(0, least(W, end - l))) ? splat(-kInf<T>) : s;
     }
     return s;
+  }
+
+  // Bits of the keys, 64 at most, whose weights dropout leaves to query i.
+  uint64_t kept(int64_t h, int64_t i) const {
+    uint64_t bits = 0;
+    for (int64_t l = 0; p.dropout && l < nk; l += 32)
+      bits |= uint64_t(kept_keys(p.dropout, b * p.Hq + h, i, j + l)) << l;
+    return bits;
+  }
+  // W weights, or gradients by them, behind the dropout.
+  Vec<T> dropped(Vec<T> x, uint64_t kept, int64_t l) const {
+    if (!p.dropout) return x;
+    return lanes_of<T>(uint32_t(kept >> l)) ? x * T(p.dropout.factor) : Vec<T>{};
   }
 };
 

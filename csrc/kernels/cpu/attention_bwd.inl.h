@@ -6,7 +6,9 @@
 //
 //   S [queries, keys] = Q K^T,   P = exp(S - LSE),   dP = dO V^T,
 //   delta = rowsum(dO * O) - dLSE,   dS = P (dP - delta),
-//   dV^T += dO^T P,   dK^T += Q^T dS,   dQ += dS K.
+//   dV^T += dO^T P,   dK^T += Q^T dS,   dQ += dS K,
+//
+// with dropout of P for dV and of dP.
 //
 // Five products (not seven), Q, dO and K read where they lie. A task is every `splits`-th block of one key
 // head; dQ is summed in memory of its own, one for each task where there are several for a key head, and
@@ -242,12 +244,14 @@ struct AttentionBwd {
           product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
           product<T, false>(n, N, p.Dv, d, ldo, m.VT, kK, m.dS, kK, Start::zero);
           const bool limits = !keys.seen_by_all(i, n);
-          for (int64_t r = 0; r < n; r++)
+          for (int64_t r = 0; r < n; r++) {
+            const uint64_t kept = keys.kept(h, i + r);
             for (int64_t l = 0; l < N; l += W) {
-              const Pair x = gradients(keys, h, i, r, l, row, limits);
+              const Pair x = gradients(keys, h, i, r, l, row, limits, kept);
               store(m.P + r * kK + l, x.P);
               store(m.dS + r * kK + l, x.dS);
             }
+          }
           product<T, true>(p.Dv, N, n, d, ldo, m.P, kK, m.dVT, kK, start);
           product<T, true>(p.D, N, n, q, ldq, m.dS, kK, m.dKT, kK, start);
           product<T, false>(n, f.ldk, nk, m.dS, kK, rows, ldk, dq(g, i), dq.row, Start::c);
@@ -277,11 +281,12 @@ struct AttentionBwd {
           tile_product(nq, N, f.ldk, m.Q + row * f.ldk, f.ldk, m.KT, 2 * kK, m.P, kK, Start::zero);
           tile_product(nq, N, f.ldv, m.dO + row * f.ldv, f.ldv, m.VT, 2 * kK, m.dS, kK, Start::zero);
           const bool limits = nk < N || !keys.seen_by_all(i, n);
-          for (int64_t r = 0; r < nq; r += 2)
+          for (int64_t r = 0; r < nq; r += 2) {
+            const uint64_t kept[] = {keys.kept(h, i + r), keys.kept(h, i + r + 1)};
             for (int64_t l = 0; l < N; l += W) {
               Pair a{}, b{};
-              if (r < n) a = gradients(keys, h, i, r, l, row, limits);
-              if (r + 1 < n) b = gradients(keys, h, i, r + 1, l, row, limits);
+              if (r < n) a = gradients(keys, h, i, r, l, row, limits, kept[0]);
+              if (r + 1 < n) b = gradients(keys, h, i, r + 1, l, row, limits, kept[1]);
               const __m512i ds = narrow(a.dS, b.dS);
               store(m.P + r / 2 * kK + l, (Vec<T>)as_pairs(narrow(a.P, b.P)));
               store(m.dS + r / 2 * kK + l, (Vec<T>)as_pairs(ds));
@@ -290,6 +295,7 @@ struct AttentionBwd {
               _mm256_storeu_si256((__m256i*)(m.narrow_dS + (r + 1) * kK + l),
                                   _mm512_maskz_extracti64x4_epi64(0xff, ds, 1));
             }
+          }
           const O *P = reinterpret_cast<const O*>(m.P), *dS = reinterpret_cast<const O*>(m.dS);
           const int64_t block = row / kQ * kQ;  // of QT and dOT
           tile_product(f.ldv, N, nq, m.dOT + block * f.ldv + i % kQ, kQ, P, 2 * kK, m.dVT, kK, start);
@@ -306,13 +312,13 @@ struct AttentionBwd {
       Vec<T> P, dS;
     };
     Pair gradients(const KeyBlock<S>& keys, int64_t h, int64_t i, int64_t r, int64_t l, int64_t row,
-                   bool limits) const {
+                   bool limits, uint64_t kept) const {
       Vec<T> slope;
       const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, slope),
-                   e = weights_of<T>(x, m.lse[row + r]),
-                   ds = e * (load(m.dS + r * kK + l) - m.delta[row + r]);
+                   e = weights_of<T>(x, m.lse[row + r]), dP = keys.dropped(load(m.dS + r * kK + l), kept, l),
+                   ds = e * (dP - m.delta[row + r]);
       if (p.dmask && l < keys.nk) add_dmask(f.dmask_row(keys.b, h, i + r), keys.j + l, ds, keys.nk - l);
-      return {e, ds * slope};
+      return {keys.dropped(e, kept, l), ds * slope};
     }
     void add_dmask(T* to, int64_t j, Vec<T> ds, int64_t n) const {
       if (p.mask_k) return store(to + j, load(static_cast<const T*>(to + j), n) + ds, n);
@@ -377,13 +383,15 @@ static void attention_weights(const AttentionWeightsParams& p) {
           pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, keys.nk, p.D, m.KT, kK, keys.N);
           product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
           const bool limits = !keys.seen_by_all(i, n);
-          for (int64_t r = 0; r < n; r++)
+          for (int64_t r = 0; r < n; r++) {
+            const uint64_t kept = keys.kept(h, i + r);
             for (int64_t l = 0; l < keys.N; l += W) {
               Vec<T> unused;
               const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, unused);
               T* to = m.rows + r * width + j + l;
-              store(to, load(to) + weights_of<T>(x, lse[r]));
+              store(to, load(to) + keys.dropped(weights_of<T>(x, lse[r]), kept, l));
             }
+          }
         }
       }
       S* out = static_cast<S*>(p.weights) + ((b * heads + h0 * !p.mean) * p.Tq + i) * p.Tk;

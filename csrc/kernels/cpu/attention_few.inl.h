@@ -77,9 +77,10 @@ struct AttentionFew {
   PerThread<T> x;      // scores
   T *max, *sum, *out;  // of each task: by row
 
-  // With more than 8 rows to fill the lanes the other kernel is faster, if it has enough tasks.
+  // With more than 8 rows to fill the lanes the other kernel is faster, if it has enough tasks. Dropout is
+  // for training, with more.
   static bool suits(const AttentionFwdParams& p) {
-    const int64_t rows = p.Hk > 0 ? p.Hq / p.Hk * p.Tq : 2 * kRows;
+    const int64_t rows = p.Hk > 0 && !p.dropout ? p.Hq / p.Hk * p.Tq : 2 * kRows;
     return rows <= kRows / 2 || (rows <= kRows && p.B * p.Hk < p.parallel.threads);
   }
 

@@ -168,7 +168,7 @@ struct AttentionFwd {
     T *const OT, *const ST, *const rows;
     // Of each lane: maximum, its integer, sum, rescaling, alibi, position, mask row.
     T max[kQ], reference[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ];
-    int64_t query[kQ], mask_row[kQ];
+    int64_t query[kQ], mask_row[kQ], row[kQ];  // row: sequence and head, as dropout counts them
     Word<T> seen[kK / 32][kUnit];  // of each lane: bits of the keys that a boolean mask shows, 32 at a time
     // Of this task: keys [j0, j1) are seen by some query, [full0, full1) by all.
     int64_t lanes, j0, j1, full0, full1;
@@ -197,6 +197,7 @@ struct AttentionFwd {
         position[l] = T(i + span.offset);
         slope[l] = p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0);
         mask_row[l] = mask_offset(p, b, h, i);
+        row[l] = b * p.Hq + h;
       }
       full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0);
       j0 = span.first_key(i0) / 32 * 32, j1 = most(j0, span.end_key(i0 + n - 1));
@@ -221,6 +222,7 @@ struct AttentionFwd {
         product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
         adjust(span, mask, ST, 0, N, j, nk);
         const bool grew = softmax(ST, 0, N, nk, [] {});
+        if (p.dropout) drop(ST, 0, N, j, nk);
         a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
         product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ,
                          !started ? Start::zero
@@ -282,6 +284,7 @@ struct AttentionFwd {
         const bool grew = softmax(now.ST, now.l, now.N, now.nk, [&]() __attribute__((always_inline)) {
           for (int64_t i = 0; i < steps; i++) (before.m < before.M ? before : after).step();
         });
+        if (p.dropout) drop(now.ST, now.l, now.N, now.j, now.nk);
         before.finish();
         after.finish();
         if (grew && now.j != j0)
@@ -435,6 +438,24 @@ struct AttentionFwd {
       return grew;
     }
 
+    // Behind the softmax: weights that dropout takes away become 0, in rows k or k / 2 as softmax left them.
+    void drop(T* P, int64_t l0, int64_t N, int64_t j, int64_t nk) const {
+      for (int64_t k0 = 0; k0 < nk; k0 += 32) {
+        Word<T> kept[kUnit];
+        for (int64_t l = 0; l < N; l++)
+          kept[l] = Word<T>(kept_keys(p.dropout, row[l0 + l], query[l0 + l], j + k0));
+        for (int64_t l = 0; l < N; l += W) {
+          const Vec<Word<T>> bits = load(kept + l);
+          for (int64_t k = 0; k < least(32, nk - k0); k += kPacked ? 2 : 1) {
+            Vec<Word<T>> stays = -(bits >> k & 1);
+            if (kPacked) stays = (stays & 0xffff) | -(bits >> (k + 1) & 1) << 16;
+            T* to = P + (kPacked ? (k0 + k) / 2 : k0 + k) * kUnit + l;
+            store(to, (Vec<T>)((Vec<Word<T>>)load(to) & stays));
+          }
+        }
+      }
+    }
+
     // Maximum of one vector of lanes; P = 2^(s by - ref) from here on. True when the reference has moved.
     bool move_reference(T* s, int64_t l, int64_t nk, Vec<T>& by, Vec<T>& ref) {
       Vec<T> top[4];
@@ -493,7 +514,7 @@ struct AttentionFwd {
           total = total * by + __builtin_exp(sink - m);
         }
         lse[h * span.lse_h + i0 + l % n] = T(m + __builtin_log(total));
-        alpha[l] = total == 0 ? T(0) : T(by / total);
+        alpha[l] = total == 0 ? T(0) : T(by / total * p.dropout.factor);
       }
       for (int64_t l = lanes; l < round_up(lanes, W); l++) alpha[l] = 0;
       for (int64_t l0 = 0; l0 < lanes; l0 += kUnit) {
