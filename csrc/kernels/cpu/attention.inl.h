@@ -490,13 +490,11 @@ SEQ_INLINE __m512i as_pairs(__m512i rows) {
 // Threads
 // -------------------------------------------------------------------------------------------------------
 
-// Work below this many multiply-adds is not worth waking another thread: 3 us.
+// `cost`: of one of the work's multiply-adds, in multiply-adds.
 static int attention_team(const AttentionParams& p, int64_t tasks, double cost = 1) {
-  constexpr double kWork = 2e5;
   const double queries = p.cu_q ? double(p.cu_q[p.B]) : double(p.B) * double(p.Tq),
-               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost,
-               threads = least(p.parallel.threads, tasks);
-  return threads < work / kWork ? int(threads) : work < kWork ? 1 : int(work / kWork);
+               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost;
+  return threads_for(work, least(p.parallel.threads, tasks), 2 * kWorkPerThread);
 }
 
 // Parts of each of n tasks, at most `limit`: as few as keep all threads busy. It depends on nothing but the
@@ -512,7 +510,7 @@ static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
   return parts;
 }
 
-// Scratch, then all threads on it. `cost`: of one of the work's multiply-adds, in multiply-adds.
+// Scratch, then all threads on it.
 template <class Kernel>
 static void run_attention(Kernel kernel, double cost = 1) {
   Arena count;

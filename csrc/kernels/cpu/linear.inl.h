@@ -67,7 +67,7 @@ struct Product {
   }
 
   void run() {
-    team = work_team();
+    team = threads_for(double(M) * double(N) * double(K), parallel.threads);
     column_blocks = row_blocks >= 2 * team || panels < 2 ? 1 : panels < team ? panels : team;
     if (row_blocks > team) {  // about as many for each thread
       block_rows = (M + round_up(row_blocks, team) - 1) / round_up(row_blocks, team);
@@ -82,11 +82,6 @@ struct Product {
     for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
     run_team(parallel, team, [&](int id, int size) { thread(id, size); });
     scratch_free(arena.base);
-  }
-  // Work below 1e5 multiply-adds is not worth waking another thread (see kWorkPerThread).
-  int work_team() const {
-    const double threads = double(M) * double(N) * double(K) / 1e5;
-    return threads >= parallel.threads ? parallel.threads : threads < 1 ? 1 : int(threads);
   }
 
   void thread(int id, int size) {
@@ -166,22 +161,9 @@ struct FewRows {
 
   void run() const {
     const int64_t blocks = (p.N + W - 1) / W;
-    const double threads = double(p.M) * double(p.N) * double(p.K) / 1e5;
-    const int64_t team = threads < 1                    ? 1
-                         : threads < p.parallel.threads ? int64_t(threads)
-                                                        : p.parallel.threads;
-    if (team == 1 || p.parallel.run == nullptr) return outputs(0, blocks);
-    struct Share {
-      const FewRows& few;
-      int64_t blocks, team;
-    } share{*this, blocks, team};
-    p.parallel.run(
-        p.parallel.ctx, team,
-        [](void* arg, int64_t begin, int64_t end) {
-          const Share& s = *static_cast<Share*>(arg);
-          s.few.outputs(s.blocks * begin / s.team, s.blocks * end / s.team);
-        },
-        &share);
+    const int team = threads_for(double(p.M) * double(p.N) * double(p.K), p.parallel.threads);
+    run_ranges(p.parallel, team,
+               [&](int64_t begin, int64_t end) { outputs(blocks * begin / team, blocks * end / team); });
   }
   void outputs(int64_t begin, int64_t end) const {
     const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *b = static_cast<const S*>(p.b);

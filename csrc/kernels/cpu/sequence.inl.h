@@ -118,15 +118,10 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only =
   return best;
 }
 
-// Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every
-// weight is read from L3 and used once.
-constexpr double kWorkPerThread = 1e5;
-
 static int team_size(const Sequence& seq, int G) {
   const LayerParams& p = seq.p;
-  const double work = double(seq.p.D) * double(seq.tokens) * G * double(p.H) * double(p.I + p.P);
-  const double threads = work / kWorkPerThread;
-  return threads >= p.parallel.threads ? p.parallel.threads : threads < 1 ? 1 : int(threads);
+  return threads_for(double(p.D) * double(seq.tokens) * G * double(p.H) * double(p.I + p.P),
+                     p.parallel.threads);
 }
 // Forward: nobody is woken to watch one thread walk alone.
 template <class D>

@@ -34,10 +34,7 @@ struct StepFwd {
     shares = team_size(Sequence(p), G);
     if (shares > kShares) shares = kShares;
     for (int i = 0; i < shares; i++) share[i].next = first_block(i);
-    if (shares == 1 || p.parallel.run == nullptr) return take_blocks(0);
-    p.parallel.run(
-        p.parallel.ctx, shares,
-        [](void* arg, int64_t begin, int64_t) { static_cast<StepFwd*>(arg)->take_blocks(int(begin)); }, this);
+    run_ranges(p.parallel, shares, [&](int64_t begin, int64_t) { take_blocks(int(begin)); });
   }
   int64_t first_block(int i) const { return p.D * blocks * i / shares; }
   void take_blocks(int own) {

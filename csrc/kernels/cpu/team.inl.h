@@ -35,6 +35,25 @@ struct Barrier {
   }
 };
 
+// Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every
+// weight is read from L3 and used once.
+constexpr double kWorkPerThread = 1e5;
+
+static int threads_for(double work, int64_t most, double work_per_thread = kWorkPerThread) {
+  const double threads = work / work_per_thread;
+  return threads >= double(most) ? int(most) : threads < 1 ? 1 : int(threads);
+}
+
+// body(begin, end) on ranges that together cover [0, n), by whichever threads come: none waits for another.
+template <class Body>
+static void run_ranges(const Parallel& parallel, int64_t n, const Body& body) {
+  if (n <= 1 || parallel.run == nullptr) return body(0, n);
+  parallel.run(
+      parallel.ctx, n,
+      [](void* arg, int64_t begin, int64_t end) { (*static_cast<const Body*>(arg))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
 // Runs body(id, size) on up to `want` threads at once. A range of several ids may come to one thread (a pool
 // that is busy, a nested parallel region); so the threads first count themselves, and `size` is how many
 // really came.
