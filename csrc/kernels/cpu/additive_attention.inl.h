@@ -145,7 +145,7 @@ struct Additive {
   const int64_t ld, ldv, lds, rows, tiles;  // rows of D and Dv features and of scores; queries of a tile
   const ScoreRule<T> rule;
   T* w;
-  int64_t* next;
+  Queue* queue;
   Barrier* barrier;
 
   explicit Additive(const AdditiveAttentionParams& params)
@@ -174,15 +174,10 @@ struct Additive {
   };
   void layout(Arena& a) {
     w = a.take<T>(ld);
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
   }
-  void prepare() const {
-    copy_row(static_cast<const S*>(p.w), p.D, w, ld);
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-  }
-  int64_t next_task() const { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+  void prepare() const { copy_row(static_cast<const S*>(p.w), p.D, w, ld); }
 
   struct Tile {  // queries [i, i + n) of sequence b
     const Additive& f;
@@ -266,9 +261,7 @@ struct AdditiveFwd : Additive<S> {
     Arena arena{buffers};
     for (int i = 0; i < id; i++) Buffers(*this, arena);
     const Buffers m(*this, arena);
-    for (;;) {
-      const int64_t task = this->next_task();
-      if (task >= tasks()) break;
+    for (int64_t task; (task = this->queue->take()) < tasks();) {
       part(m, task, parts == 1 ? id : task);
       if (parts == 1) join(task, id);
     }
@@ -378,9 +371,7 @@ struct AdditiveBwd : Additive<S> {
     Arena arena{buffers};
     for (int i = 0; i < id; i++) Own(*this, arena);
     const Own m(*this, arena);
-    for (;;) {
-      const int64_t task = this->next_task();
-      if (task >= tasks()) break;
+    for (int64_t task; (task = this->queue->take()) < tasks();) {
       const int64_t b = task / parts, at = parts == 1 ? id : task;
       clear(dk[at], p.Tk * ld), clear(dv[at], p.Tk * ldv), clear(m.dw, ld);
       for (int64_t t = tiles * (task % parts) / parts; t < tiles * (task % parts + 1) / parts; t++)

@@ -38,7 +38,7 @@ struct AttentionBwd {
   int64_t splits = 1;
   int team = 1;
 
-  int64_t* next;
+  Queue* queue;
   Barrier* barrier;
   PerThread<T> dQ;  // or of each task, where a key head has several, without those that lie in place
   T *dsink, *buffers;
@@ -79,16 +79,14 @@ struct AttentionBwd {
     }
   };
   void layout(Arena& a) {
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
     dsink = a.take<T>(p.dsinks ? p.B * p.Hq : 0);
     dQ = a.take_each<T>(dq_buffers(), dq_size());
     buffers = a.take<T>(0);
     for (int i = 0; i < team; i++) Buffers(*this, a);
   }
   void prepare() {
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
     if (p.dmask) __builtin_memset(p.dmask, 0, sizeof(T) * mask_size());
   }
 
@@ -107,9 +105,7 @@ struct AttentionBwd {
     for (int i = 0; i < id; i++) Buffers(*this, arena);
     Worker worker{*this, p, Buffers(*this, arena)};
     if (kPacked) prepare_tiles();
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks()) break;
+    for (int64_t task; (task = queue->take()) < tasks();) {
       const int64_t split = task % splits;
       for (int64_t n = in_turn ? 0 : task / splits; n < (in_turn ? p.B * p.Hk : task / splits + 1); n++)
         worker.run(id, n / p.Hk, n % p.Hk, split);

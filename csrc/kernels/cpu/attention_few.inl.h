@@ -71,7 +71,7 @@ struct AttentionFew {
   int64_t parts = 1;
   int team = 1;
 
-  int64_t* next;
+  Queue* queue;
   Barrier* barrier;
   PerThread<O> q;      // rows of Q
   PerThread<T> x;      // scores
@@ -97,23 +97,18 @@ struct AttentionFew {
   int64_t out_size() const { return group * p.Tq * ldv; }  // of a task
 
   void layout(Arena& a) {
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
     q = a.take_each<O>(team, kRows * ldq);
     x = a.take_each<T>(team, kRows * kK);
     max = a.take<T>(tasks() * kRows);
     sum = a.take<T>(tasks() * kRows);
     out = a.take<T>(tasks() * out_size());
   }
-  void prepare() {
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-  }
+  void prepare() const {}
 
   void thread(int id, int size) {
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks()) break;
+    for (int64_t task; (task = queue->take()) < tasks();) {
       part(id, task);
       if (parts == 1) join(task);
     }

@@ -36,7 +36,8 @@ struct AttentionFwd {
   int64_t at_once, room = 0;  // key heads of a pass, blocks of keys that are packed for one
   int team = 1;
 
-  int64_t *first_task, *first_block, *next;  // of each sequence: tasks, blocks of keys
+  int64_t *first_task, *first_block;  // of each sequence: tasks, blocks of keys
+  Queue* queue;
   Barrier* barrier;
   PerThread<O> QT;
   PerThread<T> OT, ST, rows;
@@ -86,8 +87,8 @@ struct AttentionFwd {
   void layout(Arena& a) {
     first_task = a.take<int64_t>(p.B + 1);
     first_block = a.take<int64_t>(p.B + 1);
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
     QT = a.take_each<O>(team, depth * kQ);
     OT = a.take_each<T>(team, ldv * kQ);
     ST = a.take_each<T>(team, kBuffers * kK * kUnit);
@@ -98,8 +99,6 @@ struct AttentionFwd {
   }
   int64_t tasks() const { return first_task[p.B]; }
   void prepare() {
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
     first_task[0] = first_block[0] = 0;
     for (int64_t b = 0; b < p.B; b++) {
       const Span span(p, b);
@@ -136,8 +135,7 @@ struct AttentionFwd {
   void thread(int id, int size) {
     if (kPacked) prepare_tiles();
     Worker worker(*this, id);
-    const auto take = [&] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
-    int64_t task = take(), b = 0;
+    int64_t task = queue->take(), b = 0;
     for (int64_t n = 0; n < heads(); n += at_once) {
       const int64_t end = least(heads(), n + at_once), blocks_before = first_of(first_block, n);
       if constexpr (kPacked) {  // this->: looked up only where there is such a function
@@ -145,7 +143,7 @@ struct AttentionFwd {
         this->pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
         barrier->wait(size);
       }
-      for (const int64_t last = first_of(first_task, end); task < last; task = take()) {
+      for (const int64_t last = first_of(first_task, end); task < last; task = queue->take()) {
         while (first_task[b + 1] <= task) b++;
         const Span span(p, b);
         const Blocks blocks(span.Tq, group);

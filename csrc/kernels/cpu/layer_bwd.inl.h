@@ -137,9 +137,9 @@ struct LayerBwd {
       db[d] = a.take<T>(kSlots * H);
     }
     dx_reverse = D == 2 && p.dx ? a.take<T>(seq.tokens * I) : nullptr;
-    everyone = a.take<Barrier>(1);
-    direction_barriers = a.take<Barrier>(2);
-    row_barriers = a.take<Barrier>(2 * team);
+    everyone = a.take_zeros<Barrier>(1);
+    direction_barriers = a.take_zeros<Barrier>(2);
+    row_barriers = a.take_zeros<Barrier>(2 * team);
     const int64_t rebuilt = rebuild ? kRebuildTokens : 0, share = (G * H * D + team - 1) / team;
     gate_rows = share < H ? share : H;
     int64_t local_rows = chunk_tokens > kGradientRows ? chunk_tokens : kGradientRows;
@@ -154,12 +154,7 @@ struct LayerBwd {
   // Stride of a transposed chunk: tokens, padded for whole vectors and for the products.
   static int64_t depth_of(int64_t tokens) { return round_up(tokens, 32) + kLanes<T>; }
 
-  void prepare() {
-    seq.prepare();
-    __builtin_memset(static_cast<void*>(everyone), 0, sizeof(Barrier));
-    __builtin_memset(static_cast<void*>(direction_barriers), 0, 2 * sizeof(Barrier));
-    __builtin_memset(static_cast<void*>(row_barriers), 0, 2 * team * sizeof(Barrier));
-  }
+  void prepare() { seq.prepare(); }
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, weights.once);

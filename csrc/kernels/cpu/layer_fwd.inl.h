@@ -111,8 +111,8 @@ struct LayerFwd {
       m[d] = weights.projected ? a.take<O>(B * ldm) : nullptr;
       cell[d] = a.take<T>(Cell::kCellState ? B * ldcell + apart<T>(team) : 0);
     }
-    everyone = a.take<Barrier>(1);
-    row_barriers = a.take<Barrier>(2 * team);
+    everyone = a.take_zeros<Barrier>(1);
+    row_barriers = a.take_zeros<Barrier>(2 * team);
     // Each chunk reads all input weights once. Where a thread's share of them comes from L3 or memory, C is
     // half as large: H = 1024 +4 to 6 %.
     const int64_t half = G * weights.in.size() * int64_t(sizeof(O)) / (2 * team) / kChunkBytes,
@@ -132,11 +132,7 @@ struct LayerFwd {
     block = a.take_each<O>(team, block_size);
   }
 
-  void prepare() {
-    seq.prepare();
-    __builtin_memset(static_cast<void*>(everyone), 0, sizeof(Barrier));
-    __builtin_memset(static_cast<void*>(row_barriers), 0, 2 * team * sizeof(Barrier));
-  }
+  void prepare() { seq.prepare(); }
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, once);

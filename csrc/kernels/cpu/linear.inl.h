@@ -45,7 +45,7 @@ struct Product {
   PerThread<O> rows{};
   PerThread<T> block_sums{};
   T *biases = nullptr, *sums = nullptr, *of_rows = nullptr;
-  int64_t* next = nullptr;  // [passes]
+  Queue* queues = nullptr;  // [passes]
   Barrier* barrier = nullptr;
 
   Panels<O> panels_of(int64_t k) const { return {N, k}; }
@@ -62,8 +62,8 @@ struct Product {
     sums = arena.take<T>(in_place || passes == 1 ? 0 : M * ld_sums);
     block_sums = arena.take_each<T>(team, in_place || passes > 1 ? 0 : kRows * NR<O>);
     of_rows = arena.take<T>(M);
-    next = arena.take<int64_t>(passes);
-    barrier = arena.take<Barrier>(1);
+    queues = arena.take_zeros<Queue>(passes);
+    barrier = arena.take_zeros<Barrier>(1);
   }
 
   void run() {
@@ -77,8 +77,6 @@ struct Product {
     layout(count);
     Arena arena{static_cast<char*>(scratch_alloc(count.used))};
     layout(arena);
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-    __builtin_memset(next, 0, sizeof(int64_t) * passes);
     for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
     run_team(parallel, team, [&](int id, int size) { thread(id, size); });
     scratch_free(arena.base);
@@ -90,7 +88,7 @@ struct Product {
       for (int64_t j = panels * id / size; j < panels * (id + 1) / size; j++) pack(k0, k, j);
       barrier->wait(size);
       const int64_t tasks = row_blocks * column_blocks;
-      for (int64_t t; (t = __atomic_fetch_add(next + i, 1, __ATOMIC_RELAXED)) < tasks;)
+      for (int64_t t; (t = queues[i].take()) < tasks;)
         block(id, i, k0, k, t / column_blocks, t % column_blocks);
       barrier->wait(size);
     }

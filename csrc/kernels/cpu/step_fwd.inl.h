@@ -18,9 +18,7 @@ struct StepFwd {
   const Params& p;
   const int64_t blocks;  // of one direction
   int shares = 1;
-  struct {
-    alignas(64) int64_t next;
-  } share[kShares];
+  Queue share[kShares];
 
   explicit StepFwd(const Params& params) : p(params), blocks((p.H + NR<T> - 1) / NR<T>) {}
 
@@ -39,8 +37,7 @@ struct StepFwd {
   int64_t first_block(int i) const { return p.D * blocks * i / shares; }
   void take_blocks(int own) {
     for (int n = 0, i = own; n < shares; n++, i = (i + 1) % shares)
-      for (int64_t at; (at = __atomic_fetch_add(&share[i].next, 1, __ATOMIC_RELAXED)) < first_block(i + 1);)
-        block(int(at / blocks), at % blocks);
+      for (int64_t at; (at = share[i].take()) < first_block(i + 1);) block(int(at / blocks), at % blocks);
   }
 
   void block(int d, int64_t j) const {

@@ -35,6 +35,13 @@ struct Barrier {
   }
 };
 
+// Tasks 0, 1, 2 ...: each goes to the thread that asks next.
+struct Queue {
+  alignas(64) int64_t next;
+
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
 // Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every
 // weight is read from L3 and used once.
 constexpr double kWorkPerThread = 1e5;
@@ -106,6 +113,12 @@ struct Arena {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
     // The odd line keeps buffers off each other's cache sets.
     used += round_up(n * int64_t(sizeof(T)), 64) + 64;
+    return p;
+  }
+  template <class T>
+  T* take_zeros(int64_t n) {  // barriers and queues, as they begin
+    T* p = take<T>(n);
+    if (p) __builtin_memset(static_cast<void*>(p), 0, n * sizeof(T));
     return p;
   }
   void keep_apart() { used += kApart; }
