@@ -70,6 +70,9 @@ struct ByTanh {
   Vec<T> operator()(const T* q, const T* k) const { return tanh<T>(load(q) + load(k)); }
 };
 
+// Of a tanh, in multiply-adds of the products that threads are counted by.
+constexpr double kTanhCost = 8;
+
 template <class T>
 struct Operands {  // rows of queries and of keys, padded with zeros to whole vectors
   const T *q, *k;
@@ -144,6 +147,7 @@ struct Additive {
   const AdditiveAttentionParams& p;
   const int64_t ld, ldv, lds, rows, tiles;  // rows of D and Dv features and of scores; queries of a tile
   const ScoreRule<T> rule;
+  const int team;  // threads at most
   T* w;
   Queue* queue;
   Barrier* barrier;
@@ -155,7 +159,8 @@ struct Additive {
         lds(round_up(p.Tk, W)),
         rows(tile_rows()),
         tiles((p.Tq + rows - 1) / rows),
-        rule(p) {}
+        rule(p),
+        team(p.parallel.threads) {}
 
   // As many as the scores leave room for, but no thread goes without.
   int64_t tile_rows() const {
@@ -231,13 +236,12 @@ struct Additive {
 template <class S>
 struct AdditiveFwd : Additive<S> {
   using Base = Additive<S>;
-  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::tiles, Base::W;
+  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::team, Base::tiles, Base::W;
   using typename Base::Buffers, typename Base::T, typename Base::Tile;
   static constexpr int64_t kPart = 128;  // least keys of a part
 
   const AdditiveAttentionFwdParams& p;
   int64_t parts;
-  int team = 1;
 
   PerThread<T> x, out, max, sum;  // of each thread, or of each task where parts are joined
   char* buffers;
@@ -246,6 +250,7 @@ struct AdditiveFwd : Additive<S> {
     parts = busy_splits(p.B * tiles, p.parallel.threads, p.Tk / kPart);
   }
   int64_t tasks() const { return p.B * tiles * parts; }
+  int wanted() const { return attention_threads(p, tasks(), kTanhCost); }
 
   void layout(Arena& a) {
     Base::layout(a);
@@ -331,12 +336,11 @@ struct AdditiveFwd : Additive<S> {
 template <class S>
 struct AdditiveBwd : Additive<S> {
   using Base = Additive<S>;
-  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::tiles, Base::w, Base::W;
+  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::team, Base::tiles, Base::w, Base::W;
   using typename Base::Buffers, typename Base::T, typename Base::Tile;
 
   const AdditiveAttentionBwdParams& p;
   int64_t parts;
-  int team = 1;
 
   PerThread<T> dk, dv;  // of each thread, or of each task where parts are added up
   T* dw;                // of each task
@@ -346,6 +350,7 @@ struct AdditiveBwd : Additive<S> {
     parts = busy_splits(p.B, p.parallel.threads, least(tiles, 2 * p.parallel.threads / most(1, p.B)));
   }
   int64_t tasks() const { return p.B * parts; }
+  int wanted() const { return attention_threads(p, tasks(), 3 * kTanhCost); }
 
   struct Own : Buffers {
     T *P, *dS, *max, *sum, *VT, *dO, *dq, *dk, *dw, *tile_dw;
@@ -460,13 +465,11 @@ struct AdditiveBwd : Additive<S> {
   }
 };
 
-// In multiply-adds of the products that threads are counted by.
-constexpr double kTanhCost = 8;
 template <class S>
 static void additive_attention_fwd(const AdditiveAttentionFwdParams& p) {
-  run_attention(AdditiveFwd<S>(p), kTanhCost);
+  run_kernel(p.parallel, AdditiveFwd<S>(p));
 }
 template <class S>
 static void additive_attention_bwd(const AdditiveAttentionBwdParams& p) {
-  run_attention(AdditiveBwd<S>(p), 3 * kTanhCost);
+  run_kernel(p.parallel, AdditiveBwd<S>(p));
 }

@@ -491,7 +491,7 @@ SEQ_INLINE __m512i as_pairs(__m512i rows) {
 // -------------------------------------------------------------------------------------------------------
 
 // `cost`: of one of the work's multiply-adds, in multiply-adds.
-static int attention_team(const AttentionParams& p, int64_t tasks, double cost = 1) {
+static int attention_threads(const AttentionParams& p, int64_t tasks, double cost = 1) {
   const double queries = p.cu_q ? double(p.cu_q[p.B]) : double(p.B) * double(p.Tq),
                work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost;
   return threads_for(work, least(p.parallel.threads, tasks), 2 * kWorkPerThread);
@@ -508,18 +508,4 @@ static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
   };
   while (n > 0 && parts < 2 * threads && parts < least(limit, kMost) && busy() < 0.9) parts++;
   return parts;
-}
-
-// Scratch, then all threads on it.
-template <class Kernel>
-static void run_attention(Kernel kernel, double cost = 1) {
-  Arena count;
-  kernel.team = kernel.p.parallel.threads;
-  kernel.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  kernel.layout(arena);
-  kernel.prepare();
-  run_team(kernel.p.parallel, attention_team(kernel.p, kernel.tasks(), cost),
-           [&](int id, int size) { kernel.thread(id, size); });
-  scratch_free(arena.base);
 }

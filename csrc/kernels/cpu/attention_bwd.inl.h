@@ -35,8 +35,8 @@ struct AttentionBwd {
   const int64_t group, ldk, ldv, max_q;  // rows of D and Dv features, queries: padded
   const ScoreRule<T> rule;
   const bool in_turn;  // one dmask for several key heads: a task is a split of all of them
+  const int team;      // threads at most
   int64_t splits = 1;
-  int team = 1;
 
   Queue* queue;
   Barrier* barrier;
@@ -50,7 +50,8 @@ struct AttentionBwd {
         ldv(kPacked ? round_up(most(p.Dv, 1), 32) : round_up(p.Dv, W)),
         max_q(kPacked ? round_up(p.Tq, kQ) : p.Tq),
         rule(p),
-        in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)) {
+        in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)),
+        team(p.parallel.threads) {
     splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, (p.Tk + kK - 1) / kK / 2);
     if (p.dmask && p.mask_k == 0) splits = 1;  // all keys of a query share one sum
   }
@@ -89,6 +90,7 @@ struct AttentionBwd {
   void prepare() {
     if (p.dmask) __builtin_memset(p.dmask, 0, sizeof(T) * mask_size());
   }
+  int wanted() const { return attention_threads(p, tasks()); }
 
   // dmask: contiguous, 1 where the mask is broadcast.
   int64_t size_q() const { return p.mask_q ? p.Tq : 1; }
@@ -327,7 +329,7 @@ struct AttentionBwd {
 
 template <class S>
 static void attention_bwd(const AttentionBwdParams& p) {
-  run_attention(AttentionBwd<S>(p));
+  run_kernel(p.parallel, AttentionBwd<S>(p));
 }
 
 // P once more, for need_weights: a task is a block of queries, of all heads where their mean is wanted.
@@ -353,7 +355,7 @@ static void attention_weights(const AttentionWeightsParams& p) {
   const Arena arena{static_cast<char*>(scratch_alloc(count.used))};
   int64_t* next = reinterpret_cast<int64_t*>(arena.base + count.used - 128);
   *next = 0;
-  run_team(p.parallel, attention_team(p, tasks), [&](int id, int) {
+  run_team(p.parallel, attention_threads(p, tasks), [&](int id, int) {
     Arena mine = arena;
     for (int i = 0; i < id; i++) Buffers(p, mine, width);
     const Buffers m(p, mine, width);

@@ -68,8 +68,8 @@ struct AttentionFew {
   const AttentionFwdParams& p;
   const int64_t group, ldq, ldv, k_ahead, v_ahead;
   const ScoreRule<T> rule;
+  const int team;  // threads at most
   int64_t parts = 1;
-  int team = 1;
 
   Queue* queue;
   Barrier* barrier;
@@ -90,7 +90,8 @@ struct AttentionFew {
         ldv(round_up(p.Dv, W)),
         k_ahead(ahead_of<S>(p.D, p.k.t)),
         v_ahead(ahead_of<S>(p.Dv, p.v.t)),
-        rule(p) {
+        rule(p),
+        team(p.parallel.threads) {
     parts = busy_splits(p.B * p.Hk, p.parallel.threads, p.Tk / kPart);
   }
   int64_t tasks() const { return p.B * p.Hk * parts; }
@@ -106,6 +107,7 @@ struct AttentionFew {
     out = a.take<T>(tasks() * out_size());
   }
   void prepare() const {}
+  int wanted() const { return attention_threads(p, tasks()); }
 
   void thread(int id, int size) {
     for (int64_t task; (task = queue->take()) < tasks();) {

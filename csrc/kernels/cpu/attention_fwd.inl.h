@@ -33,8 +33,8 @@ struct AttentionFwd {
   const int64_t group;
   const ScoreRule<T> rule;
   const int64_t depth, ldv;   // D and Dv as products see them
+  const int team;             // threads at most
   int64_t at_once, room = 0;  // key heads of a pass, blocks of keys that are packed for one
-  int team = 1;
 
   int64_t *first_task, *first_block;  // of each sequence: tasks, blocks of keys
   Queue* queue;
@@ -60,6 +60,7 @@ struct AttentionFwd {
         rule(p),
         depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
         ldv(kPacked ? round_up(p.Dv, 32) : p.Dv),
+        team(p.parallel.threads),
         at_once(heads()) {
     if (kPacked && at_once > 0) split_heads();
   }
@@ -106,6 +107,7 @@ struct AttentionFwd {
       first_block[b + 1] = first_block[b] + p.Hk * blocks_of(span.Tk);
     }
   }
+  int wanted() const { return attention_threads(p, tasks()); }
   // Of head n, and of those before it.
   int64_t first_of(const int64_t* first, int64_t n) const {
     const int64_t b = n / p.Hk;
@@ -512,7 +514,7 @@ struct AttentionFwd {
 template <class S>
 static void attention_fwd(const AttentionFwdParams& p) {
   if (AttentionFew<S>::suits(p))
-    run_attention(AttentionFew<S>(p));
+    run_kernel(p.parallel, AttentionFew<S>(p));
   else
-    run_attention(AttentionFwd<S>(p));
+    run_kernel(p.parallel, AttentionFwd<S>(p));
 }

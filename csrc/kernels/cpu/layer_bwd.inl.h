@@ -53,7 +53,7 @@ struct LayerBwd {
   BackwardWeights<Cell, S> weights;
   ForwardWeights<Cell, S> forward;  // to rebuild the gates; panels only then
   const bool rebuild, projected;
-  int team;                     // threads at most
+  const int team;               // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
   int64_t gate_rows;            // of dW that a thread works on at a time
   const int64_t ldG, ldh, ldcell;
@@ -82,7 +82,7 @@ struct LayerBwd {
         forward(params),
         rebuild(Cell::kSaved > 0 && !p.gates),
         projected(weights.projected),
-        team(1),
+        team(team_size(seq, 3 * G)),  // three products of the size of forward's
         steps(1),
         chunk_tokens(0),
         gate_rows(0),
@@ -155,6 +155,7 @@ struct LayerBwd {
   static int64_t depth_of(int64_t tokens) { return round_up(tokens, 32) + kLanes<T>; }
 
   void prepare() { seq.prepare(); }
+  int wanted() const { return team; }
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, weights.once);
@@ -599,13 +600,5 @@ struct LayerBwd {
 
 template <class Cell, class S>
 static void layer_bwd(const typename Cell::BwdParams& p) {
-  LayerBwd<Cell, S> layer(p);
-  Arena count;
-  layer.team = team_size(layer.seq, 3 * Cell::kGates);  // three products of the size of forward's
-  layer.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  layer.layout(arena);
-  layer.prepare();
-  run_team(p.parallel, layer.team, [&](int id, int size) { layer.thread(id, size); });
-  scratch_free(arena.base);
+  run_kernel(p.parallel, LayerBwd<Cell, S>(p));
 }

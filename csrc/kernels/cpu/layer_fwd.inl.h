@@ -64,7 +64,7 @@ struct LayerFwd {
   const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
-  int team;               // threads at most
+  const int team;         // threads at most
   int64_t chunk_tokens;   // of a projection, at most
 
   // Shared, one of each per direction.
@@ -88,7 +88,7 @@ struct LayerFwd {
         weights(params, direct || once),
         past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
                    p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),
-        team(1),
+        team(forward_team_size<O>(seq, G, once)),
         chunk_tokens(0),
         ldx(round_up(I, 32) + kLanes<T>),
         ldh(round_up(P, 32) + kLanes<T>),
@@ -133,6 +133,7 @@ struct LayerFwd {
   }
 
   void prepare() { seq.prepare(); }
+  int wanted() const { return team; }
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, once);
@@ -458,13 +459,5 @@ struct LayerFwd {
 
 template <class Cell, class S>
 static void layer_fwd(const typename Cell::FwdParams& p) {
-  LayerFwd<Cell, S> layer(p);
-  Arena count;
-  layer.team = forward_team_size<Operand<S>>(layer.seq, Cell::kGates, layer.once);
-  layer.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  layer.layout(arena);
-  layer.prepare();
-  run_team(p.parallel, layer.team, [&](int id, int size) { layer.thread(id, size); });
-  scratch_free(arena.base);
+  run_kernel(p.parallel, LayerFwd<Cell, S>(p));
 }

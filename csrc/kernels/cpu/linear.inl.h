@@ -65,6 +65,10 @@ struct Product {
     queues = arena.take_zeros<Queue>(passes);
     barrier = arena.take_zeros<Barrier>(1);
   }
+  void prepare() const {
+    for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
+  }
+  int wanted() const { return team; }
 
   void run() {
     team = threads_for(double(M) * double(N) * double(K), parallel.threads);
@@ -73,13 +77,7 @@ struct Product {
       block_rows = (M + round_up(row_blocks, team) - 1) / round_up(row_blocks, team);
       row_blocks = (M + block_rows - 1) / block_rows;
     }
-    Arena count;
-    layout(count);
-    Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-    layout(arena);
-    for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
-    run_team(parallel, team, [&](int id, int size) { thread(id, size); });
-    scratch_free(arena.base);
+    run_kernel(parallel, *this);
   }
 
   void thread(int id, int size) {

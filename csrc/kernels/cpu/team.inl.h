@@ -129,3 +129,16 @@ struct Arena {
     return {take<T>(team * step), step};
   }
 };
+
+// How every kernel runs: layout() takes its memory, prepare() fills what the threads share, then
+// thread(id, size) runs on up to wanted() of them.
+template <class Kernel>
+static void run_kernel(const Parallel& parallel, Kernel&& kernel) {
+  Arena count;
+  kernel.layout(count);
+  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
+  kernel.layout(arena);
+  kernel.prepare();
+  run_team(parallel, kernel.wanted(), [&](int id, int size) { kernel.thread(id, size); });
+  scratch_free(arena.base);
+}
