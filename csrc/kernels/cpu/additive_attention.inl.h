@@ -174,7 +174,6 @@ struct Additive {
     Buffers(const Additive& f, Arena& a) {
       q_copy = a.take<T>(f.rows * f.ld), k_copy = a.take<T>(kKeys * f.ld), v_copy = a.take<T>(kKeys * f.ldv);
       q_exp = a.take<T>(kFast ? 2 * f.rows * f.ld : 0), k_exp = a.take<T>(kFast ? 2 * kKeys * f.ld : 0);
-      a.keep_apart();
     }
   };
   void layout(Arena& a) {
@@ -244,7 +243,7 @@ struct AdditiveFwd : Additive<S> {
   int64_t parts;
 
   PerThread<T> x, out, max, sum;  // of each thread, or of each task where parts are joined
-  char* buffers;
+  PerThread<char> buffers;
 
   explicit AdditiveFwd(const AdditiveAttentionFwdParams& params) : Base(params), p(params) {
     parts = busy_splits(p.B * tiles, p.parallel.threads, p.Tk / kPart);
@@ -258,14 +257,12 @@ struct AdditiveFwd : Additive<S> {
     x = a.take_each<T>(count, rows * ldx());
     out = a.take_each<T>(count, rows * ldv);
     max = a.take_each<T>(count, rows), sum = a.take_each<T>(count, rows);
-    buffers = a.take<char>(0);
-    for (int i = 0; i < team; i++) Buffers(*this, a);
+    buffers = a.take_buffers<Buffers>(team, *this);
   }
 
   void thread(int id, int size) {
-    Arena arena{buffers};
-    for (int i = 0; i < id; i++) Buffers(*this, arena);
-    const Buffers m(*this, arena);
+    Arena own{buffers[id]};
+    const Buffers m(*this, own);
     for (int64_t task; (task = this->queue->take()) < tasks();) {
       part(m, task, parts == 1 ? id : task);
       if (parts == 1) join(task, id);
@@ -344,7 +341,7 @@ struct AdditiveBwd : Additive<S> {
 
   PerThread<T> dk, dv;  // of each thread, or of each task where parts are added up
   T* dw;                // of each task
-  char* buffers;
+  PerThread<char> buffers;
 
   explicit AdditiveBwd(const AdditiveAttentionBwdParams& params) : Base(params), p(params) {
     parts = busy_splits(p.B, p.parallel.threads, least(tiles, 2 * p.parallel.threads / most(1, p.B)));
@@ -359,7 +356,6 @@ struct AdditiveBwd : Additive<S> {
       max = a.take<T>(f.rows), sum = a.take<T>(f.rows);
       VT = a.take<T>(f.p.Dv * kKeys), dO = a.take<T>(f.rows * f.ldv), dq = a.take<T>(f.rows * f.ld);
       dk = a.take<T>(kKeys * f.ld), dw = a.take<T>(f.ld), tile_dw = a.take<T>(f.ld);
-      a.keep_apart();
     }
   };
   void layout(Arena& a) {
@@ -368,14 +364,12 @@ struct AdditiveBwd : Additive<S> {
     dk = a.take_each<T>(count, p.Tk * ld);
     dv = a.take_each<T>(count, p.Tk * ldv);
     dw = a.take<T>(tasks() * ld);
-    buffers = a.take<char>(0);
-    for (int i = 0; i < team; i++) Own(*this, a);
+    buffers = a.take_buffers<Own>(team, *this);
   }
 
   void thread(int id, int size) {
-    Arena arena{buffers};
-    for (int i = 0; i < id; i++) Own(*this, arena);
-    const Own m(*this, arena);
+    Arena own{buffers[id]};
+    const Own m(*this, own);
     for (int64_t task; (task = this->queue->take()) < tasks();) {
       const int64_t b = task / parts, at = parts == 1 ? id : task;
       clear(dk[at], p.Tk * ld), clear(dv[at], p.Tk * ldv), clear(m.dw, ld);

@@ -121,12 +121,19 @@ struct Arena {
     if (p) __builtin_memset(static_cast<void*>(p), 0, n * sizeof(T));
     return p;
   }
-  void keep_apart() { used += kApart; }
   template <class T>
   PerThread<T> take_each(int64_t team, int64_t n) {
     if (n == 0 || team == 1) return {take<T>(n), 0};
     const int64_t step = round_up(n, 64) + apart<T>(1);
     return {take<T>(team * step), step};
+  }
+  // Memory of a `Buffers` for each thread: Buffers(kernel, arena) takes it from an arena that begins there.
+  template <class Buffers, class Kernel>
+  PerThread<char> take_buffers(int64_t team, const Kernel& kernel) {
+    Arena one;
+    Buffers(kernel, one);
+    one.used += kApart;
+    return {take<char>(team * one.used), one.used};
   }
 };
 
