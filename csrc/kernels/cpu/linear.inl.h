@@ -11,8 +11,15 @@
 #include "direct.inl.h"
 #include "team.inl.h"
 
-// C [M, N] = A [M, K] B [K, N] + bias. A by rows, or across: element [m, k] at a[k * lda + m]. B likewise: by
-// rows [K, N], or across: a row of b is a column of B.
+// Element [i, j] at data[i * ld + j], or where it lies across (transposed) at data[j * ld + i].
+template <class S>
+struct Matrix {
+  const S* data;
+  int64_t ld;
+  bool across = false;
+};
+
+// C [M, N] = A [M, K] B [K, N] + bias.
 template <class S>
 struct Product {
   using T = Acc<S>;
@@ -21,15 +28,10 @@ struct Product {
   static constexpr int64_t kRows = 96, kPass = 1024;
 
   int64_t M, N, K;
-  const S* a;
-  int64_t lda;
-  bool a_across;
-  const S* b;
-  int64_t ldb;
-  bool b_across;
-  const S* bias;
+  Matrix<S> a, b;
+  const S* bias = nullptr;  // [N]
   S* c;
-  S* row_sums;  // [M]: of A, or null
+  S* row_sums = nullptr;  // [M]: of A, where they are wanted
   const Parallel& parallel;
 
   const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
@@ -51,8 +53,8 @@ struct Product {
   Panels<O> panels_of(int64_t k) const { return {N, k}; }
   // Rows of A that the tiles can read: of their type, padded, and not all in one set of L1 (see LayerFwd).
   bool a_as_it_lies(int64_t k) const {
-    return !a_across && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
-           lda * int64_t(sizeof(S)) % 4096 != 0;
+    return !a.across && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
+           a.ld * int64_t(sizeof(S)) % 4096 != 0;
   }
 
   void layout(Arena& arena) {
@@ -97,8 +99,8 @@ struct Product {
     const Panels<O> shape = panels_of(k);
     O* to = packed + shape.offset(j);
     const int64_t n = j * NR<O>, width = shape.width(j);
-    if (b_across) return pack_panel(b + n * ldb + k0, ldb, N - n, k, to, width);
-    pack_rows(b + k0 * ldb + n, ldb, N - n, to, 0, k, width);
+    if (b.across) return pack_panel(b.data + n * b.ld + k0, b.ld, N - n, k, to, width);
+    pack_rows(b.data + k0 * b.ld + n, b.ld, N - n, to, 0, k, width);
     pack_padding(to, k, width);
   }
 
@@ -110,7 +112,7 @@ struct Product {
     const O* from = rows[id];
     int64_t ld = ld_rows;
     if (a_as_it_lies(k))
-      from = reinterpret_cast<const O*>(a + m * lda + k0), ld = lda;
+      from = reinterpret_cast<const O*>(a.data + m * a.ld + k0), ld = a.ld;
     else
       gather(m, n, k0, k, rows[id]);
     if (row_sums && column_block == 0) add_rows(m, n, k, from, ld, first, last);
@@ -128,11 +130,11 @@ struct Product {
   }
   void gather(int64_t m, int64_t n, int64_t k0, int64_t k, O* to) const {
     const int64_t padded = round_up(k, 32);
-    if (!a_across) {
-      for (int64_t r = 0; r < n; r++) copy_row(a + (m + r) * lda + k0, k, to + r * ld_rows, padded);
+    if (!a.across) {
+      for (int64_t r = 0; r < n; r++) copy_row(a.data + (m + r) * a.ld + k0, k, to + r * ld_rows, padded);
       return;
     }
-    pack_transposed(a + k0 * lda + m, lda, k, n, to, ld_rows, padded);
+    pack_transposed(a.data + k0 * a.ld + m, a.ld, k, n, to, ld_rows, padded);
   }
   // Sums of the rows of A: gathered, padded with zeros.
   void add_rows(int64_t m, int64_t n, int64_t k, const O* from, int64_t ld, bool first, bool last) const {
@@ -177,42 +179,36 @@ struct FewRows {
 template <class S>
 static void linear_fwd(const LinearFwdParams& p) {
   if (p.M <= FewRows<S>::kRows) return FewRows<S>{p}.run();
-  const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w);
-  Product<S>{p.M,
-             p.N,
-             p.K,
-             x,
-             p.x_m,
-             false,
-             w,
-             p.K,
-             true,
-             static_cast<const S*>(p.b),
-             static_cast<S*>(p.y),
-             nullptr,
-             p.parallel}
+  Product<S>{.M = p.M,
+             .N = p.N,
+             .K = p.K,
+             .a = {.data = static_cast<const S*>(p.x), .ld = p.x_m},
+             .b = {.data = static_cast<const S*>(p.w), .ld = p.K, .across = true},
+             .bias = static_cast<const S*>(p.b),
+             .c = static_cast<S*>(p.y),
+             .parallel = p.parallel}
       .run();
 }
 template <class S>
 static void linear_bwd(const LinearBwdParams& p) {
   const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *dy = static_cast<const S*>(p.dy);
   if (p.dx)
-    Product<S>{p.M,     p.K,       p.N, dy, p.dy_m, false, w, p.K, false, nullptr, static_cast<S*>(p.dx),
-               nullptr, p.parallel}
+    Product<S>{.M = p.M,
+               .N = p.K,
+               .K = p.N,
+               .a = {.data = dy, .ld = p.dy_m},
+               .b = {.data = w, .ld = p.K},
+               .c = static_cast<S*>(p.dx),
+               .parallel = p.parallel}
         .run();
   if (p.dw || p.db)
-    Product<S>{p.N,
-               p.K,
-               p.M,
-               dy,
-               p.dy_m,
-               true,
-               x,
-               p.x_m,
-               false,
-               nullptr,
-               static_cast<S*>(p.dw),
-               static_cast<S*>(p.db),
-               p.parallel}
+    Product<S>{.M = p.N,
+               .N = p.K,
+               .K = p.M,
+               .a = {.data = dy, .ld = p.dy_m, .across = true},
+               .b = {.data = x, .ld = p.x_m},
+               .c = static_cast<S*>(p.dw),
+               .row_sums = static_cast<S*>(p.db),
+               .parallel = p.parallel}
         .run();
 }
