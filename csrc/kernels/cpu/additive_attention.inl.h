@@ -158,14 +158,14 @@ struct Additive {
         ldv(round_up(p.Dv, W)),
         lds(round_up(p.Tk, W)),
         rows(tile_rows()),
-        tiles((p.Tq + rows - 1) / rows),
+        tiles(divide_up(p.Tq, rows)),
         rule(p),
         team(p.parallel.threads) {}
 
   // As many as the scores leave room for, but no thread goes without.
   int64_t tile_rows() const {
     const int64_t fit = most(kFew, least(kTile, kScores / most(1, lds))),
-                  share = (p.B * p.Tq + p.parallel.threads - 1) / p.parallel.threads;
+                  share = divide_up(p.B * p.Tq, p.parallel.threads);
     return most(1, least(p.Tq, least(fit, most(2 * kFew, share))));
   }
 
@@ -273,7 +273,7 @@ struct AdditiveFwd : Additive<S> {
   }
 
   int64_t first_key(const Span& span, int64_t part) const { return span.Tk * part / parts; }
-  int64_t ldx() const { return round_up((p.Tk + parts - 1) / parts, W); }  // rows of scores of a part
+  int64_t ldx() const { return round_up(divide_up(p.Tk, parts), W); }  // rows of scores of a part
 
   void part(const Buffers& m, int64_t task, int64_t at) {
     Tile tile(*this, m, task / parts / tiles, task / parts % tiles);

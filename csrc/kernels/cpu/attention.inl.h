@@ -10,9 +10,6 @@
 template <class T>
 constexpr int64_t kBlock = 256 / sizeof(T);
 
-SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Products
 // -------------------------------------------------------------------------------------------------------
 //
@@ -74,7 +71,7 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
       const int nv = (N - n) / W >= kTileVectors ? kTileVectors : (N - n) / W >= 2 ? 2 : 1;
       constexpr auto some = std::make_integer_sequence<int, kTileRows>{};
       constexpr auto many = std::make_integer_sequence<int, MR>{};
-      const int64_t most = nv == kTileVectors ? kTileRows : MR, tiles = (M + most - 1) / most;
+      const int64_t rows_at_most = nv == kTileVectors ? kTileRows : MR, tiles = divide_up(M, rows_at_most);
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = M * i / tiles;
         const int rows = int(M * (i + 1) / tiles - m);
@@ -504,7 +501,7 @@ static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
   int64_t parts = 1;
   const auto busy = [&] {
     const int64_t all = n * parts;
-    return double(all) / double((all + threads - 1) / threads * threads);
+    return double(all) / double(round_up(all, threads));
   };
   while (n > 0 && parts < 2 * threads && parts < least(limit, kMost) && busy() < 0.9) parts++;
   return parts;

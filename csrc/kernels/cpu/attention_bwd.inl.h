@@ -53,7 +53,7 @@ struct AttentionBwd {
         rule(p),
         in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)),
         team(p.parallel.threads) {
-    splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, (p.Tk + kK - 1) / kK / 2);
+    splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, divide_up(p.Tk, kK) / 2);
     if (p.dmask && p.mask_k == 0) splits = 1;  // all keys of a query share one sum
   }
 
@@ -349,7 +349,7 @@ struct AttentionWeights {
       : p(params),
         rule(p),
         heads(p.mean ? 1 : p.Hq),
-        blocks((p.Tq + kQ - 1) / kQ),
+        blocks(divide_up(p.Tq, kQ)),
         width(round_up(p.Tk, W)),
         team(p.parallel.threads) {}
 

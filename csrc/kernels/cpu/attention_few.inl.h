@@ -53,8 +53,7 @@ static void few_values(int64_t R, int64_t nk, const Acc<S>* P, int64_t ldp, cons
 // Rows to read ahead of `features`, in elements.
 template <class S>
 static int64_t ahead_of(int64_t features, int64_t stride) {
-  return (kBytesAhead + int64_t(sizeof(S)) * features - 1) / (int64_t(sizeof(S)) * most(1, features)) *
-         stride;
+  return divide_up(kBytesAhead, int64_t(sizeof(S)) * most(1, features)) * stride;
 }
 
 template <class S>

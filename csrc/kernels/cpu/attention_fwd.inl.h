@@ -49,8 +49,8 @@ struct AttentionFwd {
     Blocks(int64_t Tq, int64_t group)
         : heads(Tq ? most(1, least(group, kQ / Tq)) : 1),
           queries(least(Tq, kQ)),
-          chunks((group + heads - 1) / heads),
-          per_head(queries ? (Tq + queries - 1) / queries : 0) {}
+          chunks(divide_up(group, heads)),
+          per_head(queries ? divide_up(Tq, queries) : 0) {}
     int64_t tasks() const { return chunks * per_head; }  // of one key head
   };
 
@@ -65,7 +65,7 @@ struct AttentionFwd {
     if (kPacked && at_once > 0) split_heads();
   }
   int64_t heads() const { return p.B * p.Hk; }
-  static int64_t blocks_of(int64_t Tk) { return (Tk + kK - 1) / kK; }
+  static int64_t blocks_of(int64_t Tk) { return divide_up(Tk, kK); }
   int64_t block_size() const { return kK * (depth + ldv); }
 
   // As many heads in a pass as fit in kPass and as give each thread four tasks: the last ones wait for the
@@ -80,8 +80,8 @@ struct AttentionFwd {
     }
     const int64_t fit = kPass / (longest * block_size() * int64_t(sizeof(O))),
                   busy = 4 * p.parallel.threads * heads() / most(1, all_tasks) + 1,
-                  passes = (heads() - 1) / most(fit, busy) + 1;
-    at_once = (heads() - 1) / passes + 1;
+                  passes = divide_up(heads(), most(fit, busy));
+    at_once = divide_up(heads(), passes);
     room = least(all_blocks, at_once * longest);
   }
 
@@ -234,7 +234,7 @@ struct AttentionFwd {
 #if defined(__AVX512BF16__)
     // Stage t: softmax of unit t % units of the lanes in block t / units of the keys.
     void packed_blocks(const Span& span) {
-      const int64_t units = (lanes + kUnit - 1) / kUnit, first_block = j0 / kK,
+      const int64_t units = divide_up(lanes, kUnit), first_block = j0 / kK,
                     stages = j1 > j0 ? (blocks_of(j1) - first_block) * units : 0;
       struct Stage {
         int64_t l, N, j, nk;  // lanes, keys
@@ -277,8 +277,7 @@ struct AttentionFwd {
         if (t + 1 < stages) after = scores(then = stage(t + 1));
         const Mask mask = look_at_mask(now.l, now.N, now.j, now.nk);
         adjust(span, mask, now.ST, now.l, now.N, now.j, now.nk);
-        const int64_t calls = most(1, now.nk / 8),
-                      steps = (before.steps() + after.steps() + calls - 1) / calls;
+        const int64_t calls = most(1, now.nk / 8), steps = divide_up(before.steps() + after.steps(), calls);
         const bool grew = softmax(now.ST, now.l, now.N, now.nk, [&]() __attribute__((always_inline)) {
           for (int64_t i = 0; i < steps; i++) (before.m < before.M ? before : after).step();
         });

@@ -35,13 +35,13 @@ struct Product {
   const Parallel& parallel;
 
   const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
-  const int64_t passes = K ? (K + kPass - 1) / kPass : 1, pass = round_up((K + passes - 1) / passes, 32);
-  const int64_t panels = (N + NR<O> - 1) / NR<O>;
+  const int64_t passes = most(1, divide_up(K, kPass)), pass = round_up(divide_up(K, passes), 32);
+  const int64_t panels = divide_up(N, NR<O>);
   const int64_t ld_rows = round_up(pass, 32) + W, ld_sums = in_place     ? N
                                                             : passes > 1 ? round_up(N, W)
                                                                          : NR<O>;
   int team = 1;
-  int64_t block_rows = kRows, row_blocks = (M + kRows - 1) / kRows, column_blocks = 1;
+  int64_t block_rows = kRows, row_blocks = divide_up(M, kRows), column_blocks = 1;
 
   O* packed = nullptr;
   PerThread<O> rows{};
@@ -74,17 +74,17 @@ struct Product {
 
   void run() {
     team = threads_for(double(M) * double(N) * double(K), parallel.threads);
-    column_blocks = row_blocks >= 2 * team || panels < 2 ? 1 : panels < team ? panels : team;
+    column_blocks = row_blocks >= 2 * team ? 1 : most(1, least(panels, team));
     if (row_blocks > team) {  // about as many for each thread
-      block_rows = (M + round_up(row_blocks, team) - 1) / round_up(row_blocks, team);
-      row_blocks = (M + block_rows - 1) / block_rows;
+      block_rows = divide_up(M, round_up(row_blocks, team));
+      row_blocks = divide_up(M, block_rows);
     }
     run_kernel(parallel, *this);
   }
 
   void thread(int id, int size) {
     for (int64_t i = 0; i < passes; i++) {
-      const int64_t k0 = i * pass, k = K - k0 < pass ? K - k0 : pass;
+      const int64_t k0 = i * pass, k = least(pass, K - k0);
       for (int64_t j = panels * id / size; j < panels * (id + 1) / size; j++) pack(k0, k, j);
       barrier->wait(size);
       const int64_t tasks = row_blocks * column_blocks;
@@ -107,7 +107,7 @@ struct Product {
   // Rows [m, m + block_rows) by a share of the panels.
   void block(int id, int64_t i, int64_t k0, int64_t k, int64_t row_block, int64_t column_block) const {
     const Panels<O> shape = panels_of(k);
-    const int64_t m = row_block * block_rows, n = M - m < block_rows ? M - m : block_rows;
+    const int64_t m = row_block * block_rows, n = least(block_rows, M - m);
     const bool first = i == 0, last = i + 1 == passes;
     const O* from = rows[id];
     int64_t ld = ld_rows;
@@ -158,7 +158,7 @@ struct FewRows {
   const LinearFwdParams& p;
 
   void run() const {
-    const int64_t blocks = (p.N + W - 1) / W;
+    const int64_t blocks = divide_up(p.N, W);
     const int team = threads_for(double(p.M) * double(p.N) * double(p.K), p.parallel.threads);
     run_ranges(p.parallel, team,
                [&](int64_t begin, int64_t end) { outputs(blocks * begin / team, blocks * end / team); });
@@ -167,7 +167,7 @@ struct FewRows {
     const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *b = static_cast<const S*>(p.b);
     T y[kRows * W];
     for (int64_t n = begin * W; n < end * W && n < p.N; n += W) {
-      const int64_t columns = p.N - n < W ? p.N - n : W;
+      const int64_t columns = least(W, p.N - n);
       direct_products(p.M, columns, y, W, Term<S, S>{w + n * p.K, p.K, x, p.x_m, p.K});
       const Vec<T> bias = b ? load(b + n, columns) : Vec<T>{};
       for (int64_t m = 0; m < p.M; m++)

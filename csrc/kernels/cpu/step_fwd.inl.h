@@ -20,7 +20,7 @@ struct StepFwd {
   int shares = 1;
   Queue share[kShares];
 
-  explicit StepFwd(const Params& params) : p(params), blocks((p.H + NR<T> - 1) / NR<T>) {}
+  explicit StepFwd(const Params& params) : p(params), blocks(divide_up(p.H, NR<T>)) {}
 
   static bool fits(const Params& p) {
     return p.T == 1 && p.B <= kRows && !p.packed && !p.batch_sizes && p.w[0].w_hr == nullptr;
@@ -29,8 +29,7 @@ struct StepFwd {
   // Each thread begins with a share that is the same in every call, because some of it may still be in its
   // L2.
   void run() {
-    shares = team_size(Sequence(p), G);
-    if (shares > kShares) shares = kShares;
+    shares = int(least(kShares, team_size(Sequence(p), G)));
     for (int i = 0; i < shares; i++) share[i].next = first_block(i);
     run_ranges(p.parallel, shares, [&](int64_t begin, int64_t) { take_blocks(int(begin)); });
   }
@@ -43,7 +42,7 @@ struct StepFwd {
   void block(int d, int64_t j) const {
     alignas(64) T C[kRows * G * NR<T>], Q[kRows * NR<T>], c[kRows * NR<T>];
     alignas(64) O h_prev[kRows * NR<T>], h[kRows * NR<T>];
-    const int64_t u = j * NR<T>, units = p.H - u < NR<T> ? p.H - u : NR<T>;
+    const int64_t u = j * NR<T>, units = least(NR<T>, p.H - u);
     const S* h0 = static_cast<const S*>(p.h0) + d * p.B * p.H;
     products(d, u, units, h0, C, Q);
     for (int64_t b = 0; b < p.B; b++) {
