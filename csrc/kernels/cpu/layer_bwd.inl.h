@@ -386,7 +386,7 @@ struct LayerBwd {
       rows_barrier->wait(sharing);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
       if (n > 0)
-        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kDirect, dh + r0 * f.ldh, f.ldh,
+        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kBypass, dh + r0 * f.ldh, f.ldh,
                                     local_operand);
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);

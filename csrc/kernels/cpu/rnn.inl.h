@@ -11,7 +11,7 @@ struct Rnn {
   static constexpr int kGates = 1, kSaved = 0, kSplitGate = -1;
   static constexpr bool kCellState = false, kActivation = true;
   static constexpr int kSlots = 1, kInputSlot[] = {0}, kRecurrentSlot[] = {0};
-  static constexpr bool kDirect = false;
+  static constexpr bool kBypass = false;
 
   template <class S>
   static void fwd(const FwdTile<S>& t) {
