@@ -7,11 +7,11 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors weights,
                                                  OptionalTensor batch_sizes, OptionalTensor resets,
-                                                 OptionalTensor packed, bool bidirectional, bool save_gates) {
+                                                 OptionalTensor panels, bool bidirectional, bool save_gates) {
   const LayerCall call("gru_layer_fwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
   GruFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, p, *packed);
+  if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = empty(x, h0.sizes());
   Tensor gates =

@@ -8,13 +8,13 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tensor h0, Tensor c0,
                                                                   Tensors weights, OptionalTensor batch_sizes,
                                                                   OptionalTensor resets,
-                                                                  OptionalTensor packed, bool bidirectional,
+                                                                  OptionalTensor panels, bool bidirectional,
                                                                   bool save_cells, bool save_gates) {
   const LayerCall call("lstm_layer_fwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(c0, "c0", {call.D, call.B, call.H});
   LstmFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, p, *packed);
+  if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.P));
   Tensor hn = empty(x, h0.sizes()), cn = empty(x, c0.sizes());
   Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())

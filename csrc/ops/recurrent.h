@@ -50,8 +50,7 @@ struct CellCall {
 // New tensors shaped like the weights, and their pointers in `out`.
 Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]);
 
-// Packed panels, with a header that says for which instruction set, dtype and sizes.
-Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional);
-const void* packed_panels(const LayerCall& call, const LayerParams& p, const Tensor& packed);
+// The panels in what op pack_weights returned, if it was made for this call.
+const void* checked_panels(const LayerCall& call, const LayerParams& p, const Tensor& panels);
 
 }  // namespace seqkernels::ops

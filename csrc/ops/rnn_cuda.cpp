@@ -38,8 +38,8 @@ Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor
 }
 
 // The kernels read weights as they lie: there is nothing to pack, and forward ignores it.
-Tensor rnn_pack_nothing(Tensors weights, int64_t, bool) {
-  STD_TORCH_CHECK(!weights.empty(), "seqkernels::rnn_pack: expected w_ih, w_hh, ..., got no weights");
+Tensor pack_nothing(Tensors weights, int64_t, bool) {
+  STD_TORCH_CHECK(!weights.empty(), "seqkernels::pack_weights: expected w_ih, w_hh, ..., got no weights");
   return none_like(weights[0], ScalarType::Byte);
 }
 
@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
   m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
   m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
-  m.impl("rnn_pack", TORCH_BOX(&rnn_pack_nothing));
+  m.impl("pack_weights", TORCH_BOX(&pack_nothing));
   m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
 }
 

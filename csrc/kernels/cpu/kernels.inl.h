@@ -103,7 +103,7 @@ static void bwd_entry(const typename Cell::BwdParams& p) {
   with_storage(p.dtype, [&]<class S>() { layer_bwd<Cell, S>(p); });
 }
 
-// Weights packed ahead of time, for LayerParams::packed. Returns the bytes; writes unless out is null.
+// Weights packed ahead of time, for LayerParams::panels. Returns the bytes; writes unless out is null.
 template <class Cell>
 static int64_t pack_entry(const LayerParams& p, void* out) {
   return with_storage(p.dtype, [&]<class S>() {

@@ -83,8 +83,8 @@ struct LayerFwd {
         H(p.H),
         P(p.P),
         B(p.B),
-        direct(p.T <= kDirectSteps && seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
-        once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
+        direct(p.T <= kDirectSteps && seq.tokens <= kDirectTokens && !p.panels && p.w[0].w_hr == nullptr),
+        once(p.T == 1 && !direct && !p.panels && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
         past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
                    p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),

@@ -23,7 +23,7 @@ struct StepFwd {
   explicit StepFwd(const Params& params) : p(params), blocks(divide_up(p.H, NR<T>)) {}
 
   static bool fits(const Params& p) {
-    return p.T == 1 && p.B <= kRows && !p.packed && !p.batch_sizes && p.w[0].w_hr == nullptr;
+    return p.T == 1 && p.B <= kRows && !p.panels && !p.batch_sizes && p.w[0].w_hr == nullptr;
   }
 
   // Each thread begins with a share that is the same in every call, because some of it may still be in its

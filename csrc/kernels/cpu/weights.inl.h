@@ -25,7 +25,7 @@ struct ForwardWeights {
         I(p.I),
         P(p.P),
         projected(p.w[0].w_hr != nullptr),
-        in_place(use_in_place || p.packed),
+        in_place(use_in_place || p.panels),
         in{H, I},
         rec{H, P},
         proj{P, H} {}
@@ -42,7 +42,7 @@ struct ForwardWeights {
 
   void layout(Arena& a) {
     for (int d = 0; d < p.D; d++) {
-      panels[d] = p.packed ? const_cast<O*>(static_cast<const O*>(p.packed)) + d * size()
+      panels[d] = p.panels ? const_cast<O*>(static_cast<const O*>(p.panels)) + d * size()
                            : a.take<O>(in_place ? 0 : size());
       bias[d] = a.take<T>(G * in.padded());
       q_bias[d] = a.take<T>(in.padded());
