@@ -55,19 +55,12 @@ struct AdditiveCall {
     return {t.const_data_ptr(), t.stride(0), 0, t.stride(1)};
   }
   static Heads<void*> written(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), 0, t.stride(1)}; }
-
-  template <class Params>
-  Params params() const {
-    Params all;
-    static_cast<AdditiveAttentionParams&>(all) = p;
-    return all;
-  }
 };
 
 std::tuple<Tensor, Tensor> additive_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor w, OptionalTensor mask,
                                                   OptionalTensor len_k, bool need_weights) {
   const AdditiveCall call("additive_attention_fwd", q, k, v, w, mask, len_k);
-  auto p = call.params<AdditiveAttentionFwdParams>();
+  AdditiveAttentionFwdParams p{call.p};
   Tensor out = large_empty(q, {p.B, p.Tq, p.Dv});
   Tensor weights = need_weights ? large_empty(q, {p.B, p.Tq, p.Tk}) : none_like(q, q.scalar_type());
   p.out = call.written(out);
@@ -80,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
     Tensor dout, OptionalTensor dweights, Tensor q, Tensor k, Tensor v, Tensor w, OptionalTensor mask,
     OptionalTensor len_k, bool need_dscores) {
   const AdditiveCall call("additive_attention_bwd", q, k, v, w, mask, len_k);
-  auto p = call.params<AdditiveAttentionBwdParams>();
+  AdditiveAttentionBwdParams p{call.p};
   p.dout = call.rows(dout, "dout", {p.B, p.Tq, p.Dv});
   if (dweights) p.dweights = call.whole(*dweights, "dweights", {p.B, p.Tq, p.Tk});
   Tensor dq = large_empty(q, q.sizes()), dk = large_empty(k, k.sizes()), dv = large_empty(v, v.sizes());

@@ -121,13 +121,6 @@ struct AttentionCall {
   }
 };
 
-template <class Params>
-Params params_of(const AttentionCall& call) {
-  Params p;
-  static_cast<AttentionParams&>(p) = call.p;
-  return p;
-}
-
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
                                          OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k,
                                          OptionalTensor alibi, OptionalTensor sinks, double scale,
@@ -138,7 +131,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   Tensor out = large_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
   Tensor lse = empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
-  auto p = params_of<AttentionFwdParams>(call);
+  AttentionFwdParams p{call.p};
   p.out = call.by_tokens(out);
   p.lse = lse.mutable_data_ptr();
   seqkernels::attention_fwd(p);
@@ -155,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   const int64_t tokens_q = q.size(2), tokens_k = k.size(2);
-  auto p = params_of<AttentionBwdParams>(call);
+  AttentionBwdParams p{call.p};
   p.out = call.read_by_tokens(out, "out", {call.rows, tokens_q, p.Hq, p.Dv});
   p.dout = call.read_by_tokens(dout, "dout", {call.rows, tokens_q, p.Hq, p.Dv});
   p.lse = call.read(lse, "lse", {call.rows, p.Hq, tokens_q});
@@ -181,7 +174,7 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, Op
   AttentionCall call("attention_weights", q, k, nullptr, none, none);
   call.visibility(scale, softcap, left, right, bottom_right, dropout);
   call.modifiers(mask, len_k, alibi, nullptr);
-  auto p = params_of<AttentionWeightsParams>(call);
+  AttentionWeightsParams p{call.p};
   std::vector<int64_t> shape{p.B, p.Tq, p.Tk};
   if (!mean) shape.insert(shape.begin() + 1, p.Hq);
   Tensor weights = large_empty(q, shape);

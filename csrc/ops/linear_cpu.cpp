@@ -32,8 +32,7 @@ int64_t rows_of(const char* op, Tensor& t, const char* name, const Tensor& like,
 }
 
 Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
-  LinearFwdParams p;
-  static_cast<LinearParams&>(p) = params_of("linear_fwd", x, w);
+  LinearFwdParams p{params_of("linear_fwd", x, w)};
   p.x_m = rows_of("linear_fwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
   if (b) {
     STD_TORCH_CHECK(b->dim() == 1 && b->size(0) == p.N && b->is_cpu() && b->scalar_type() == x.scalar_type(),
@@ -49,8 +48,7 @@ Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) {
-  LinearBwdParams p;
-  static_cast<LinearParams&>(p) = params_of("linear_bwd", x, w);
+  LinearBwdParams p{params_of("linear_bwd", x, w)};
   p.x_m = rows_of("linear_bwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
   p.dy_m = rows_of("linear_bwd", dy, "dy", w, p.M, p.N), p.dy = dy.const_data_ptr();
   const auto type = x.scalar_type();
