@@ -25,6 +25,19 @@ struct LayerCall {
   void fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
             const OptionalTensor& resets) const;
   void check(Tensor& t, const char* name, Shape shape, bool accumulation = false) const;
+  // What backward of every cell is given, checked, into the parameters of either device. `gates` of size 0
+  // were not saved.
+  template <class Params>
+  void fill_backward(Params& p, Tensor& y, Tensor* gates, OptionalTensor& dy, OptionalTensor& dhn) const {
+    check(y, "y", tokens_by(D * P));
+    p.y = y.const_data_ptr();
+    if (gates && gates->dim() > 1) {
+      check(*gates, "gates", tokens_by(D * 4 * H));
+      p.gates = gates->const_data_ptr();
+    }
+    p.dy = gradient(dy, "dy", tokens_by(D * P));
+    p.dhn = gradient(dhn, "dhn", {D, B, P});
+  }
   // data of an optional gradient with the given shape, or null
   const void* gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation = false) const;
   std::vector<int64_t> tokens_by(int64_t columns) const;

@@ -112,17 +112,15 @@ class GpuLayer {
     }
   }
 
-  void backward(cuda::BwdLayer p, const OptionalTensor& gates, const OptionalTensor& dhn,
-                const OptionalTensor& dcn, Gradients& to) {
+  void backward(cuda::BwdLayer p, const OptionalTensor& dhn, const OptionalTensor& dcn, Gradients& to) {
     static_cast<cuda::Layer&>(p) = base;
     Tensor h_prev = empty({call.D, call.N, call.P}), dG = empty({call.N, call.D * Cell::kSlots * call.H});
     void* h_prev_data[2] = {};
     for (int64_t d = 0; d < call.D; d++) p.h_prev[d] = h_prev_data[d] = part(h_prev, d).mutable_data_ptr();
     p.dG = dG.mutable_data_ptr();
     cuda::previous(p, p.y, h_prev_data, on.stream());
-    OptionalTensor rebuilt = gates;
-    if (Cell::kSaved > 0 && !gates) rebuilt = rebuild_gates(h_prev);
-    if (rebuilt) p.gates = rebuilt->const_data_ptr();
+    OptionalTensor gates;
+    if (Cell::kSaved > 0 && !p.gates) gates = rebuild_gates(h_prev), p.gates = gates->const_data_ptr();
     p.dh0 = to.dh0.mutable_data_ptr();
     if (to.dc0) p.dc0 = to.dc0->mutable_data_ptr();
     p.plan = cuda::Recurrence<Cell>::plan_bwd(p);

@@ -25,13 +25,10 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
                                                   OptionalTensor resets, bool bidirectional, bool relu,
                                                   bool need_dx) {
   const LayerCall call("rnn_layer_bwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
-  call.check(y, "y", call.tokens_by(call.D * call.H));
   RnnBwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
   p.relu = relu;
-  p.y = y.const_data_ptr();
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  call.fill_backward(p, y, nullptr, dy, dhn);
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
   Tensor dh0 = empty(x, h0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);

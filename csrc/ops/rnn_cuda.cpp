@@ -19,13 +19,10 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
                                                   OptionalTensor resets, bool bidirectional, bool relu,
                                                   bool need_dx) {
   const LayerCall call("rnn_layer_bwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
-  call.check(y, "y", call.tokens_by(call.D * call.H));
   cuda::BwdLayer p;
-  p.y = y.const_data_ptr();
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  call.fill_backward(p, y, nullptr, dy, dhn);
   auto gradients = new_gradients(call, h0, {}, weights, need_dx);
-  GpuLayer<cuda::Rnn>(call, h0, {}, weights, batch_sizes, resets, relu).backward(p, {}, dhn, {}, gradients);
+  GpuLayer<cuda::Rnn>(call, h0, {}, weights, batch_sizes, resets, relu).backward(p, dhn, {}, gradients);
   return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, gradients.weights};
 }
 
