@@ -157,8 +157,7 @@ struct LayerBwd {
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, weights.once);
-    const int group = plan.concurrent == 2 ? size / 2 : size;
-    const int first = plan.concurrent == 2 ? id / group : 0, rank = plan.concurrent == 2 ? id % group : id;
+    const int group = size / plan.concurrent, first = id / group, rank = id % group;
     if (first < plan.concurrent) {
       for (int d = first; d < D; d += plan.concurrent) {
         weights.pack(d, rank, group);

@@ -134,13 +134,10 @@ struct LayerFwd {
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, once);
-    const int members = plan.per_direction();
-    const int first = plan.concurrent == 2 ? id / (size / 2) : 0,
-              rank = plan.concurrent == 2 ? id % (size / 2) : id;
-    for (int d = first; d < p.D; d += plan.concurrent)
-      weights.pack(d, rank, plan.concurrent == 2 ? size / 2 : size);
+    const int group = size / plan.concurrent, first = id / group, rank = id % group;
+    for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, group);
     everyone->wait(size);
-    if (rank >= members || first >= plan.concurrent) return;
+    if (rank >= plan.per_direction() || first >= plan.concurrent) return;
     for (int d = first; d < p.D; d += plan.concurrent) {
       Worker worker(*this, plan, d, id, rank,
                     row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
