@@ -301,7 +301,7 @@ struct AdditiveFwd : Additive<S> {
     const int64_t b = n / tiles, first = n % tiles * rows;
     const Span span(p, b);
     for (int64_t r = 0; r < least(rows, p.Tq - first); r++) {
-      T top = -kInf<T>, by[kMost];
+      T top = -kInf<T>, by[kMostParts];
       double total = 0;
       for (int64_t s = 0; s < parts; s++) top = max[at + s][r] > top ? max[at + s][r] : top;
       for (int64_t s = 0; s < parts; s++) {

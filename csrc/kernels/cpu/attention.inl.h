@@ -237,9 +237,9 @@ struct Span {
     } else if (p.len_k) {
       Tk = most(0, least(Tk, p.len_k[b]));
     }
-    constexpr int64_t kFar = int64_t(1) << 61;  // sums of positions stay in range
+    constexpr int64_t kNoLimit = int64_t(1) << 61;  // sums of positions stay in range
     offset = p.bottom_right ? Tk - Tq : 0;
-    left = most(-kFar, least(p.left, kFar)), right = most(-kFar, least(p.right, kFar));
+    left = most(-kNoLimit, least(p.left, kNoLimit)), right = most(-kNoLimit, least(p.right, kNoLimit));
     lse_h = p.cu_q ? p.cu_q[p.B] : Tq;
     lse = p.cu_q ? q0 : b * p.Hq * Tq;
   }
@@ -496,13 +496,13 @@ static int attention_threads(const AttentionParams& p, int64_t tasks, double cos
 
 // Parts of each of n tasks, at most `limit`: as few as keep all threads busy. It depends on nothing but the
 // call, and so do the results.
-constexpr int64_t kMost = 1024;
+constexpr int64_t kMostParts = 1024;
 static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
   int64_t parts = 1;
   const auto busy = [&] {
     const int64_t all = n * parts;
     return double(all) / double(round_up(all, threads));
   };
-  while (n > 0 && parts < 2 * threads && parts < least(limit, kMost) && busy() < 0.9) parts++;
+  while (n > 0 && parts < 2 * threads && parts < least(limit, kMostParts) && busy() < 0.9) parts++;
   return parts;
 }

@@ -155,7 +155,7 @@ struct AttentionFew {
       double top = sink, total = 0;
       for (int64_t s = 0; s < parts; s++) top = m[s * kRows] > top ? m[s * kRows] : top;
       const double zero = top == -kInf<double> ? 0 : top;
-      T by[kMost];
+      T by[kMostParts];
       for (int64_t s = 0; s < parts; s++) {
         by[s] = T(__builtin_exp(double(m[s * kRows]) - zero));
         total += double(by[s]) * l[s * kRows];

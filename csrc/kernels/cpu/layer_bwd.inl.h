@@ -439,7 +439,7 @@ struct LayerBwd {
           tile.lddcells = f.D * f.H;
         tile.dc = dc + b * f.ldcell + u, tile.lddc = f.ldcell;
       }
-      if constexpr (Cell::kActivation) tile.relu = p.relu;
+      if constexpr (Cell::kReluOption) tile.relu = p.relu;
       Cell::template bwd<S>(tile);
     }
 

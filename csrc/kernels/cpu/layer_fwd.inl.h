@@ -398,7 +398,7 @@ struct LayerFwd {
         if (p.cells)
           tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
       }
-      if constexpr (Cell::kActivation) tile.relu = p.relu;
+      if constexpr (Cell::kReluOption) tile.relu = p.relu;
       tile.past_cache = f.past_cache;
       Cell::template fwd<S>(tile);
     }

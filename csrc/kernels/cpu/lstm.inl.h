@@ -9,7 +9,7 @@ struct Lstm {
   using FwdParams = LstmFwdParams;
   using BwdParams = LstmBwdParams;
   static constexpr int kGates = 4, kSaved = 4, kSplitGate = -1;
-  static constexpr bool kCellState = true, kActivation = false;
+  static constexpr bool kCellState = true, kReluOption = false;
   // Gate gradients lie in slots; both products read all four.
   static constexpr int kSlots = 4, kInputSlot[] = {0, 1, 2, 3}, kRecurrentSlot[] = {0, 1, 2, 3};
   static constexpr bool kBypass = false;  // h_{t-1} acts through W_hh only

@@ -63,7 +63,7 @@ struct StepFwd {
       tile.c = c, tile.ldcell = NR<T>;
       if (p.cells) tile.cells = static_cast<T*>(p.cells) + d * p.H + u, tile.ldcells = p.D * p.H;
     }
-    if constexpr (Cell::kActivation) tile.relu = p.relu;
+    if constexpr (Cell::kReluOption) tile.relu = p.relu;
     Cell::template fwd<S>(tile);
     for (int64_t b = 0; b < p.B; b++) {
       const int64_t to = (d * p.B + b) * p.H + u;
