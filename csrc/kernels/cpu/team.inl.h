@@ -1,4 +1,5 @@
-// Threads of one kernel call: who they are, how they wait for each other, what memory they share.
+// Threads of one kernel call: how many, how they wait for each other, what memory they share, and at the end
+// how every kernel runs on them.
 #pragma once
 
 #include "gemm.inl.h"
