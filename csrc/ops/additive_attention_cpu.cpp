@@ -18,11 +18,10 @@ struct AdditiveCall {
   AdditiveCall(const char* op_name, Tensor& q_, Tensor& k, Tensor& v, Tensor& w, const OptionalTensor& mask,
                OptionalTensor& len_k)
       : op(op_name), q(q_) {
-    const auto type = dtype_of(q.scalar_type());
-    STD_TORCH_CHECK(type.has_value() && q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "seqkernels::", op,
-                    ": expected q, k and v of 3 dimensions and float32, float64, bfloat16 or float16, got ",
-                    text(q.sizes()), ", ", text(k.sizes()), " and ", text(v.sizes()));
-    p.dtype = *type;
+    p.dtype = dtype_of(op, "q", q);
+    STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "seqkernels::", op,
+                    ": expected q, k and v of 3 dimensions, got ", text(q.sizes()), ", ", text(k.sizes()),
+                    " and ", text(v.sizes()));
     p.parallel = torch_threads();
     p.Hq = p.Hk = 1;
     p.B = q.size(0), p.Tq = q.size(1), p.D = q.size(2), p.Tk = k.size(1), p.Dv = v.size(2);
@@ -37,7 +36,7 @@ struct AdditiveCall {
     if (len_k) set_lengths(op, *len_k, p);
   }
 
-  ScalarType acc() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  ScalarType acc() const { return accumulation_type(p.dtype); }
 
   void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
     STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_cpu() && t.scalar_type() == q.scalar_type(),

@@ -13,17 +13,13 @@ namespace {
 struct AttentionCall {
   const char* op;
   const Tensor& q;
-  DType dtype{};
   int64_t rows;  // of lse: B, or 1 with cu_q
   AttentionParams p;
 
   AttentionCall(const char* op_name, Tensor& q_, Tensor& k, Tensor* v, OptionalTensor& cu_q,
                 OptionalTensor& cu_k)
       : op(op_name), q(q_) {
-    const auto type = dtype_of(q.scalar_type());
-    STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
-                    ": expected q of float32, float64, bfloat16 or float16");
-    dtype = p.dtype = *type;
+    p.dtype = dtype_of(op, "q", q);
     p.parallel = torch_threads();
     p.q = heads(q_, "q");
     p.k = heads(k, "k");
@@ -51,7 +47,7 @@ struct AttentionCall {
     STD_TORCH_CHECK(t.sizes().equals(shape), "seqkernels::", op, ": expected ", name, " of shape ",
                     text(shape), ", got ", text(t.sizes()));
   }
-  ScalarType acc() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  ScalarType acc() const { return accumulation_type(p.dtype); }
 
   Heads<const void*> heads(Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4, "seqkernels::", op,

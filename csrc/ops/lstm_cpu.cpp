@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.P));
   Tensor hn = empty(x, h0.sizes()), cn = empty(x, c0.sizes());
-  Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())
-                            : none_like(x, call.accumulation_type());
+  Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype))
+                            : none_like(x, accumulation_type(call.dtype));
   Tensor gates =
       save_gates ? activations_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.c0 = c0.const_data_ptr();

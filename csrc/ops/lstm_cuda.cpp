@@ -15,10 +15,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   Tensor hn = torch::stable::new_empty(x, h0.sizes()), cn = torch::stable::new_empty(x, c0.sizes());
   OptionalTensor cells, gates;
   if (save_cells)
-    cells = torch::stable::new_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type());
+    cells = torch::stable::new_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype));
   if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H));
   GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).forward(y, hn, cn, cells, gates);
-  return {y, hn, cn, cells ? *cells : none_like(x, call.accumulation_type()),
+  return {y, hn, cn, cells ? *cells : none_like(x, accumulation_type(call.dtype)),
           gates ? *gates : none_like(x, x.scalar_type())};
 }
 

@@ -41,7 +41,6 @@ struct LayerCall {
   // data of an optional gradient with the given shape, or null
   const void* gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation = false) const;
   std::vector<int64_t> tokens_by(int64_t columns) const;
-  ScalarType accumulation_type() const;
 };
 
 // One step of a cell, checked, its tensors laid contiguously; lighter than LayerCall because a step at B = 1

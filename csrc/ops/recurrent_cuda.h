@@ -152,8 +152,8 @@ class GpuLayer {
   }
   Tensor accumulator(const OptionalTensor& start, int64_t width) const {
     const std::vector<int64_t> shape{call.D, call.B, width};
-    if (!start) return torch::stable::new_zeros(x, shape, call.accumulation_type());
-    Tensor t = torch::stable::new_empty(x, shape, call.accumulation_type());
+    if (!start) return torch::stable::new_zeros(x, shape, accumulation_type(call.dtype));
+    Tensor t = torch::stable::new_empty(x, shape, accumulation_type(call.dtype));
     torch::stable::copy_(t, *start);
     return t;
   }

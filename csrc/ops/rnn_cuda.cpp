@@ -52,14 +52,13 @@ std::string plan_of(const cuda::Layer& layer) {
 }
 
 std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, bool projected) {
-  const auto dtype = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(
-      dtype && (gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
-      "seqkernels::cuda_plan: expected a float tensor, 1, 3 or 4 gates, sizes and 1 or 2 directions");
+  const DType dtype = dtype_of("cuda_plan", "x", x);
+  STD_TORCH_CHECK((gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
+                  "seqkernels::cuda_plan: expected 1, 3 or 4 gates, sizes and 1 or 2 directions");
   const OnDevice on(x);
   cuda::Layer layer;
-  layer.dtype = *dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;
-  layer.D = static_cast<int>(D), layer.tf32 = allows_tf32(*dtype);
+  layer.dtype = dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;
+  layer.D = static_cast<int>(D), layer.tf32 = allows_tf32(dtype);
   return gates == 1   ? plan_of<cuda::Rnn>(layer)
          : gates == 3 ? plan_of<cuda::Gru>(layer)
                       : plan_of<cuda::Lstm>(layer);
