@@ -186,7 +186,7 @@ def _layers(
     def one(i: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if i > 0 and config.dropout > 0 and config.training:
             x = F.dropout(x, config.dropout)
-        options = {} if prepacked is None else {"packed": prepacked[i]}
+        options = {} if prepacked is None else {"panels": prepacked[i]}
         return layer(
             x,
             *states,

@@ -504,13 +504,13 @@ def test_packs_for_another_instruction_set_are_refused_not_misread():
 @kinds
 def test_truncated_packs_are_refused(kind):
     weights = [p.detach() for p in getattr(seqkernels, kind)(I, H).parameters()]
-    packed = torch.ops.seqkernels.rnn_pack(weights, {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], False)
+    panels = torch.ops.seqkernels.pack_weights(weights, {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], False)
     x, hx = torch.randn(T, B, I), [torch.zeros(1, B, H)] * (2 if kind == "LSTM" else 1)
     forward = getattr(torch.ops.seqkernels, f"{kind.lower()}_layer_fwd")
     rest = {"LSTM": (False, False, False), "GRU": (False, False), "RNN": (False, False)}[kind]
-    forward(x, *hx, weights, None, None, packed, *rest)
+    forward(x, *hx, weights, None, None, panels, *rest)
     with pytest.raises(RuntimeError, match="pack the weights again"):
-        forward(x, *hx, weights, None, None, packed[:-64].clone(), *rest)
+        forward(x, *hx, weights, None, None, panels[:-64].clone(), *rest)
 
 
 @everywhere

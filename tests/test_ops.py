@@ -269,7 +269,7 @@ def test_opcheck_cell(kind):
 @kinds
 def test_opcheck_pack(kind):
     weights = [w.detach() for w in Problem(kind, bidirectional=True).weights]
-    result = opcheck(torch.ops.seqkernels.rnn_pack.default, (weights, GATES[kind], True))
+    result = opcheck(torch.ops.seqkernels.pack_weights.default, (weights, GATES[kind], True))
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -286,7 +286,7 @@ def test_native_cells_and_packs_take_any_strides(kind):
     for bias in (True, False):
         inputs = [t if t is None else t.detach() for t in cell_inputs(kind, bias=bias)]
         assert_close(op(*apart(inputs), False), op(*inputs, False), rtol=0, atol=0)
-    weights, pack = [w.detach() for w in Problem(kind).weights], torch.ops.seqkernels.rnn_pack
+    weights, pack = [w.detach() for w in Problem(kind).weights], torch.ops.seqkernels.pack_weights
     assert torch.equal(pack(apart(weights), GATES[kind], False), pack(weights, GATES[kind], False))
 
 
@@ -319,13 +319,13 @@ def test_no_results_of_cells_and_packs_from_tensors_on_two_devices(kind):
     ops = torch.ops.seqkernels
     inputs = [t.detach() for t in cell_inputs(kind)]
     weights = [w.detach() for w in Problem(kind).weights]
-    packed = ops.rnn_pack(weights, GATES[kind], False)
+    panels = ops.pack_weights(weights, GATES[kind], False)
     op, args = next(native_calls(kind, {}, torch.float64))
-    at = next(i for i, argument in enumerate(op._schema.arguments) if argument.name == "packed")
+    at = next(i for i, argument in enumerate(op._schema.arguments) if argument.name == "panels")
     calls = (
         (getattr(ops, f"{kind.partition('_')[0]}_cell_fwd"), (*inputs, False)),
-        (ops.rnn_pack, (weights, GATES[kind], False)),
-        (op, (*args[:at], packed, *args[at + 1 :])),
+        (ops.pack_weights, (weights, GATES[kind], False)),
+        (op, (*args[:at], panels, *args[at + 1 :])),
     )
     for op, args in calls:
         for mixed in with_one_on_meta(args):

@@ -16,14 +16,14 @@ struct AdditiveAttentionParams : AttentionParams {
 };
 
 struct AdditiveAttentionFwdParams : AdditiveAttentionParams {
-  Heads<void*> out;         // [B, 1, Tq, Dv]
+  Heads<void*> out{};       // [B, 1, Tq, Dv]
   void* weights = nullptr;  // P [B, Tq, Tk] of `dtype`, or null: not wanted
 };
 
 struct AdditiveAttentionBwdParams : AdditiveAttentionParams {
-  Heads<const void*> dout;
+  Heads<const void*> dout{};
   const void* dweights = nullptr;  // `dtype` [B, Tq, Tk], or null: zero
-  Heads<void*> dq, dk, dv;
+  Heads<void*> dq{}, dk{}, dv{};
   void* dw = nullptr;     // `dtype` [D]
   void* dmask = nullptr;  // dS: acc [B, Tq, Tk], or null: not wanted
 };

@@ -58,15 +58,15 @@ struct AttentionParams {
 };
 
 struct AttentionFwdParams : AttentionParams {
-  Heads<void*> out;     // [B, Hq, Tq, Dv]
+  Heads<void*> out{};   // [B, Hq, Tq, Dv]
   void* lse = nullptr;  // acc [B, Hq, Tq]; with cu_q [Hq, total queries]
 };
 
 struct AttentionBwdParams : AttentionParams {
-  Heads<const void*> out, dout;
+  Heads<const void*> out{}, dout{};
   const void* lse = nullptr;   // from forward
   const void* dlse = nullptr;  // acc like lse, or null: zero
-  Heads<void*> dq, dk, dv;
+  Heads<void*> dq{}, dk{}, dv{};
   void* dmask = nullptr;   // acc, contiguous, the mask's own shape (1 where broadcast), or null: not wanted
   void* dsinks = nullptr;  // acc [Hq], or null
 };

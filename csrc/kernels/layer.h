@@ -37,7 +37,7 @@ struct LayerParams {
   int64_t x_t = 0, x_b = 0;
   const void* h0 = nullptr;      // [D, B, P]
   Weights<const void*> w[2];     // [D]
-  const void* packed = nullptr;  // forward: the weights as written by *_pack(), or null
+  const void* panels = nullptr;  // forward: the weights as *_pack() wrote them, or null
 
   Parallel parallel;
 };

@@ -18,11 +18,10 @@ struct AdditiveCall {
   AdditiveCall(const char* op_name, Tensor& q_, Tensor& k, Tensor& v, Tensor& w, const OptionalTensor& mask,
                OptionalTensor& len_k)
       : op(op_name), q(q_) {
-    const auto type = dtype_of(q.scalar_type());
-    STD_TORCH_CHECK(type.has_value() && q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "seqkernels::", op,
-                    ": expected q, k and v of 3 dimensions and float32, float64, bfloat16 or float16, got ",
-                    text(q.sizes()), ", ", text(k.sizes()), " and ", text(v.sizes()));
-    p.dtype = *type;
+    p.dtype = dtype_of(op, "q", q);
+    STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "seqkernels::", op,
+                    ": expected q, k and v of 3 dimensions, got ", text(q.sizes()), ", ", text(k.sizes()),
+                    " and ", text(v.sizes()));
     p.parallel = torch_threads();
     p.Hq = p.Hk = 1;
     p.B = q.size(0), p.Tq = q.size(1), p.D = q.size(2), p.Tk = k.size(1), p.Dv = v.size(2);
@@ -37,7 +36,7 @@ struct AdditiveCall {
     if (len_k) set_lengths(op, *len_k, p);
   }
 
-  ScalarType acc() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  ScalarType acc() const { return accumulation_type(p.dtype); }
 
   void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
     STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_cpu() && t.scalar_type() == q.scalar_type(),
@@ -55,19 +54,12 @@ struct AdditiveCall {
     return {t.const_data_ptr(), t.stride(0), 0, t.stride(1)};
   }
   static Heads<void*> written(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), 0, t.stride(1)}; }
-
-  template <class Params>
-  Params params() const {
-    Params all;
-    static_cast<AdditiveAttentionParams&>(all) = p;
-    return all;
-  }
 };
 
 std::tuple<Tensor, Tensor> additive_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor w, OptionalTensor mask,
                                                   OptionalTensor len_k, bool need_weights) {
   const AdditiveCall call("additive_attention_fwd", q, k, v, w, mask, len_k);
-  auto p = call.params<AdditiveAttentionFwdParams>();
+  AdditiveAttentionFwdParams p{call.p};
   Tensor out = large_empty(q, {p.B, p.Tq, p.Dv});
   Tensor weights = need_weights ? large_empty(q, {p.B, p.Tq, p.Tk}) : none_like(q, q.scalar_type());
   p.out = call.written(out);
@@ -80,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
     Tensor dout, OptionalTensor dweights, Tensor q, Tensor k, Tensor v, Tensor w, OptionalTensor mask,
     OptionalTensor len_k, bool need_dscores) {
   const AdditiveCall call("additive_attention_bwd", q, k, v, w, mask, len_k);
-  auto p = call.params<AdditiveAttentionBwdParams>();
+  AdditiveAttentionBwdParams p{call.p};
   p.dout = call.rows(dout, "dout", {p.B, p.Tq, p.Dv});
   if (dweights) p.dweights = call.whole(*dweights, "dweights", {p.B, p.Tq, p.Tk});
   Tensor dq = large_empty(q, q.sizes()), dk = large_empty(k, k.sizes()), dv = large_empty(v, v.sizes());

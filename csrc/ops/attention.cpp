@@ -3,7 +3,7 @@
 namespace seqkernels::ops {
 
 void set_mask(const char* op, const Tensor& q, const Tensor& mask, AttentionParams& p) {
-  const auto type = mask.scalar_type(), acc = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  const auto type = mask.scalar_type(), acc = accumulation_type(p.dtype);
   STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == q.dim() &&
                       (type == ScalarType::Bool || type == q.scalar_type() || type == acc),
                   "seqkernels::", op, ": expected mask of ", q.dim(),

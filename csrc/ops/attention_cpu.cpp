@@ -14,17 +14,13 @@ namespace {
 struct AttentionCall {
   const char* op;
   const Tensor& q;
-  DType dtype{};
   int64_t rows;  // of lse: B, or 1 with cu_q
   AttentionParams p;
 
   AttentionCall(const char* op_name, Tensor& q_, Tensor& k, Tensor* v, OptionalTensor& cu_q,
                 OptionalTensor& cu_k)
       : op(op_name), q(q_) {
-    const auto type = dtype_of(q.scalar_type());
-    STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
-                    ": expected q of float32, float64, bfloat16 or float16");
-    dtype = p.dtype = *type;
+    p.dtype = dtype_of(op, "q", q);
     p.parallel = torch_threads();
     p.q = heads(q_, "q");
     p.k = heads(k, "k");
@@ -52,7 +48,7 @@ struct AttentionCall {
     STD_TORCH_CHECK(t.sizes().equals(shape), "seqkernels::", op, ": expected ", name, " of shape ",
                     text(shape), ", got ", text(t.sizes()));
   }
-  ScalarType acc() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  ScalarType acc() const { return accumulation_type(p.dtype); }
 
   Heads<const void*> heads(Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4, "seqkernels::", op,
@@ -135,13 +131,6 @@ struct AttentionCall {
   }
 };
 
-template <class Params>
-Params params_of(const AttentionCall& call) {
-  Params p;
-  static_cast<AttentionParams&>(p) = call.p;
-  return p;
-}
-
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
                                          OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k,
                                          OptionalTensor alibi, OptionalTensor sinks, double scale,
@@ -153,7 +142,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   Tensor out = large_empty(q, {call.rows, q.size(2), call.p.Hq, call.p.Dv});
   Tensor lse = empty(q, {call.rows, call.p.Hq, q.size(2)}, call.acc());
-  auto p = params_of<AttentionFwdParams>(call);
+  AttentionFwdParams p{call.p};
   p.out = call.by_tokens(out);
   p.lse = lse.mutable_data_ptr();
   seqkernels::attention_fwd(p);
@@ -171,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
   const int64_t tokens_q = q.size(2), tokens_k = k.size(2);
-  auto p = params_of<AttentionBwdParams>(call);
+  AttentionBwdParams p{call.p};
   p.out = call.read_by_tokens(out, "out", {call.rows, tokens_q, p.Hq, p.Dv});
   p.dout = call.read_by_tokens(dout, "dout", {call.rows, tokens_q, p.Hq, p.Dv});
   p.lse = call.read(lse, "lse", {call.rows, p.Hq, tokens_q});
@@ -198,7 +187,7 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, Op
   call.visibility(scale, softcap, left, right, bottom_right);
   call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, nullptr);
-  auto p = params_of<AttentionWeightsParams>(call);
+  AttentionWeightsParams p{call.p};
   std::vector<int64_t> shape{p.B, p.Tq, p.Tk};
   if (!mean) shape.insert(shape.begin() + 1, p.Hq);
   Tensor weights = large_empty(q, shape);

@@ -7,11 +7,11 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors weights,
                                                  OptionalTensor batch_sizes, OptionalTensor resets,
-                                                 OptionalTensor packed, bool bidirectional, bool save_gates) {
+                                                 OptionalTensor panels, bool bidirectional, bool save_gates) {
   const LayerCall call("gru_layer_fwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
   GruFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, p, *packed);
+  if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = empty(x, h0.sizes());
   Tensor gates =
@@ -27,16 +27,9 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
                                                   OptionalTensor batch_sizes, OptionalTensor resets,
                                                   bool bidirectional, bool need_dx) {
   const LayerCall call("gru_layer_bwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
-  call.check(y, "y", call.tokens_by(call.D * call.H));
   GruBwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  p.y = y.const_data_ptr();
-  if (gates.dim() > 1) {
-    call.check(gates, "gates", call.tokens_by(call.D * 4 * call.H));
-    p.gates = gates.const_data_ptr();
-  }
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  call.fill_backward(p, y, &gates, dy, dhn);
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
   Tensor dh0 = empty(x, h0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);

@@ -21,16 +21,10 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
                                                   OptionalTensor batch_sizes, OptionalTensor resets,
                                                   bool bidirectional, bool need_dx) {
   const LayerCall call("gru_layer_bwd", 3, x, h0, weights, batch_sizes, resets, bidirectional);
-  call.check(y, "y", call.tokens_by(call.D * call.H));
-  OptionalTensor saved;
-  if (gates.dim() > 1) call.check(gates, "gates", call.tokens_by(call.D * 4 * call.H)), saved = gates;
   cuda::BwdLayer p;
-  p.y = y.const_data_ptr();
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  call.fill_backward(p, y, &gates, dy, dhn);
   auto gradients = new_gradients(call, h0, {}, weights, need_dx);
-  GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false)
-      .backward(p, saved, dhn, {}, gradients);
+  GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false).backward(p, dhn, {}, gradients);
   return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, gradients.weights};
 }
 

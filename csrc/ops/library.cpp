@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   };
   forward("lstm_layer_fwd",
           "(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, "
-          "Tensor? packed, bool bidirectional, bool save_cells, bool save_gates) "
+          "Tensor? panels, bool bidirectional, bool save_cells, bool save_gates) "
           "-> (Tensor y, Tensor hn, Tensor cn, Tensor cells, Tensor gates)");
   m.def(
       "lstm_layer_bwd(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dcells, Tensor x, Tensor h0, Tensor c0, "
@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
           "(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
           "-> (Tensor h, Tensor c, Tensor gates)");
   forward("gru_layer_fwd",
-          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? packed, "
+          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? panels, "
           "bool bidirectional, bool save_gates) -> (Tensor y, Tensor hn, Tensor gates)");
   m.def(
       "gru_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor gates, "
@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
           "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
           "-> (Tensor h, Tensor gates)");
   forward("rnn_layer_fwd",
-          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? packed, "
+          "(Tensor x, Tensor h0, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, Tensor? panels, "
           "bool bidirectional, bool relu) -> (Tensor y, Tensor hn)");
   m.def(
       "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, "
@@ -53,8 +53,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   forward("rnn_cell_fwd",
           "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) "
           "-> Tensor");
-  // The weights of one layer of G = `gates` gates as the forward kernels read them, for `packed`.
-  m.def("rnn_pack(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
+  // The weights of one layer of G = `gates` gates as the forward kernels read them, for `panels`.
+  m.def("pack_weights(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
   // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
   m.def("cuda_plan(Tensor x, int gates, int B, int H, int D, bool projected) -> str");
   // Whether torch allows TF32 in products of float32: asked of Python, as the stable ABI does not know.

@@ -7,16 +7,14 @@ namespace {
 
 // x [M, K] by strides, w [N, K]: what both ops take, checked.
 LinearParams params_of(const char* op, const Tensor& x, Tensor& w) {
-  const auto dtype = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(dtype.has_value(), "seqkernels::", op,
-                  ": expected x of float32, float64, bfloat16 or float16");
+  const DType dtype = dtype_of(op, "x", x);
   STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "seqkernels::", op,
                   ": expected x [M, K] and w [N, K], got ", text(x.sizes()), " and ", text(w.sizes()));
   STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.is_cpu(), "seqkernels::", op,
                   ": expected w on the CPU and of the dtype of x");
   lay_contiguously(w);
   LinearParams p;
-  p.dtype = *dtype, p.M = x.size(0), p.N = w.size(0), p.K = w.size(1);
+  p.dtype = dtype, p.M = x.size(0), p.N = w.size(0), p.K = w.size(1);
   p.w = w.const_data_ptr();
   p.parallel = torch_threads();
   return p;
@@ -32,8 +30,7 @@ int64_t rows_of(const char* op, Tensor& t, const char* name, const Tensor& like,
 }
 
 Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
-  LinearFwdParams p;
-  static_cast<LinearParams&>(p) = params_of("linear_fwd", x, w);
+  LinearFwdParams p{params_of("linear_fwd", x, w)};
   p.x_m = rows_of("linear_fwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
   if (b) {
     STD_TORCH_CHECK(b->dim() == 1 && b->size(0) == p.N && b->is_cpu() && b->scalar_type() == x.scalar_type(),
@@ -49,8 +46,7 @@ Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) {
-  LinearBwdParams p;
-  static_cast<LinearParams&>(p) = params_of("linear_bwd", x, w);
+  LinearBwdParams p{params_of("linear_bwd", x, w)};
   p.x_m = rows_of("linear_bwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
   p.dy_m = rows_of("linear_bwd", dy, "dy", w, p.M, p.N), p.dy = dy.const_data_ptr();
   const auto type = x.scalar_type();

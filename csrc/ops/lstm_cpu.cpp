@@ -8,17 +8,17 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tensor h0, Tensor c0,
                                                                   Tensors weights, OptionalTensor batch_sizes,
                                                                   OptionalTensor resets,
-                                                                  OptionalTensor packed, bool bidirectional,
+                                                                  OptionalTensor panels, bool bidirectional,
                                                                   bool save_cells, bool save_gates) {
   const LayerCall call("lstm_layer_fwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(c0, "c0", {call.D, call.B, call.H});
   LstmFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, p, *packed);
+  if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.P));
   Tensor hn = empty(x, h0.sizes()), cn = empty(x, c0.sizes());
-  Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type())
-                            : none_like(x, call.accumulation_type());
+  Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype))
+                            : none_like(x, accumulation_type(call.dtype));
   Tensor gates =
       save_gates ? activations_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.c0 = c0.const_data_ptr();
@@ -37,17 +37,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
                                                            bool bidirectional, bool need_dx) {
   const LayerCall call("lstm_layer_bwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(c0, "c0", {call.D, call.B, call.H});
-  call.check(y, "y", call.tokens_by(call.D * call.P));
   call.check(cells, "cells", call.tokens_by(call.D * call.H), true);
   LstmBwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  p.c0 = c0.const_data_ptr(), p.y = y.const_data_ptr(), p.cells = cells.const_data_ptr();
-  if (gates.dim() > 1) {
-    call.check(gates, "gates", call.tokens_by(call.D * 4 * call.H));
-    p.gates = gates.const_data_ptr();
-  }
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.P));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.P});
+  call.fill_backward(p, y, &gates, dy, dhn);
+  p.c0 = c0.const_data_ptr(), p.cells = cells.const_data_ptr();
   p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());

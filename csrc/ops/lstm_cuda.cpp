@@ -15,10 +15,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   Tensor hn = torch::stable::new_empty(x, h0.sizes()), cn = torch::stable::new_empty(x, c0.sizes());
   OptionalTensor cells, gates;
   if (save_cells)
-    cells = torch::stable::new_empty(x, call.tokens_by(call.D * call.H), call.accumulation_type());
+    cells = torch::stable::new_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype));
   if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H));
   GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).forward(y, hn, cn, cells, gates);
-  return {y, hn, cn, cells ? *cells : none_like(x, call.accumulation_type()),
+  return {y, hn, cn, cells ? *cells : none_like(x, accumulation_type(call.dtype)),
           gates ? *gates : none_like(x, x.scalar_type())};
 }
 
@@ -30,19 +30,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
                                                            bool bidirectional, bool need_dx) {
   const LayerCall call("lstm_layer_bwd", 4, x, h0, weights, batch_sizes, resets, bidirectional);
   call.check(c0, "c0", {call.D, call.B, call.H});
-  call.check(y, "y", call.tokens_by(call.D * call.P));
   call.check(cells, "cells", call.tokens_by(call.D * call.H), true);
-  OptionalTensor saved;
-  if (gates.dim() > 1) call.check(gates, "gates", call.tokens_by(call.D * 4 * call.H)), saved = gates;
   cuda::BwdLayer p;
-  p.y = y.const_data_ptr(), p.cells = cells.const_data_ptr();
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.P));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.P});
+  call.fill_backward(p, y, &gates, dy, dhn);
+  p.cells = cells.const_data_ptr();
   p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
   auto gradients = new_gradients(call, h0, c0, weights, need_dx);
-  GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false)
-      .backward(p, saved, dhn, dcn, gradients);
+  GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).backward(p, dhn, dcn, gradients);
   return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, *gradients.dc0,
           gradients.weights};
 }

@@ -23,10 +23,7 @@ void check_tensor(const char* op, const Tensor& x, Tensor& t, const char* name, 
 LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Tensors& weights,
                      OptionalTensor& batch_sizes, OptionalTensor& resets, bool bidirectional)
     : op(op_name), G(gates), D(bidirectional ? 2 : 1) {
-  const auto type = dtype_of(x_.scalar_type());
-  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
-                  ": expected x of float32, float64, bfloat16 or float16");
-  dtype = *type;
+  dtype = dtype_of(op, "x", x_);
   const int64_t dims = batch_sizes ? 2 : 3;
   STD_TORCH_CHECK(x_.dim() == dims, "seqkernels::", op, ": expected x of ", dims, " dimensions (",
                   batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(x_.sizes()));
@@ -92,7 +89,7 @@ LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Ten
 }
 
 void LayerCall::check(Tensor& t, const char* name, Shape shape, bool accumulation) const {
-  check_tensor(op, *x, t, name, shape, accumulation ? accumulation_type() : x->scalar_type());
+  check_tensor(op, *x, t, name, shape, accumulation ? accumulation_type(dtype) : x->scalar_type());
 }
 
 const void* LayerCall::gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation) const {
@@ -105,10 +102,6 @@ std::vector<int64_t> LayerCall::tokens_by(int64_t columns) const {
   std::vector<int64_t> shape = leading;
   shape.push_back(columns);
   return shape;
-}
-
-ScalarType LayerCall::accumulation_type() const {
-  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
 void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights,
@@ -135,10 +128,7 @@ void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights,
 CellCall::CellCall(const char* op_name, int gates, Tensor& x_, Tensor& h_, Tensor& w_ih_, Tensor& w_hh_,
                    OptionalTensor& b_ih_, OptionalTensor& b_hh_)
     : op(op_name), G(gates), x(x_), h(h_), w_ih(w_ih_), w_hh(w_hh_), b_ih(b_ih_), b_hh(b_hh_) {
-  const auto type = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(type.has_value(), "seqkernels::", op,
-                  ": expected x of float32, float64, bfloat16 or float16");
-  dtype = *type;
+  dtype = dtype_of(op, "x", x);
   STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 2, "seqkernels::", op, ": expected x [B, I] and h [B, H], got ",
                   text(x.sizes()), " and ", text(h.sizes()));
   B = x.size(0), I = x.size(1), H = h.size(1);

@@ -25,10 +25,22 @@ struct LayerCall {
   void fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
             const OptionalTensor& resets) const;
   void check(Tensor& t, const char* name, Shape shape, bool accumulation = false) const;
+  // What backward of every cell is given, checked, into the parameters of either device. `gates` of size 0
+  // were not saved.
+  template <class Params>
+  void fill_backward(Params& p, Tensor& y, Tensor* gates, OptionalTensor& dy, OptionalTensor& dhn) const {
+    check(y, "y", tokens_by(D * P));
+    p.y = y.const_data_ptr();
+    if (gates && gates->dim() > 1) {
+      check(*gates, "gates", tokens_by(D * 4 * H));
+      p.gates = gates->const_data_ptr();
+    }
+    p.dy = gradient(dy, "dy", tokens_by(D * P));
+    p.dhn = gradient(dhn, "dhn", {D, B, P});
+  }
   // data of an optional gradient with the given shape, or null
   const void* gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation = false) const;
   std::vector<int64_t> tokens_by(int64_t columns) const;
-  ScalarType accumulation_type() const;
 };
 
 // One step of a cell, checked, its tensors laid contiguously; lighter than LayerCall because a step at B = 1
@@ -50,8 +62,7 @@ struct CellCall {
 // New tensors shaped like the weights, and their pointers in `out`.
 Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]);
 
-// Packed panels, with a header that says for which instruction set, dtype and sizes.
-Tensor rnn_pack(Tensors weights, int64_t gates, bool bidirectional);
-const void* packed_panels(const LayerCall& call, const LayerParams& p, const Tensor& packed);
+// The panels in what op pack_weights returned, if it was made for this call.
+const void* checked_panels(const LayerCall& call, const LayerParams& p, const Tensor& panels);
 
 }  // namespace seqkernels::ops

@@ -69,9 +69,9 @@ class GpuLayer {
  public:
   static constexpr int G = Cell::kGates;
 
-  GpuLayer(const LayerCall& layer_call, const Tensor& h0, const OptionalTensor& c0, const Tensors& weights,
+  GpuLayer(const LayerCall& layer_call, const Tensor& h0_, const OptionalTensor& c0_, const Tensors& weights,
            const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool relu)
-      : call(layer_call), x(*layer_call.x), on(x), h0_(h0), c0_(c0), sizes(batch_sizes) {
+      : call(layer_call), x(*layer_call.x), on(x), h0(h0_), c0(c0_), sizes(batch_sizes) {
     const size_t per = weights.size() / call.D;
     for (int64_t d = 0; d < call.D; d++) {
       const Tensor* w = &weights[d * per];
@@ -89,10 +89,9 @@ class GpuLayer {
     if (batch_sizes) {
       const int64_t* n = batch_sizes->const_data_ptr<int64_t>();
       for (int64_t t = 0; t < call.T; t++) first.push_back(first.back() + n[t]);
-      offsets_ = torch::stable::new_empty(x, {call.T + 1}, ScalarType::Long);
-      cuda::upload(first.data(), call.T + 1, static_cast<int64_t*>(offsets_->mutable_data_ptr()),
-                   on.stream());
-      base.offsets = offsets_->const_data_ptr<int64_t>();
+      offsets = torch::stable::new_empty(x, {call.T + 1}, ScalarType::Long);
+      cuda::upload(first.data(), call.T + 1, static_cast<int64_t*>(offsets->mutable_data_ptr()), on.stream());
+      base.offsets = offsets->const_data_ptr<int64_t>();
     }
   }
 
@@ -112,17 +111,15 @@ class GpuLayer {
     }
   }
 
-  void backward(cuda::BwdLayer p, const OptionalTensor& gates, const OptionalTensor& dhn,
-                const OptionalTensor& dcn, Gradients& to) {
+  void backward(cuda::BwdLayer p, const OptionalTensor& dhn, const OptionalTensor& dcn, Gradients& to) {
     static_cast<cuda::Layer&>(p) = base;
     Tensor h_prev = empty({call.D, call.N, call.P}), dG = empty({call.N, call.D * Cell::kSlots * call.H});
     void* h_prev_data[2] = {};
     for (int64_t d = 0; d < call.D; d++) p.h_prev[d] = h_prev_data[d] = part(h_prev, d).mutable_data_ptr();
     p.dG = dG.mutable_data_ptr();
     cuda::previous(p, p.y, h_prev_data, on.stream());
-    OptionalTensor rebuilt = gates;
-    if (Cell::kSaved > 0 && !gates) rebuilt = rebuild_gates(h_prev);
-    if (rebuilt) p.gates = rebuilt->const_data_ptr();
+    OptionalTensor gates;
+    if (Cell::kSaved > 0 && !p.gates) gates = rebuild_gates(h_prev), p.gates = gates->const_data_ptr();
     p.dh0 = to.dh0.mutable_data_ptr();
     if (to.dc0) p.dc0 = to.dc0->mutable_data_ptr();
     p.plan = cuda::Recurrence<Cell>::plan_bwd(p);
@@ -140,11 +137,11 @@ class GpuLayer {
   const Tensor& x;
   const OnDevice on;
   const NoGrad no_grad;
-  const Tensor& h0_;
-  const OptionalTensor &c0_, &sizes;
+  const Tensor& h0;
+  const OptionalTensor &c0, &sizes;
   std::vector<DirectionWeights> w;
   std::vector<int64_t> first{0};  // token of each step, if packed
-  OptionalTensor offsets_;
+  OptionalTensor offsets;
   cuda::Layer base;
 
   int64_t rows_at(int64_t t) const { return sizes ? first[t + 1] - first[t] : call.B; }
@@ -154,8 +151,8 @@ class GpuLayer {
   }
   Tensor accumulator(const OptionalTensor& start, int64_t width) const {
     const std::vector<int64_t> shape{call.D, call.B, width};
-    if (!start) return torch::stable::new_zeros(x, shape, call.accumulation_type());
-    Tensor t = torch::stable::new_empty(x, shape, call.accumulation_type());
+    if (!start) return torch::stable::new_zeros(x, shape, accumulation_type(call.dtype));
+    Tensor t = torch::stable::new_empty(x, shape, accumulation_type(call.dtype));
     torch::stable::copy_(t, *start);
     return t;
   }
@@ -182,9 +179,9 @@ class GpuLayer {
   }
 
   void forward_steps(const cuda::FwdLayer& p, Tensor hn, OptionalTensor cn) const {
-    torch::stable::copy_(hn, h0_);
+    torch::stable::copy_(hn, h0);
     OptionalTensor c;
-    if (cn) c = accumulator(c0_, call.H), torch::stable::copy_(*cn, *c0_);  // for rows of length zero
+    if (cn) c = accumulator(c0, call.H), torch::stable::copy_(*cn, *c0);  // for rows of length zero
     Tensor hw = empty({call.B, G * call.H}), m = empty({call.projected ? call.B : 0, call.H});
     Tensor product = empty({call.projected ? call.B : 0, call.P});
     for (int64_t d = 0; d < call.D; d++) {

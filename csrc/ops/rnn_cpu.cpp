@@ -6,12 +6,12 @@ namespace seqkernels::ops {
 namespace {
 
 std::tuple<Tensor, Tensor> rnn_layer_fwd(Tensor x, Tensor h0, Tensors weights, OptionalTensor batch_sizes,
-                                         OptionalTensor resets, OptionalTensor packed, bool bidirectional,
+                                         OptionalTensor resets, OptionalTensor panels, bool bidirectional,
                                          bool relu) {
   const LayerCall call("rnn_layer_fwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
   RnnFwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
-  if (packed) p.packed = packed_panels(call, p, *packed);
+  if (panels) p.panels = checked_panels(call, p, *panels);
   p.relu = relu;
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = empty(x, h0.sizes());
@@ -25,13 +25,10 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
                                                   OptionalTensor resets, bool bidirectional, bool relu,
                                                   bool need_dx) {
   const LayerCall call("rnn_layer_bwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
-  call.check(y, "y", call.tokens_by(call.D * call.H));
   RnnBwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
   p.relu = relu;
-  p.y = y.const_data_ptr();
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  call.fill_backward(p, y, nullptr, dy, dhn);
   Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
   Tensor dh0 = empty(x, h0.sizes());
   Tensors dweights = weight_gradients(call, weights, p.dw);
@@ -61,7 +58,6 @@ STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
   m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
   m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
-  m.impl("rnn_pack", TORCH_BOX(&rnn_pack));
 }
 
 }  // namespace seqkernels::ops

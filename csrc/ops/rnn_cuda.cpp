@@ -19,13 +19,10 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
                                                   OptionalTensor resets, bool bidirectional, bool relu,
                                                   bool need_dx) {
   const LayerCall call("rnn_layer_bwd", 1, x, h0, weights, batch_sizes, resets, bidirectional);
-  call.check(y, "y", call.tokens_by(call.D * call.H));
   cuda::BwdLayer p;
-  p.y = y.const_data_ptr();
-  p.dy = call.gradient(dy, "dy", call.tokens_by(call.D * call.H));
-  p.dhn = call.gradient(dhn, "dhn", {call.D, call.B, call.H});
+  call.fill_backward(p, y, nullptr, dy, dhn);
   auto gradients = new_gradients(call, h0, {}, weights, need_dx);
-  GpuLayer<cuda::Rnn>(call, h0, {}, weights, batch_sizes, resets, relu).backward(p, {}, dhn, {}, gradients);
+  GpuLayer<cuda::Rnn>(call, h0, {}, weights, batch_sizes, resets, relu).backward(p, dhn, {}, gradients);
   return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, gradients.weights};
 }
 
@@ -38,8 +35,8 @@ Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor
 }
 
 // The kernels read weights as they lie: there is nothing to pack, and forward ignores it.
-Tensor rnn_pack_nothing(Tensors weights, int64_t, bool) {
-  STD_TORCH_CHECK(!weights.empty(), "seqkernels::rnn_pack: expected w_ih, w_hh, ..., got no weights");
+Tensor pack_nothing(Tensors weights, int64_t, bool) {
+  STD_TORCH_CHECK(!weights.empty(), "seqkernels::pack_weights: expected w_ih, w_hh, ..., got no weights");
   return none_like(weights[0], ScalarType::Byte);
 }
 
@@ -55,14 +52,13 @@ std::string plan_of(const cuda::Layer& layer) {
 }
 
 std::string cuda_plan(Tensor x, int64_t gates, int64_t B, int64_t H, int64_t D, bool projected) {
-  const auto dtype = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(
-      dtype && (gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
-      "seqkernels::cuda_plan: expected a float tensor, 1, 3 or 4 gates, sizes and 1 or 2 directions");
+  const DType dtype = dtype_of("cuda_plan", "x", x);
+  STD_TORCH_CHECK((gates == 1 || gates == 3 || gates == 4) && B >= 0 && H > 0 && (D == 1 || D == 2),
+                  "seqkernels::cuda_plan: expected 1, 3 or 4 gates, sizes and 1 or 2 directions");
   const OnDevice on(x);
   cuda::Layer layer;
-  layer.dtype = *dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;
-  layer.D = static_cast<int>(D), layer.tf32 = allows_tf32(*dtype);
+  layer.dtype = dtype, layer.T = 1, layer.B = B, layer.H = H, layer.P = projected ? 0 : H;
+  layer.D = static_cast<int>(D), layer.tf32 = allows_tf32(dtype);
   return gates == 1   ? plan_of<cuda::Rnn>(layer)
          : gates == 3 ? plan_of<cuda::Gru>(layer)
                       : plan_of<cuda::Lstm>(layer);
@@ -76,7 +72,7 @@ STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
   m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
   m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
-  m.impl("rnn_pack", TORCH_BOX(&rnn_pack_nothing));
+  m.impl("pack_weights", TORCH_BOX(&pack_nothing));
   m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
 }
 

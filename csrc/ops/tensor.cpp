@@ -17,8 +17,8 @@ std::string text(Shape shape) {
   return out.str();
 }
 
-std::optional<DType> dtype_of(ScalarType type) {
-  switch (type) {
+DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::Double:
@@ -28,8 +28,13 @@ std::optional<DType> dtype_of(ScalarType type) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      return std::nullopt;
+      STD_TORCH_CHECK(false, "seqkernels::", op, ": expected ", name,
+                      " of float32, float64, bfloat16 or float16");
   }
+}
+
+ScalarType accumulation_type(DType dtype) {
+  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
 bool same_device(const Tensor& a, const Tensor& b) {

@@ -22,7 +22,9 @@ using Tensors = std::vector<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::string text(Shape shape);
-std::optional<DType> dtype_of(ScalarType type);
+// Of a tensor that has to be float32, float64, bfloat16 or float16.
+DType dtype_of(const char* op, const char* name, const Tensor& t);
+ScalarType accumulation_type(DType dtype);  // float32, or float64 where that is the dtype
 
 bool same_device(const Tensor& a, const Tensor& b);
 

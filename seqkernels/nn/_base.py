@@ -167,7 +167,7 @@ class Recurrent(RNNBase):
     ) -> Sequence[Tensor]:
         if torch.is_grad_enabled():
             layer = stack.native_layer(cell, self, False)
-            return layer(x, *states, weights, packed=pack, bidirectional=self.bidirectional)
+            return layer(x, *states, weights, panels=pack, bidirectional=self.bidirectional)
         return cell.native(x, *states, weights, None, None, pack, self.bidirectional, *cell.flags)
 
     def _run(
@@ -227,7 +227,7 @@ class Recurrent(RNNBase):
         with torch.no_grad():
             rows = [w.contiguous() for w in weights]
             packs = [
-                torch.ops.seqkernels.rnn_pack(rows[i : i + per_layer], gates, bidirectional)
+                torch.ops.seqkernels.pack_weights(rows[i : i + per_layer], gates, bidirectional)
                 for i in range(0, len(weights), per_layer)
             ]
         # The alias keeps the memory: nothing else can come to lie where _version() says that the weight lies.

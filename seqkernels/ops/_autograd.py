@@ -218,7 +218,7 @@ def gradient_of_x(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(x.shape if needed else 0)
 
 
-@torch.library.register_fake("seqkernels::rnn_pack")
+@torch.library.register_fake("seqkernels::pack_weights")
 def _(weights, gates, bidirectional):
     check_devices(*weights)
     return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)

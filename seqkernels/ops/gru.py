@@ -20,7 +20,7 @@ def gru_layer(
     *,
     batch_sizes: Tensor | None = None,
     resets: Tensor | None = None,
-    packed: Tensor | None = None,
+    panels: Tensor | None = None,
     bidirectional: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def gru_layer(
         args = ag.distinct(x, h0, batch_sizes, resets, bidirectional, not recompute, *weights)
         return _Layer.apply(*args)[:2]
     fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
-    return fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, False)[:2]
+    return fwd(x, h0, weights, batch_sizes, resets, panels, bidirectional, False)[:2]
 
 
 def gru_cell(
@@ -87,14 +87,14 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0), *dweights
 
 
-def _reference_layer(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
+def _reference_layer(x, h0, weights, batch_sizes, resets, panels, bidirectional, save_gates):
     options = {"batch_sizes": batch_sizes, "resets": resets, "bidirectional": bidirectional}
     return *reference.gru_layer(x, h0, weights, **options), x.new_empty(0)
 
 
 _exported_layer = ag.exported(
     "gru_layer_fwd",
-    lambda x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates: _Layer.apply(
+    lambda x, h0, weights, batch_sizes, resets, panels, bidirectional, save_gates: _Layer.apply(
         x, h0, batch_sizes, resets, bidirectional, True, *weights
     ),
     _reference_layer,
@@ -126,8 +126,8 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 
 @torch.library.register_fake("seqkernels::gru_layer_fwd")
 @torch.library.register_fake("seqkernels::gru_layer_fwd.exported")
-def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, save_gates):
-    ag.check_devices(x, h0, *weights, resets, packed, batch_sizes=batch_sizes)
+def _(x, h0, weights, batch_sizes, resets, panels, bidirectional, save_gates):
+    ag.check_devices(x, h0, *weights, resets, panels, batch_sizes=batch_sizes)
     tokens, (D, _, H) = x.shape[:-1], h0.shape
     gates = x.new_empty((*tokens, D * 4 * H) if save_gates else 0)
     return x.new_empty(*tokens, D * H), *ag.new_like(h0), gates

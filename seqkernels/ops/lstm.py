@@ -21,7 +21,7 @@ def lstm_layer(
     *,
     batch_sizes: Tensor | None = None,
     resets: Tensor | None = None,
-    packed: Tensor | None = None,
+    panels: Tensor | None = None,
     bidirectional: bool = False,
     recompute: bool = False,
     return_cells: bool = False,
@@ -29,7 +29,7 @@ def lstm_layer(
     """x [T,B,I] or packed [N,I], h0 [D,B,P], c0 [D,B,H] -> y [T,B,D*P], h_n, c_n, cells [T,B,D*H] or None.
 
     weights: the layer's slice of torch's flat weights. batch_sizes: int64 [T] on the CPU, with packed x.
-    resets: bool [T,B], with dense x. packed: the weights by rnn_pack, used where no gradient is wanted.
+    resets: bool [T,B], with dense x. panels: the weights by pack_weights, used where no gradient is wanted.
     recompute: backward rebuilds the gates instead of keeping them. cells: every c_t, float32 for half types.
     """
     x = ag.unit_last_stride(x)
@@ -40,7 +40,7 @@ def lstm_layer(
     else:
         fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
         y, hn, cn, cells, _ = fwd(
-            x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, return_cells, False
+            x, h0, c0, weights, batch_sizes, resets, panels, bidirectional, return_cells, False
         )
     return y, hn, cn, cells if return_cells else None
 
@@ -100,7 +100,7 @@ class _Cell(ag.Function):
         return *ag.no_steps(dx, dh0, dc0), *dweights
 
 
-def _reference_layer(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
+def _reference_layer(x, h0, c0, weights, batch_sizes, resets, panels, bidirectional, save_cells, save_gates):
     options = {"batch_sizes": batch_sizes, "resets": resets, "bidirectional": bidirectional}
     *results, cells = reference.lstm_layer(x, h0, c0, weights, **options)
     return *results, cells.to(ag.accumulation_dtype(x.dtype)), x.new_empty(0)
@@ -108,7 +108,7 @@ def _reference_layer(x, h0, c0, weights, batch_sizes, resets, packed, bidirectio
 
 _exported_layer = ag.exported(
     "lstm_layer_fwd",
-    lambda x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates: (
+    lambda x, h0, c0, weights, batch_sizes, resets, panels, bidirectional, save_cells, save_gates: (
         _Layer.apply(x, h0, c0, batch_sizes, resets, bidirectional, True, *weights)
     ),
     _reference_layer,
@@ -143,8 +143,8 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
 
 @torch.library.register_fake("seqkernels::lstm_layer_fwd")
 @torch.library.register_fake("seqkernels::lstm_layer_fwd.exported")
-def _(x, h0, c0, weights, batch_sizes, resets, packed, bidirectional, save_cells, save_gates):
-    ag.check_devices(x, h0, c0, *weights, resets, packed, batch_sizes=batch_sizes)
+def _(x, h0, c0, weights, batch_sizes, resets, panels, bidirectional, save_cells, save_gates):
+    ag.check_devices(x, h0, c0, *weights, resets, panels, batch_sizes=batch_sizes)
     tokens, D, H = x.shape[:-1], h0.size(0), c0.size(2)
     hn, cn = ag.new_like(h0, c0)
     cells = x.new_empty((*tokens, D * H) if save_cells else 0, dtype=ag.accumulation_dtype(x.dtype))

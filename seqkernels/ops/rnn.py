@@ -21,7 +21,7 @@ def rnn_layer(
     nonlinearity: str = "tanh",
     batch_sizes: Tensor | None = None,
     resets: Tensor | None = None,
-    packed: Tensor | None = None,
+    panels: Tensor | None = None,
     bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x [T,B,I] or packed [N,I], h0 [D,B,H] -> y [T,B,D*H] or [N,D*H], h_n. Options as in `lstm_layer`."""
@@ -31,7 +31,7 @@ def rnn_layer(
     if ag.records(x, h0, *weights):
         return _Layer.apply(*ag.distinct(x, h0, batch_sizes, resets, bidirectional, relu, *weights))
     fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
-    return fwd(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu)
+    return fwd(x, h0, weights, batch_sizes, resets, panels, bidirectional, relu)
 
 
 def rnn_cell(
@@ -101,14 +101,14 @@ def _nonlinearity(relu: bool) -> str:
     return "relu" if relu else "tanh"
 
 
-def _reference_layer(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
+def _reference_layer(x, h0, weights, batch_sizes, resets, panels, bidirectional, relu):
     options = {"batch_sizes": batch_sizes, "resets": resets, "bidirectional": bidirectional}
     return reference.rnn_layer(x, h0, weights, nonlinearity=_nonlinearity(relu), **options)
 
 
 _exported_layer = ag.exported(
     "rnn_layer_fwd",
-    lambda x, h0, weights, batch_sizes, resets, packed, bidirectional, relu: _Layer.apply(
+    lambda x, h0, weights, batch_sizes, resets, panels, bidirectional, relu: _Layer.apply(
         x, h0, batch_sizes, resets, bidirectional, relu, *weights
     ),
     _reference_layer,
@@ -138,8 +138,8 @@ def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
 
 @torch.library.register_fake("seqkernels::rnn_layer_fwd")
 @torch.library.register_fake("seqkernels::rnn_layer_fwd.exported")
-def _(x, h0, weights, batch_sizes, resets, packed, bidirectional, relu):
-    ag.check_devices(x, h0, *weights, resets, packed, batch_sizes=batch_sizes)
+def _(x, h0, weights, batch_sizes, resets, panels, bidirectional, relu):
+    ag.check_devices(x, h0, *weights, resets, panels, batch_sizes=batch_sizes)
     return x.new_empty(*x.shape[:-1], h0.size(0) * h0.size(2)), *ag.new_like(h0)
 
 

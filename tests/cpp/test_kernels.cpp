@@ -317,9 +317,9 @@ Buffer pack(const Case& c, const Buffers& in) {
   fill(p, c, in, Parallel{});
   const KernelTable& k = kernels();
   const auto packer = c.lstm() ? k.lstm_pack : c.cell == kGru ? k.gru_pack : k.rnn_pack;
-  Buffer packed(DType::bf16, packer(p, nullptr) / 2);
-  packer(p, packed.data());
-  return packed;
+  Buffer panels(DType::bf16, packer(p, nullptr) / 2);
+  packer(p, panels.data());
+  return panels;
 }
 
 Buffers forward(const Case& c, const Buffers& in, const Parallel& parallel, bool inference) {
@@ -328,10 +328,10 @@ Buffers forward(const Case& c, const Buffers& in, const Parallel& parallel, bool
   const auto make = [&](const char* name, int64_t n, bool acc = false) {
     return out.insert_or_assign(name, Buffer(acc ? c.acc() : c.dtype, n)).first->second.data();
   };
-  Buffer packed;
+  Buffer panels;
   const auto common = [&](LayerFwdParams& p) {
     fill(p, c, in, parallel);
-    if (c.prepacked) packed = pack(c, in), p.packed = packed.data();
+    if (c.prepacked) panels = pack(c, in), p.panels = panels.data();
     p.y = make("y", tokens * c.P);
     if (!inference) p.hn = make("hn", c.D * c.B * c.P);
     if (!inference && c.save_gates && c.gates() > 1) p.gates = make("gates", tokens * 4 * c.H);

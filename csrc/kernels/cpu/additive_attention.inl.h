@@ -70,6 +70,9 @@ struct ByTanh {
   Vec<T> operator()(const T* q, const T* k) const { return tanh<T>(load(q) + load(k)); }
 };
 
+// Of a tanh, in multiply-adds of the products that threads are counted by.
+constexpr double kTanhCost = 8;
+
 template <class T>
 struct Operands {  // rows of queries and of keys, padded with zeros to whole vectors
   const T *q, *k;
@@ -144,8 +147,9 @@ struct Additive {
   const AdditiveAttentionParams& p;
   const int64_t ld, ldv, lds, rows, tiles;  // rows of D and Dv features and of scores; queries of a tile
   const ScoreRule<T> rule;
+  const int team;  // threads at most
   T* w;
-  int64_t* next;
+  Queue* queue;
   Barrier* barrier;
 
   explicit Additive(const AdditiveAttentionParams& params)
@@ -154,13 +158,14 @@ struct Additive {
         ldv(round_up(p.Dv, W)),
         lds(round_up(p.Tk, W)),
         rows(tile_rows()),
-        tiles((p.Tq + rows - 1) / rows),
-        rule(p) {}
+        tiles(divide_up(p.Tq, rows)),
+        rule(p),
+        team(p.parallel.threads) {}
 
   // As many as the scores leave room for, but no thread goes without.
   int64_t tile_rows() const {
     const int64_t fit = most(kFew, least(kTile, kScores / most(1, lds))),
-                  share = (p.B * p.Tq + p.parallel.threads - 1) / p.parallel.threads;
+                  share = divide_up(p.B * p.Tq, p.parallel.threads);
     return most(1, least(p.Tq, least(fit, most(2 * kFew, share))));
   }
 
@@ -169,20 +174,14 @@ struct Additive {
     Buffers(const Additive& f, Arena& a) {
       q_copy = a.take<T>(f.rows * f.ld), k_copy = a.take<T>(kKeys * f.ld), v_copy = a.take<T>(kKeys * f.ldv);
       q_exp = a.take<T>(kFast ? 2 * f.rows * f.ld : 0), k_exp = a.take<T>(kFast ? 2 * kKeys * f.ld : 0);
-      a.keep_apart();
     }
   };
   void layout(Arena& a) {
     w = a.take<T>(ld);
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
   }
-  void prepare() const {
-    copy_row(static_cast<const S*>(p.w), p.D, w, ld);
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-  }
-  int64_t next_task() const { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+  void prepare() const { copy_row(static_cast<const S*>(p.w), p.D, w, ld); }
 
   struct Tile {  // queries [i, i + n) of sequence b
     const Additive& f;
@@ -236,21 +235,21 @@ struct Additive {
 template <class S>
 struct AdditiveFwd : Additive<S> {
   using Base = Additive<S>;
-  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::tiles, Base::W;
+  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::team, Base::tiles, Base::W;
   using typename Base::Buffers, typename Base::T, typename Base::Tile;
   static constexpr int64_t kPart = 128;  // least keys of a part
 
   const AdditiveAttentionFwdParams& p;
   int64_t parts;
-  int team = 1;
 
   PerThread<T> x, out, max, sum;  // of each thread, or of each task where parts are joined
-  char* buffers;
+  PerThread<char> buffers;
 
   explicit AdditiveFwd(const AdditiveAttentionFwdParams& params) : Base(params), p(params) {
     parts = busy_splits(p.B * tiles, p.parallel.threads, p.Tk / kPart);
   }
   int64_t tasks() const { return p.B * tiles * parts; }
+  int wanted() const { return attention_threads(p, tasks(), kTanhCost); }
 
   void layout(Arena& a) {
     Base::layout(a);
@@ -258,17 +257,13 @@ struct AdditiveFwd : Additive<S> {
     x = a.take_each<T>(count, rows * ldx());
     out = a.take_each<T>(count, rows * ldv);
     max = a.take_each<T>(count, rows), sum = a.take_each<T>(count, rows);
-    buffers = a.take<char>(0);
-    for (int i = 0; i < team; i++) Buffers(*this, a);
+    buffers = a.take_buffers<Buffers>(team, *this);
   }
 
   void thread(int id, int size) {
-    Arena arena{buffers};
-    for (int i = 0; i < id; i++) Buffers(*this, arena);
-    const Buffers m(*this, arena);
-    for (;;) {
-      const int64_t task = this->next_task();
-      if (task >= tasks()) break;
+    Arena own{buffers[id]};
+    const Buffers m(*this, own);
+    for (int64_t task; (task = this->queue->take()) < tasks();) {
       part(m, task, parts == 1 ? id : task);
       if (parts == 1) join(task, id);
     }
@@ -278,7 +273,7 @@ struct AdditiveFwd : Additive<S> {
   }
 
   int64_t first_key(const Span& span, int64_t part) const { return span.Tk * part / parts; }
-  int64_t ldx() const { return round_up((p.Tk + parts - 1) / parts, W); }  // rows of scores of a part
+  int64_t ldx() const { return round_up(divide_up(p.Tk, parts), W); }  // rows of scores of a part
 
   void part(const Buffers& m, int64_t task, int64_t at) {
     Tile tile(*this, m, task / parts / tiles, task / parts % tiles);
@@ -306,7 +301,7 @@ struct AdditiveFwd : Additive<S> {
     const int64_t b = n / tiles, first = n % tiles * rows;
     const Span span(p, b);
     for (int64_t r = 0; r < least(rows, p.Tq - first); r++) {
-      T top = -kInf<T>, by[kMost];
+      T top = -kInf<T>, by[kMostParts];
       double total = 0;
       for (int64_t s = 0; s < parts; s++) top = max[at + s][r] > top ? max[at + s][r] : top;
       for (int64_t s = 0; s < parts; s++) {
@@ -338,21 +333,21 @@ struct AdditiveFwd : Additive<S> {
 template <class S>
 struct AdditiveBwd : Additive<S> {
   using Base = Additive<S>;
-  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::tiles, Base::w, Base::W;
+  using Base::kKeys, Base::ld, Base::lds, Base::ldv, Base::rows, Base::team, Base::tiles, Base::w, Base::W;
   using typename Base::Buffers, typename Base::T, typename Base::Tile;
 
   const AdditiveAttentionBwdParams& p;
   int64_t parts;
-  int team = 1;
 
   PerThread<T> dk, dv;  // of each thread, or of each task where parts are added up
   T* dw;                // of each task
-  char* buffers;
+  PerThread<char> buffers;
 
   explicit AdditiveBwd(const AdditiveAttentionBwdParams& params) : Base(params), p(params) {
     parts = busy_splits(p.B, p.parallel.threads, least(tiles, 2 * p.parallel.threads / most(1, p.B)));
   }
   int64_t tasks() const { return p.B * parts; }
+  int wanted() const { return attention_threads(p, tasks(), 3 * kTanhCost); }
 
   struct Own : Buffers {
     T *P, *dS, *max, *sum, *VT, *dO, *dq, *dk, *dw, *tile_dw;
@@ -361,7 +356,6 @@ struct AdditiveBwd : Additive<S> {
       max = a.take<T>(f.rows), sum = a.take<T>(f.rows);
       VT = a.take<T>(f.p.Dv * kKeys), dO = a.take<T>(f.rows * f.ldv), dq = a.take<T>(f.rows * f.ld);
       dk = a.take<T>(kKeys * f.ld), dw = a.take<T>(f.ld), tile_dw = a.take<T>(f.ld);
-      a.keep_apart();
     }
   };
   void layout(Arena& a) {
@@ -370,17 +364,13 @@ struct AdditiveBwd : Additive<S> {
     dk = a.take_each<T>(count, p.Tk * ld);
     dv = a.take_each<T>(count, p.Tk * ldv);
     dw = a.take<T>(tasks() * ld);
-    buffers = a.take<char>(0);
-    for (int i = 0; i < team; i++) Own(*this, a);
+    buffers = a.take_buffers<Own>(team, *this);
   }
 
   void thread(int id, int size) {
-    Arena arena{buffers};
-    for (int i = 0; i < id; i++) Own(*this, arena);
-    const Own m(*this, arena);
-    for (;;) {
-      const int64_t task = this->next_task();
-      if (task >= tasks()) break;
+    Arena own{buffers[id]};
+    const Own m(*this, own);
+    for (int64_t task; (task = this->queue->take()) < tasks();) {
       const int64_t b = task / parts, at = parts == 1 ? id : task;
       clear(dk[at], p.Tk * ld), clear(dv[at], p.Tk * ldv), clear(m.dw, ld);
       for (int64_t t = tiles * (task % parts) / parts; t < tiles * (task % parts + 1) / parts; t++)
@@ -469,13 +459,11 @@ struct AdditiveBwd : Additive<S> {
   }
 };
 
-// In multiply-adds of the products that threads are counted by.
-constexpr double kTanhCost = 8;
 template <class S>
 static void additive_attention_fwd(const AdditiveAttentionFwdParams& p) {
-  run_attention(AdditiveFwd<S>(p), kTanhCost);
+  run_kernel(p.parallel, AdditiveFwd<S>(p));
 }
 template <class S>
 static void additive_attention_bwd(const AdditiveAttentionBwdParams& p) {
-  run_attention(AdditiveBwd<S>(p), 3 * kTanhCost);
+  run_kernel(p.parallel, AdditiveBwd<S>(p));
 }

@@ -11,9 +11,6 @@
 template <class T>
 constexpr int64_t kBlock = 256 / sizeof(T);
 
-SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Products
 // -------------------------------------------------------------------------------------------------------
 //
@@ -75,7 +72,7 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
       const int nv = (N - n) / W >= kTileVectors ? kTileVectors : (N - n) / W >= 2 ? 2 : 1;
       constexpr auto some = std::make_integer_sequence<int, kTileRows>{};
       constexpr auto many = std::make_integer_sequence<int, MR>{};
-      const int64_t most = nv == kTileVectors ? kTileRows : MR, tiles = (M + most - 1) / most;
+      const int64_t rows_at_most = nv == kTileVectors ? kTileRows : MR, tiles = divide_up(M, rows_at_most);
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = M * i / tiles;
         const int rows = int(M * (i + 1) / tiles - m);
@@ -241,9 +238,9 @@ struct Span {
     } else if (p.len_k) {
       Tk = most(0, least(Tk, p.len_k[b]));
     }
-    constexpr int64_t kFar = int64_t(1) << 61;  // sums of positions stay in range
+    constexpr int64_t kNoLimit = int64_t(1) << 61;  // sums of positions stay in range
     offset = p.bottom_right ? Tk - Tq : 0;
-    left = most(-kFar, least(p.left, kFar)), right = most(-kFar, least(p.right, kFar));
+    left = most(-kNoLimit, least(p.left, kNoLimit)), right = most(-kNoLimit, least(p.right, kNoLimit));
     lse_h = p.cu_q ? p.cu_q[p.B] : Tq;
     lse = p.cu_q ? q0 : b * p.Hq * Tq;
   }
@@ -507,38 +504,22 @@ SEQ_INLINE __m512i as_pairs(__m512i rows) {
 // Threads
 // -------------------------------------------------------------------------------------------------------
 
-// Work below this many multiply-adds is not worth waking another thread: 3 us.
-static int attention_team(const AttentionParams& p, int64_t tasks, double cost = 1) {
-  constexpr double kWork = 2e5;
+// `cost`: of one of the work's multiply-adds, in multiply-adds.
+static int attention_threads(const AttentionParams& p, int64_t tasks, double cost = 1) {
   const double queries = p.cu_q ? double(p.cu_q[p.B]) : double(p.B) * double(p.Tq),
-               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost,
-               threads = least(p.parallel.threads, tasks);
-  return threads < work / kWork ? int(threads) : work < kWork ? 1 : int(work / kWork);
+               work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost;
+  return threads_for(work, least(p.parallel.threads, tasks), 2 * kWorkPerThread);
 }
 
 // Parts of each of n tasks, at most `limit`: as few as keep all threads busy. It depends on nothing but the
 // call, and so do the results.
-constexpr int64_t kMost = 1024;
+constexpr int64_t kMostParts = 1024;
 static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
   int64_t parts = 1;
   const auto busy = [&] {
     const int64_t all = n * parts;
-    return double(all) / double((all + threads - 1) / threads * threads);
+    return double(all) / double(round_up(all, threads));
   };
-  while (n > 0 && parts < 2 * threads && parts < least(limit, kMost) && busy() < 0.9) parts++;
+  while (n > 0 && parts < 2 * threads && parts < least(limit, kMostParts) && busy() < 0.9) parts++;
   return parts;
-}
-
-// Scratch, then all threads on it. `cost`: of one of the work's multiply-adds, in multiply-adds.
-template <class Kernel>
-static void run_attention(Kernel kernel, double cost = 1) {
-  Arena count;
-  kernel.team = kernel.p.parallel.threads;
-  kernel.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  kernel.layout(arena);
-  kernel.prepare();
-  run_team(kernel.p.parallel, attention_team(kernel.p, kernel.tasks(), cost),
-           [&](int id, int size) { kernel.thread(id, size); });
-  scratch_free(arena.base);
 }

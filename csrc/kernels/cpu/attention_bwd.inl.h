@@ -37,13 +37,14 @@ struct AttentionBwd {
   const int64_t group, ldk, ldv, max_q;  // rows of D and Dv features, queries: padded
   const ScoreRule<T> rule;
   const bool in_turn;  // one dmask for several key heads: a task is a split of all of them
+  const int team;      // threads at most
   int64_t splits = 1;
-  int team = 1;
 
-  int64_t* next;
+  Queue* queue;
   Barrier* barrier;
   PerThread<T> dQ;  // or of each task, where a key head has several, without those that lie in place
-  T *dsink, *buffers;
+  T* dsink;
+  PerThread<char> buffers;
 
   explicit AttentionBwd(const AttentionBwdParams& params)
       : p(params),
@@ -52,8 +53,9 @@ struct AttentionBwd {
         ldv(kPacked ? round_up(most(p.Dv, 1), 32) : round_up(p.Dv, W)),
         max_q(kPacked ? round_up(p.Tq, kQ) : p.Tq),
         rule(p),
-        in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)) {
-    splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, (p.Tk + kK - 1) / kK / 2);
+        in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)),
+        team(p.parallel.threads) {
+    splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, divide_up(p.Tk, kK) / 2);
     if (p.dmask && p.mask_k == 0) splits = 1;  // all keys of a query share one sum
   }
 
@@ -77,22 +79,19 @@ struct AttentionBwd {
       Q = a.take<O>(rows * f.ldk), dO = a.take<O>(rows * f.ldv);
       QT = a.take<O>(columns * f.ldk), dOT = a.take<O>(columns * f.ldv);
       narrow_dS = a.take<O>(kPacked ? kQ * kK : 0);
-      a.keep_apart();
     }
   };
   void layout(Arena& a) {
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
     dsink = a.take<T>(p.dsinks ? p.B * p.Hq : 0);
     dQ = a.take_each<T>(dq_buffers(), dq_size());
-    buffers = a.take<T>(0);
-    for (int i = 0; i < team; i++) Buffers(*this, a);
+    buffers = a.take_buffers<Buffers>(team, *this);
   }
   void prepare() {
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
     if (p.dmask) __builtin_memset(p.dmask, 0, sizeof(T) * mask_size());
   }
+  int wanted() const { return attention_threads(p, tasks()); }
 
   // dmask: contiguous, 1 where the mask is broadcast.
   int64_t size_q() const { return p.mask_q ? p.Tq : 1; }
@@ -105,13 +104,10 @@ struct AttentionBwd {
   }
 
   void thread(int id, int size) {
-    Arena arena{reinterpret_cast<char*>(buffers)};
-    for (int i = 0; i < id; i++) Buffers(*this, arena);
-    Worker worker{*this, p, Buffers(*this, arena)};
+    Arena own{buffers[id]};
+    Worker worker{*this, p, Buffers(*this, own)};
     if (kPacked) prepare_tiles();
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks()) break;
+    for (int64_t task; (task = queue->take()) < tasks();) {
       const int64_t split = task % splits;
       for (int64_t n = in_turn ? 0 : task / splits; n < (in_turn ? p.B * p.Hk : task / splits + 1); n++)
         worker.run(id, n / p.Hk, n % p.Hk, split);
@@ -337,68 +333,91 @@ struct AttentionBwd {
 
 template <class S>
 static void attention_bwd(const AttentionBwdParams& p) {
-  run_attention(AttentionBwd<S>(p));
+  run_kernel(p.parallel, AttentionBwd<S>(p));
 }
 
 // P once more, for need_weights: a task is a block of queries, of all heads where their mean is wanted.
 template <class S>
-static void attention_weights(const AttentionWeightsParams& p) {
+struct AttentionWeights {
   using T = Acc<S>;
-  constexpr int W = kLanes<T>;
-  constexpr int64_t kK = kBlock<T>, kQ = 64;
-  const int64_t heads = p.mean ? 1 : p.Hq, width = round_up(p.Tk, W), blocks = (p.Tq + kQ - 1) / kQ,
-                tasks = p.B * heads * blocks;
-  const ScoreRule<T> rule(p);
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kK = kBlock<T>, kQ = 64;
+
+  const AttentionWeightsParams& p;
+  const ScoreRule<T> rule;
+  const int64_t heads, blocks, width;  // of the result: heads, blocks of queries, keys padded
+  const int team;                      // threads at most
+
+  Queue* queue;
+  PerThread<char> buffers;
+
+  explicit AttentionWeights(const AttentionWeightsParams& params)
+      : p(params),
+        rule(p),
+        heads(p.mean ? 1 : p.Hq),
+        blocks(divide_up(p.Tq, kQ)),
+        width(round_up(p.Tk, W)),
+        team(p.parallel.threads) {}
+
   struct Buffers {
     T *KT, *P, *Q, *rows;
-    Buffers(const AttentionWeightsParams& p, Arena& a, int64_t width) {
-      KT = a.take<T>(p.D * kBlock<T>), P = a.take<T>(64 * kBlock<T>);
-      Q = a.take<T>(std::is_same_v<S, T> ? 0 : 64 * p.D), rows = a.take<T>(64 * width);
-      a.keep_apart();
+    Buffers(const AttentionWeights& f, Arena& a) {
+      KT = a.take<T>(f.p.D * kK), P = a.take<T>(kQ * kK);
+      Q = a.take<T>(std::is_same_v<S, T> ? 0 : kQ * f.p.D), rows = a.take<T>(kQ * f.width);
     }
   };
-  Arena count;
-  for (int i = 0; i < p.parallel.threads; i++) Buffers(p, count, width);
-  count.take<int64_t>(1);
-  const Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  int64_t* next = reinterpret_cast<int64_t*>(arena.base + count.used - 128);
-  *next = 0;
-  run_team(p.parallel, attention_team(p, tasks), [&](int id, int) {
-    Arena mine = arena;
-    for (int i = 0; i < id; i++) Buffers(p, mine, width);
-    const Buffers m(p, mine, width);
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) break;
-      const int64_t b = task / (heads * blocks), i = task % blocks * kQ, n = least(kQ, p.Tq - i);
-      const Span span(p, b);
-      __builtin_memset(static_cast<void*>(m.rows), 0, sizeof(T) * n * width);
-      const int64_t h0 = p.mean ? 0 : task / blocks % heads, h1 = p.mean ? p.Hq : h0 + 1;
-      for (int64_t h = h0; h < h1; h++) {
-        const T* lse = static_cast<const T*>(p.lse) + span.lse + h * span.lse_h + i;
-        int64_t ldq;
-        const T* q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
-        for (int64_t j = span.first_key(i) / kK * kK; j < span.end_key(i + n - 1); j += kK) {
-          const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, span.Tk));
-          pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, keys.nk, p.D, m.KT, kK, keys.N);
-          product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
-          const bool limits = !keys.seen_by_all(i, n);
-          for (int64_t r = 0; r < n; r++) {
-            const uint64_t kept = keys.kept(h, i + r);
-            for (int64_t l = 0; l < keys.N; l += W) {
-              Vec<T> unused;
-              const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, unused);
-              T* to = m.rows + r * width + j + l;
-              store(to, load(to) + keys.dropped(weights_of<T>(x, lse[r]), kept, l));
-            }
-          }
+  void layout(Arena& a) {
+    queue = a.take_zeros<Queue>(1);
+    buffers = a.take_buffers<Buffers>(team, *this);
+  }
+  void prepare() const {}
+  int64_t tasks() const { return p.B * heads * blocks; }
+  int wanted() const { return attention_threads(p, tasks()); }
+
+  void thread(int id, int) {
+    Arena own{buffers[id]};
+    const Buffers m(*this, own);
+    for (int64_t task; (task = queue->take()) < tasks();)
+      block(m, task / (heads * blocks), task / blocks % heads, task % blocks * kQ);
+  }
+
+  // Queries [i, i + kQ) of head h, or of the mean of all heads.
+  void block(const Buffers& m, int64_t b, int64_t h, int64_t i) const {
+    const Span span(p, b);
+    const int64_t n = least(kQ, p.Tq - i);
+    __builtin_memset(static_cast<void*>(m.rows), 0, sizeof(T) * n * width);
+    if (p.mean)
+      for (int64_t of = 0; of < p.Hq; of++) add_head(m, span, b, of, i, n);
+    else
+      add_head(m, span, b, h, i, n);
+    S* out = static_cast<S*>(p.weights) + ((b * heads + h) * p.Tq + i) * p.Tk;
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = 0; j < p.Tk; j += W)
+        store(out + r * p.Tk + j, load(m.rows + r * width + j) * (T(1) / T(p.mean ? p.Hq : 1)), p.Tk - j);
+  }
+  void add_head(const Buffers& m, const Span& span, int64_t b, int64_t h, int64_t i, int64_t n) const {
+    const T* lse = static_cast<const T*>(p.lse) + span.lse + h * span.lse_h + i;
+    int64_t ldq;
+    const T* q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
+    for (int64_t j = span.first_key(i) / kK * kK; j < span.end_key(i + n - 1); j += kK) {
+      const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, span.Tk));
+      pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, keys.nk, p.D, m.KT, kK, keys.N);
+      product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
+      const bool limits = !keys.seen_by_all(i, n);
+      for (int64_t r = 0; r < n; r++) {
+        const uint64_t kept = keys.kept(h, i + r);
+        for (int64_t l = 0; l < keys.N; l += W) {
+          Vec<T> unused;
+          const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, unused);
+          T* to = m.rows + r * width + j + l;
+          store(to, load(to) + keys.dropped(weights_of<T>(x, lse[r]), kept, l));
         }
       }
-      S* out = static_cast<S*>(p.weights) + ((b * heads + h0 * !p.mean) * p.Tq + i) * p.Tk;
-      for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < p.Tk; j += W)
-          store(out + r * p.Tk + j, load(m.rows + r * width + j) * (T(1) / T(p.mean ? p.Hq : 1)), p.Tk - j);
     }
-  });
-  scratch_free(arena.base);
+  }
+};
+
+template <class S>
+static void attention_weights(const AttentionWeightsParams& p) {
+  run_kernel(p.parallel, AttentionWeights<S>(p));
 }

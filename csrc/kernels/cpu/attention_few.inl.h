@@ -53,8 +53,7 @@ static void few_values(int64_t R, int64_t nk, const Acc<S>* P, int64_t ldp, cons
 // Rows to read ahead of `features`, in elements.
 template <class S>
 static int64_t ahead_of(int64_t features, int64_t stride) {
-  return (kBytesAhead + int64_t(sizeof(S)) * features - 1) / (int64_t(sizeof(S)) * most(1, features)) *
-         stride;
+  return divide_up(kBytesAhead, int64_t(sizeof(S)) * most(1, features)) * stride;
 }
 
 template <class S>
@@ -68,10 +67,10 @@ struct AttentionFew {
   const AttentionFwdParams& p;
   const int64_t group, ldq, ldv, k_ahead, v_ahead;
   const ScoreRule<T> rule;
+  const int team;  // threads at most
   int64_t parts = 1;
-  int team = 1;
 
-  int64_t* next;
+  Queue* queue;
   Barrier* barrier;
   PerThread<O> q;      // rows of Q
   PerThread<T> x;      // scores
@@ -91,30 +90,27 @@ struct AttentionFew {
         ldv(round_up(p.Dv, W)),
         k_ahead(ahead_of<S>(p.D, p.k.t)),
         v_ahead(ahead_of<S>(p.Dv, p.v.t)),
-        rule(p) {
+        rule(p),
+        team(p.parallel.threads) {
     parts = busy_splits(p.B * p.Hk, p.parallel.threads, p.Tk / kPart);
   }
   int64_t tasks() const { return p.B * p.Hk * parts; }
   int64_t out_size() const { return group * p.Tq * ldv; }  // of a task
 
   void layout(Arena& a) {
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
     q = a.take_each<O>(team, kRows * ldq);
     x = a.take_each<T>(team, kRows * kK);
     max = a.take<T>(tasks() * kRows);
     sum = a.take<T>(tasks() * kRows);
     out = a.take<T>(tasks() * out_size());
   }
-  void prepare() {
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-  }
+  void prepare() const {}
+  int wanted() const { return attention_threads(p, tasks()); }
 
   void thread(int id, int size) {
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks()) break;
+    for (int64_t task; (task = queue->take()) < tasks();) {
       part(id, task);
       if (parts == 1) join(task);
     }
@@ -160,7 +156,7 @@ struct AttentionFew {
       double top = sink, total = 0;
       for (int64_t s = 0; s < parts; s++) top = m[s * kRows] > top ? m[s * kRows] : top;
       const double zero = top == -kInf<double> ? 0 : top;
-      T by[kMost];
+      T by[kMostParts];
       for (int64_t s = 0; s < parts; s++) {
         by[s] = T(__builtin_exp(double(m[s * kRows]) - zero));
         total += double(by[s]) * l[s * kRows];

@@ -33,10 +33,11 @@ struct AttentionFwd {
   const int64_t group;
   const ScoreRule<T> rule;
   const int64_t depth, ldv;   // D and Dv as products see them
+  const int team;             // threads at most
   int64_t at_once, room = 0;  // key heads of a pass, blocks of keys that are packed for one
-  int team = 1;
 
-  int64_t *first_task, *first_block, *next;  // of each sequence: tasks, blocks of keys
+  int64_t *first_task, *first_block;  // of each sequence: tasks, blocks of keys
+  Queue* queue;
   Barrier* barrier;
   PerThread<O> QT;
   PerThread<T> OT, ST, rows;
@@ -48,8 +49,8 @@ struct AttentionFwd {
     Blocks(int64_t Tq, int64_t group)
         : heads(Tq ? most(1, least(group, kQ / Tq)) : 1),
           queries(least(Tq, kQ)),
-          chunks((group + heads - 1) / heads),
-          per_head(queries ? (Tq + queries - 1) / queries : 0) {}
+          chunks(divide_up(group, heads)),
+          per_head(queries ? divide_up(Tq, queries) : 0) {}
     int64_t tasks() const { return chunks * per_head; }  // of one key head
   };
 
@@ -59,11 +60,12 @@ struct AttentionFwd {
         rule(p),
         depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
         ldv(kPacked ? round_up(p.Dv, 32) : p.Dv),
+        team(p.parallel.threads),
         at_once(heads()) {
     if (kPacked && at_once > 0) split_heads();
   }
   int64_t heads() const { return p.B * p.Hk; }
-  static int64_t blocks_of(int64_t Tk) { return (Tk + kK - 1) / kK; }
+  static int64_t blocks_of(int64_t Tk) { return divide_up(Tk, kK); }
   int64_t block_size() const { return kK * (depth + ldv); }
 
   // As many heads in a pass as fit in kPass and as give each thread four tasks: the last ones wait for the
@@ -78,16 +80,16 @@ struct AttentionFwd {
     }
     const int64_t fit = kPass / (longest * block_size() * int64_t(sizeof(O))),
                   busy = 4 * p.parallel.threads * heads() / most(1, all_tasks) + 1,
-                  passes = (heads() - 1) / most(fit, busy) + 1;
-    at_once = (heads() - 1) / passes + 1;
+                  passes = divide_up(heads(), most(fit, busy));
+    at_once = divide_up(heads(), passes);
     room = least(all_blocks, at_once * longest);
   }
 
   void layout(Arena& a) {
     first_task = a.take<int64_t>(p.B + 1);
     first_block = a.take<int64_t>(p.B + 1);
-    next = a.take<int64_t>(1);
-    barrier = a.take<Barrier>(1);
+    queue = a.take_zeros<Queue>(1);
+    barrier = a.take_zeros<Barrier>(1);
     QT = a.take_each<O>(team, depth * kQ);
     OT = a.take_each<T>(team, ldv * kQ);
     ST = a.take_each<T>(team, kBuffers * kK * kUnit);
@@ -98,8 +100,6 @@ struct AttentionFwd {
   }
   int64_t tasks() const { return first_task[p.B]; }
   void prepare() {
-    *next = 0;
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
     first_task[0] = first_block[0] = 0;
     for (int64_t b = 0; b < p.B; b++) {
       const Span span(p, b);
@@ -107,6 +107,7 @@ struct AttentionFwd {
       first_block[b + 1] = first_block[b] + p.Hk * blocks_of(span.Tk);
     }
   }
+  int wanted() const { return attention_threads(p, tasks()); }
   // Of head n, and of those before it.
   int64_t first_of(const int64_t* first, int64_t n) const {
     const int64_t b = n / p.Hk;
@@ -136,8 +137,7 @@ struct AttentionFwd {
   void thread(int id, int size) {
     if (kPacked) prepare_tiles();
     Worker worker(*this, id);
-    const auto take = [&] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
-    int64_t task = take(), b = 0;
+    int64_t task = queue->take(), b = 0;
     for (int64_t n = 0; n < heads(); n += at_once) {
       const int64_t end = least(heads(), n + at_once), blocks_before = first_of(first_block, n);
       if constexpr (kPacked) {  // this->: looked up only where there is such a function
@@ -145,7 +145,7 @@ struct AttentionFwd {
         this->pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
         barrier->wait(size);
       }
-      for (const int64_t last = first_of(first_task, end); task < last; task = take()) {
+      for (const int64_t last = first_of(first_task, end); task < last; task = queue->take()) {
         while (first_task[b + 1] <= task) b++;
         const Span span(p, b);
         const Blocks blocks(span.Tq, group);
@@ -236,7 +236,7 @@ struct AttentionFwd {
 #if defined(__AVX512BF16__)
     // Stage t: softmax of unit t % units of the lanes in block t / units of the keys.
     void packed_blocks(const Span& span) {
-      const int64_t units = (lanes + kUnit - 1) / kUnit, first_block = j0 / kK,
+      const int64_t units = divide_up(lanes, kUnit), first_block = j0 / kK,
                     stages = j1 > j0 ? (blocks_of(j1) - first_block) * units : 0;
       struct Stage {
         int64_t l, N, j, nk;  // lanes, keys
@@ -279,8 +279,7 @@ struct AttentionFwd {
         if (t + 1 < stages) after = scores(then = stage(t + 1));
         const Mask mask = look_at_mask(now.l, now.N, now.j, now.nk);
         adjust(span, mask, now.ST, now.l, now.N, now.j, now.nk);
-        const int64_t calls = most(1, now.nk / 8),
-                      steps = (before.steps() + after.steps() + calls - 1) / calls;
+        const int64_t calls = most(1, now.nk / 8), steps = divide_up(before.steps() + after.steps(), calls);
         const bool grew = softmax(now.ST, now.l, now.N, now.nk, [&]() __attribute__((always_inline)) {
           for (int64_t i = 0; i < steps; i++) (before.m < before.M ? before : after).step();
         });
@@ -535,7 +534,7 @@ struct AttentionFwd {
 template <class S>
 static void attention_fwd(const AttentionFwdParams& p) {
   if (AttentionFew<S>::suits(p))
-    run_attention(AttentionFew<S>(p));
+    run_kernel(p.parallel, AttentionFew<S>(p));
   else
-    run_attention(AttentionFwd<S>(p));
+    run_kernel(p.parallel, AttentionFwd<S>(p));
 }

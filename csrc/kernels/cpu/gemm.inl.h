@@ -25,7 +25,10 @@ constexpr int sets_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; 
 // Rows of B prefetched: 4 KiB, some 300 cycles, as long as L3 takes.
 constexpr int64_t kAhead = 32;
 
-SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+SEQ_INLINE int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // bf16 dot products take pairs of k: B holds rows k and k + 1 interleaved. K is padded with zeros to kDepth:
 // 2 for vdpbf16ps, 32 for AMX tiles.
@@ -160,7 +163,7 @@ static void amx_panel(int64_t M, int64_t width, int64_t K, const bf16* a, int64_
   const bool wide = width > 16;
   memory_barrier();
   for (int64_t m = 0; m < M; m += 32) {
-    const int64_t upper = M - m < 16 ? M - m : 16, lower = M - m - upper < 16 ? M - m - upper : 16;
+    const int64_t upper = least(16, M - m), lower = least(16, M - m - upper);
     shape_tiles(upper, lower);
     const float* from = init + m * ldi;
     if (init) {
@@ -211,12 +214,12 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
   if constexpr (sizeof(D) == 2) return amx_panel(M, width, K, a, lda, b, ldb, init, ldi, c, ldc);
 #endif
   // Also where one tile is all there is: a chain of 900 sums has four times the error of torch's.
-  const int64_t tiles = (M + MR - 1) / MR, kc = KC * kPair<D> * sets_of(M);
+  const int64_t tiles = divide_up(M, MR), kc = KC * kPair<D> * sets_of(M);
   // Not for two tiles, whose rows stay in L1, nor for more blocks of K: there it cost 1 to 3 %.
   const bool several = tiles > 2 && K <= kc;
   int64_t k0 = 0;
   do {
-    const int64_t k = K - k0 < kc ? K - k0 : kc;
+    const int64_t k = least(kc, K - k0);
     const D* then = next && k0 + k == K ? next : b + (k0 + k) * ldb;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t m = M * i / tiles, end = M * (i + 1) / tiles;
@@ -239,9 +242,9 @@ struct Panels {
   using T = Acc<D>;
   int64_t N, K;
   int64_t depth() const { return round_up(K, kDepth<D>); }
-  int64_t count() const { return (N + NR<D> - 1) / NR<D>; }
+  int64_t count() const { return divide_up(N, NR<D>); }
   int64_t padded() const { return round_up(N, kLanes<T>); }
-  int64_t width(int64_t j) const { return padded() - j * NR<D> < NR<D> ? padded() - j * NR<D> : NR<D>; }
+  int64_t width(int64_t j) const { return least(NR<D>, padded() - j * NR<D>); }
   int64_t offset(int64_t j) const { return j * NR<D> * depth(); }
   int64_t size() const { return padded() * depth(); }
 };
@@ -271,7 +274,7 @@ static void pack_transposed(const S* w, int64_t ldw, int64_t n, int64_t K, D* ou
   using T = Acc<S>;
   constexpr int W = kLanes<T>;
   for (int64_t k = 0; k < K; k += W) {
-    const int64_t kn = K - k < W ? K - k : W;
+    const int64_t kn = least(W, K - k);
     for (int64_t j = 0; j < width; j += W) {
       const S* from = w + j * ldw + k;
       Vec<T> v[W];
@@ -304,7 +307,7 @@ static void pack_panel(const S* w, int64_t ldw, int64_t n, int64_t K, T* out, in
 static void pack_panel(const bf16* w, int64_t ldw, int64_t n, int64_t K, bf16* out, int64_t width) {
   constexpr int W = kLanes<float>;
   for (int64_t k = 0; k < round_up(K, kDepth<bf16>); k += 2 * W) {
-    const int64_t left = K - k < 2 * W ? K - k : 2 * W, pairs = round_up(K, kDepth<bf16>) / 2 - k / 2;
+    const int64_t left = least(2 * W, K - k), pairs = round_up(K, kDepth<bf16>) / 2 - k / 2;
     for (int64_t j = 0; j < width; j += W) {
       Vec<float> v[W];
       for (int64_t r = 0; r < W; r++) {

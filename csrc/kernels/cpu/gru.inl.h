@@ -11,10 +11,10 @@ struct Gru {
   // W_hn h + b_hn is multiplied by r before it meets W_in x + b_in, so gate 2 keeps its recurrent part apart
   // (q).
   static constexpr int kGates = 3, kSaved = 4, kSplitGate = 2;
-  static constexpr bool kCellState = false, kActivation = false;
+  static constexpr bool kCellState = false, kReluOption = false;
   // Gate gradients lie in slots n, r, z, rn (= r times n's): W_ih meets the first three, W_hh the last three.
   static constexpr int kSlots = 4, kInputSlot[] = {1, 2, 0}, kRecurrentSlot[] = {1, 2, 3};
-  static constexpr bool kDirect = true;  // h_t = ... + z h_{t-1}
+  static constexpr bool kBypass = true;  // h_{t-1} acts past W_hh too: h_t = ... + z h_{t-1}
 
   // In two passes, what n's tanh takes and then h_t: see Lstm::fwd.
   template <class S>

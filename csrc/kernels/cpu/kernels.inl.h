@@ -103,7 +103,7 @@ static void bwd_entry(const typename Cell::BwdParams& p) {
   with_storage(p.dtype, [&]<class S>() { layer_bwd<Cell, S>(p); });
 }
 
-// Weights packed ahead of time, for LayerParams::packed. Returns the bytes; writes unless out is null.
+// Weights packed ahead of time, for LayerParams::panels. Returns the bytes; writes unless out is null.
 template <class Cell>
 static int64_t pack_entry(const LayerParams& p, void* out) {
   return with_storage(p.dtype, [&]<class S>() {
@@ -117,34 +117,37 @@ static int64_t pack_entry(const LayerParams& p, void* out) {
   });
 }
 
+static double fma_peak_entry(DType dtype, int64_t n) {
+  return with_storage(dtype, [&]<class S>() { return fma_peak<S>(n); });
+}
+
+static void activation_entry(int f, DType dtype, const void* x, void* y, int64_t n) {
+  if (dtype == DType::f64)
+    activation(f, static_cast<const double*>(x), static_cast<double*>(y), n);
+  else
+    activation(f, static_cast<const float*>(x), static_cast<float*>(y), n);
+}
+
 static const KernelTable kTable = {
-    fwd_entry<Lstm>,
-    bwd_entry<Lstm>,
-    fwd_entry<Gru>,
-    bwd_entry<Gru>,
-    fwd_entry<Rnn>,
-    bwd_entry<Rnn>,
-    [](const AttentionFwdParams& p) { with_storage(p.dtype, [&]<class S>() { attention_fwd<S>(p); }); },
-    [](const AttentionBwdParams& p) { with_storage(p.dtype, [&]<class S>() { attention_bwd<S>(p); }); },
-    [](const AttentionWeightsParams& p) {
-      with_storage(p.dtype, [&]<class S>() { attention_weights<S>(p); });
-    },
-    [](const AdditiveAttentionFwdParams& p) {
-      with_storage(p.dtype, [&]<class S>() { additive_attention_fwd<S>(p); });
-    },
-    [](const AdditiveAttentionBwdParams& p) {
-      with_storage(p.dtype, [&]<class S>() { additive_attention_bwd<S>(p); });
-    },
-    [](const LinearFwdParams& p) { with_storage(p.dtype, [&]<class S>() { linear_fwd<S>(p); }); },
-    [](const LinearBwdParams& p) { with_storage(p.dtype, [&]<class S>() { linear_bwd<S>(p); }); },
-    pack_entry<Lstm>,
-    pack_entry<Gru>,
-    pack_entry<Rnn>,
-    [](DType dtype, int64_t n) { return with_storage(dtype, [&]<class S>() { return fma_peak<S>(n); }); },
-    [](int f, DType dtype, const void* x, void* y, int64_t n) {
-      if (dtype == DType::f64)
-        activation(f, static_cast<const double*>(x), static_cast<double*>(y), n);
-      else
-        activation(f, static_cast<const float*>(x), static_cast<float*>(y), n);
-    },
+    .lstm_fwd = fwd_entry<Lstm>,
+    .lstm_bwd = bwd_entry<Lstm>,
+    .gru_fwd = fwd_entry<Gru>,
+    .gru_bwd = bwd_entry<Gru>,
+    .rnn_fwd = fwd_entry<Rnn>,
+    .rnn_bwd = bwd_entry<Rnn>,
+    .attention_fwd = [](const auto& p) { with_storage(p.dtype, [&]<class S>() { attention_fwd<S>(p); }); },
+    .attention_bwd = [](const auto& p) { with_storage(p.dtype, [&]<class S>() { attention_bwd<S>(p); }); },
+    .attention_weights =
+        [](const auto& p) { with_storage(p.dtype, [&]<class S>() { attention_weights<S>(p); }); },
+    .additive_attention_fwd =
+        [](const auto& p) { with_storage(p.dtype, [&]<class S>() { additive_attention_fwd<S>(p); }); },
+    .additive_attention_bwd =
+        [](const auto& p) { with_storage(p.dtype, [&]<class S>() { additive_attention_bwd<S>(p); }); },
+    .linear_fwd = [](const auto& p) { with_storage(p.dtype, [&]<class S>() { linear_fwd<S>(p); }); },
+    .linear_bwd = [](const auto& p) { with_storage(p.dtype, [&]<class S>() { linear_bwd<S>(p); }); },
+    .lstm_pack = pack_entry<Lstm>,
+    .gru_pack = pack_entry<Gru>,
+    .rnn_pack = pack_entry<Rnn>,
+    .fma_peak = fma_peak_entry,
+    .activation = activation_entry,
 };

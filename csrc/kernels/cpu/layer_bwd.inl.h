@@ -53,7 +53,7 @@ struct LayerBwd {
   BackwardWeights<Cell, S> weights;
   ForwardWeights<Cell, S> forward;  // to rebuild the gates; panels only then
   const bool rebuild, projected;
-  int team;                     // threads at most
+  const int team;               // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
   int64_t gate_rows;            // of dW that a thread works on at a time
   const int64_t ldG, ldh, ldcell;
@@ -82,7 +82,7 @@ struct LayerBwd {
         forward(params),
         rebuild(Cell::kSaved > 0 && !p.gates),
         projected(weights.projected),
-        team(1),
+        team(team_size(seq, 3 * G)),  // three products of the size of forward's
         steps(1),
         chunk_tokens(0),
         gate_rows(0),
@@ -104,9 +104,8 @@ struct LayerBwd {
     // The sums dW are read and written once a chunk: the larger they are, the longer the chunk has to be.
     const int64_t weight_bytes = G * H * (I + P) * int64_t(sizeof(T));
     const int64_t wanted = weight_bytes <= (2 << 20) ? 256 : weight_bytes <= (8 << 20) ? 512 : 1024;
-    steps = wanted > average && average > 0 ? wanted / average : 1;
-    if (steps > p.T) steps = p.T;
-    chunk_tokens = steps * B < seq.tokens ? steps * B : seq.tokens;
+    steps = average > 0 ? least(p.T, most(1, wanted / average)) : 1;
+    chunk_tokens = least(steps * B, seq.tokens);
     const Panels<O> xs{I, chunk_tokens}, hs{P, chunk_tokens};
     const auto rows = [&](bool wanted, int64_t ld) {
       return a.take<T>(wanted ? B * ld + apart<T>(team) : 0);
@@ -137,34 +136,28 @@ struct LayerBwd {
       db[d] = a.take<T>(kSlots * H);
     }
     dx_reverse = D == 2 && p.dx ? a.take<T>(seq.tokens * I) : nullptr;
-    everyone = a.take<Barrier>(1);
-    direction_barriers = a.take<Barrier>(2);
-    row_barriers = a.take<Barrier>(2 * team);
-    const int64_t rebuilt = rebuild ? kRebuildTokens : 0, share = (G * H * D + team - 1) / team;
-    gate_rows = share < H ? share : H;
-    int64_t local_rows = chunk_tokens > kGradientRows ? chunk_tokens : kGradientRows;
-    if (local_rows < (G + 3) * rebuilt) local_rows = (G + 3) * rebuilt;
-    int64_t operand_size = (projected ? (H > P ? H : P) + NR<T> : gate_rows) * depth_of(chunk_tokens);
+    everyone = a.take_zeros<Barrier>(1);
+    direction_barriers = a.take_zeros<Barrier>(2);
+    row_barriers = a.take_zeros<Barrier>(2 * team);
+    const int64_t rebuilt = rebuild ? kRebuildTokens : 0, share = divide_up(G * H * D, team);
+    gate_rows = least(share, H);
+    const int64_t local_rows = most(most(chunk_tokens, kGradientRows), (G + 3) * rebuilt);
+    int64_t operand_size = (projected ? most(H, P) + NR<T> : gate_rows) * depth_of(chunk_tokens);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
-    if (operand_size < rebuild_size) operand_size = rebuild_size;
-    if (weights.once && operand_size < weights.kBlockSize) operand_size = weights.kBlockSize;
+    operand_size = most(operand_size, rebuild_size);
+    if (weights.once) operand_size = most(operand_size, weights.kBlockSize);
     local = a.take_each<T>(team, local_rows * NR<T>);
     local_operand = a.take_each<O>(team, operand_size);
   }
   // Stride of a transposed chunk: tokens, padded for whole vectors and for the products.
   static int64_t depth_of(int64_t tokens) { return round_up(tokens, 32) + kLanes<T>; }
 
-  void prepare() {
-    seq.prepare();
-    __builtin_memset(static_cast<void*>(everyone), 0, sizeof(Barrier));
-    __builtin_memset(static_cast<void*>(direction_barriers), 0, 2 * sizeof(Barrier));
-    __builtin_memset(static_cast<void*>(row_barriers), 0, 2 * team * sizeof(Barrier));
-  }
+  void prepare() { seq.prepare(); }
+  int wanted() const { return team; }
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, weights.once);
-    const int group = plan.concurrent == 2 ? size / 2 : size;
-    const int first = plan.concurrent == 2 ? id / group : 0, rank = plan.concurrent == 2 ? id % group : id;
+    const int group = size / plan.concurrent, first = id / group, rank = id % group;
     if (first < plan.concurrent) {
       for (int d = first; d < D; d += plan.concurrent) {
         weights.pack(d, rank, group);
@@ -236,11 +229,11 @@ struct LayerBwd {
           local(layer.local[id]),
           local_operand(layer.local_operand[id]) {}
 
-    static int64_t blocks(int64_t n) { return (n + NR<T> - 1) / NR<T>; }
+    static int64_t blocks(int64_t n) { return divide_up(n, NR<T>); }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
     int64_t row_of(int64_t t) const { return seq.token(t) - seq.token(lo); }  // of a chunk's buffers
     int64_t chunk_size() const { return seq.token(hi) - seq.token(lo); }
-    int64_t width(int64_t n, int64_t j) const { return n - j * NR<T> < NR<T> ? n - j * NR<T> : NR<T>; }
+    int64_t width(int64_t n, int64_t j) const { return least(NR<T>, n - j * NR<T>); }
 
     // The state before step t is the initial one.
     bool initial(int64_t t, int64_t b) const {
@@ -335,7 +328,7 @@ struct LayerBwd {
     void each_token(int64_t begin, int64_t end, const Fn& fn) const {
       for (int64_t t = lo, row = 0; t < hi; t++) {
         const int64_t n = seq.rows(t);
-        for (int64_t b = begin > row ? begin - row : 0; b < n && row + b < end; b++) fn(row + b, t, b);
+        for (int64_t b = most(0, begin - row); b < n && row + b < end; b++) fn(row + b, t, b);
         row += n;
       }
     }
@@ -349,7 +342,7 @@ struct LayerBwd {
       __builtin_memset(static_cast<void*>(unused_h), 0, sizeof(O) * kRebuildTokens * NR<T>);
       __builtin_memset(static_cast<void*>(unused_c), 0, sizeof(T) * kRebuildTokens * NR<T>);
       for (int64_t m0 = m * rank / group; m0 < end; m0 += kRebuildTokens) {
-        const int64_t n = end - m0 < kRebuildTokens ? end - m0 : kRebuildTokens;
+        const int64_t n = least(kRebuildTokens, end - m0);
         each_token(m0, m0 + n, [&](int64_t row, int64_t t, int64_t b) {
           copy_row(seq.template x<S>(t, b), f.I, x + (row - m0) * ldx, ldx);
           copy_row(h_prev(t, b), f.P, h + (row - m0) * ldp, ldp);
@@ -392,7 +385,7 @@ struct LayerBwd {
       rows_barrier->wait(sharing);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
       if (n > 0)
-        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kDirect, dh + r0 * f.ldh, f.ldh,
+        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kBypass, dh + r0 * f.ldh, f.ldh,
                                     local_operand);
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
@@ -446,7 +439,7 @@ struct LayerBwd {
           tile.lddcells = f.D * f.H;
         tile.dc = dc + b * f.ldcell + u, tile.lddc = f.ldcell;
       }
-      if constexpr (Cell::kActivation) tile.relu = p.relu;
+      if constexpr (Cell::kReluOption) tile.relu = p.relu;
       Cell::template bwd<S>(tile);
     }
 
@@ -502,7 +495,7 @@ struct LayerBwd {
     void weight_gradients() const {
       for (int64_t n = n0, end; n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
-        end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
+        end = least((g + 1) * f.H, n1);
         if (end > n + f.gate_rows) end = n + f.gate_rows;
         const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
         transpose_gate(in, u, end - n);
@@ -536,9 +529,9 @@ struct LayerBwd {
       const Panels<O> shape{columns, chunk_size()};
       const bool convert = f.one_chunk() && !f.in_place(columns);
       const int64_t ld = convert ? NR<T> : f.padded(columns), depth = depth_of(shape.K),
-                    most = convert ? kGradientRows : n;
-      for (int64_t i = 0; i < n; i += most) {
-        const int64_t rows = n - i < most ? n - i : most;
+                    at_once = convert ? kGradientRows : n;
+      for (int64_t i = 0; i < n; i += at_once) {
+        const int64_t rows = least(at_once, n - i);
         for (int64_t j = 0; j < shape.count(); j++) {
           T* to = convert ? local : sums + (first + i) * ld + j * NR<T>;
           gemm_panel(rows, shape.width(j), shape.depth(), local_operand + i * depth, depth,
@@ -588,7 +581,7 @@ struct LayerBwd {
         }
       for (int64_t n = n0, end; out.b_ih && n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
-        end = (g + 1) * f.H < n1 ? (g + 1) * f.H : n1;
+        end = least((g + 1) * f.H, n1);
         write_row(f.db[d] + Cell::kInputSlot[g] * f.H + u, static_cast<S*>(out.b_ih) + n, end - n);
         write_row(f.db[d] + Cell::kRecurrentSlot[g] * f.H + u, static_cast<S*>(out.b_hh) + n, end - n);
       }
@@ -604,13 +597,5 @@ struct LayerBwd {
 
 template <class Cell, class S>
 static void layer_bwd(const typename Cell::BwdParams& p) {
-  LayerBwd<Cell, S> layer(p);
-  Arena count;
-  layer.team = team_size(layer.seq, 3 * Cell::kGates);  // three products of the size of forward's
-  layer.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  layer.layout(arena);
-  layer.prepare();
-  run_team(p.parallel, layer.team, [&](int id, int size) { layer.thread(id, size); });
-  scratch_free(arena.base);
+  run_kernel(p.parallel, LayerBwd<Cell, S>(p));
 }

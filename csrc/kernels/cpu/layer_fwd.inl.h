@@ -64,7 +64,7 @@ struct LayerFwd {
   const bool once;  // one step: each block is used once, so it is packed when its turn comes and stays in L2
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
-  int team;               // threads at most
+  const int team;         // threads at most
   int64_t chunk_tokens;   // of a projection, at most
 
   // Shared, one of each per direction.
@@ -83,12 +83,12 @@ struct LayerFwd {
         H(p.H),
         P(p.P),
         B(p.B),
-        direct(p.T <= kDirectSteps && seq.tokens <= kDirectTokens && !p.packed && p.w[0].w_hr == nullptr),
-        once(p.T == 1 && !direct && !p.packed && p.w[0].w_hr == nullptr),
+        direct(p.T <= kDirectSteps && seq.tokens <= kDirectTokens && !p.panels && p.w[0].w_hr == nullptr),
+        once(p.T == 1 && !direct && !p.panels && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
         past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
                    p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),
-        team(1),
+        team(forward_team_size<O>(seq, G, once)),
         chunk_tokens(0),
         ldx(round_up(I, 32) + kLanes<T>),
         ldh(round_up(P, 32) + kLanes<T>),
@@ -111,20 +111,17 @@ struct LayerFwd {
       m[d] = weights.projected ? a.take<O>(B * ldm) : nullptr;
       cell[d] = a.take<T>(Cell::kCellState ? B * ldcell + apart<T>(team) : 0);
     }
-    everyone = a.take<Barrier>(1);
-    row_barriers = a.take<Barrier>(2 * team);
+    everyone = a.take_zeros<Barrier>(1);
+    row_barriers = a.take_zeros<Barrier>(2 * team);
     // Each chunk reads all input weights once. Where a thread's share of them comes from L3 or memory, C is
     // half as large: H = 1024 +4 to 6 %.
     const int64_t half = G * weights.in.size() * int64_t(sizeof(O)) / (2 * team) / kChunkBytes,
-                  chunks = half < 1             ? 1
-                           : half > kMostChunks ? kMostChunks
-                                                : half;
+                  chunks = most(1, least(half, kMostChunks));
     chunk_tokens = chunks * kChunkTokens;
     const int64_t all = p.T == 1 ? 0 : seq.tokens * (G * weights.in.padded() + kLanes<T>);
-    c_size = chunks * kChunkBytes / int64_t(sizeof(T));
-    if (c_size > all) c_size = all;
-    if (c_size < B * (G * NR<T>)) c_size = B * (G * NR<T>);  // a block of units of one step
-    const int64_t x_size = x_in_place() || direct ? 0 : (B > chunk_tokens ? B : chunk_tokens) * ldx;
+    c_size = most(least(chunks * kChunkBytes / int64_t(sizeof(T)), all),
+                  B * (G * NR<T>));  // a block of units of one step
+    const int64_t x_size = x_in_place() || direct ? 0 : most(B, chunk_tokens) * ldx;
     C = a.take_each<T>(team, c_size);
     Q = a.take_each<T>(team, B * NR<T>);
     X = a.take_each<O>(team, x_size);
@@ -132,21 +129,15 @@ struct LayerFwd {
     block = a.take_each<O>(team, block_size);
   }
 
-  void prepare() {
-    seq.prepare();
-    __builtin_memset(static_cast<void*>(everyone), 0, sizeof(Barrier));
-    __builtin_memset(static_cast<void*>(row_barriers), 0, 2 * team * sizeof(Barrier));
-  }
+  void prepare() { seq.prepare(); }
+  int wanted() const { return team; }
 
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, once);
-    const int members = plan.per_direction();
-    const int first = plan.concurrent == 2 ? id / (size / 2) : 0,
-              rank = plan.concurrent == 2 ? id % (size / 2) : id;
-    for (int d = first; d < p.D; d += plan.concurrent)
-      weights.pack(d, rank, plan.concurrent == 2 ? size / 2 : size);
+    const int group = size / plan.concurrent, first = id / group, rank = id % group;
+    for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, group);
     everyone->wait(size);
-    if (rank >= members || first >= plan.concurrent) return;
+    if (rank >= plan.per_direction() || first >= plan.concurrent) return;
     for (int d = first; d < p.D; d += plan.concurrent) {
       Worker worker(*this, plan, d, id, rank,
                     row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
@@ -189,7 +180,7 @@ struct LayerFwd {
           k0(weights.proj.count() * (rank % plan.unit_groups) / plan.unit_groups),
           k1(weights.proj.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
           u0(j0 * NR<T>),
-          width((j1 * NR<T> < weights.in.padded() ? j1 * NR<T> : weights.in.padded()) - u0),
+          width(least(j1 * NR<T>, weights.in.padded()) - u0),
           sharing(plan.unit_groups),
           barrier(b),
           C(layer.C[id]),
@@ -197,8 +188,7 @@ struct LayerFwd {
           cell(layer.cell[d] + apart<T>(row_group)),
           X(layer.X[id]),
           packed_block(layer.block[id]) {
-      const int64_t fits = f.c_size / (G * width + kLanes<T>),
-                    tokens = fits < f.chunk_tokens ? fits : f.chunk_tokens;
+      const int64_t fits = f.c_size / (G * width + kLanes<T>), tokens = least(fits, f.chunk_tokens);
       steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
       by_block = steps == 1;
       gate = by_block ? NR<T> : width;
@@ -216,7 +206,7 @@ struct LayerFwd {
     // What step s reads after this panel; at its end, what the next step reads first.
     const O* next_panel(int64_t s, int g, int64_t j) const {
       const int64_t first = j0 * G, last = j1 * G - 1, n = j * G + g + (s % 2 ? -1 : 1);
-      const int64_t at = n < first ? first : n > last ? last : n;
+      const int64_t at = most(first, least(n, last));
       return recurrent_panel(int(at % G), at / G);
     }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
@@ -228,7 +218,7 @@ struct LayerFwd {
       init_state();
       barrier->wait(sharing);
       for (int64_t begin = 0; begin < p.T; begin += steps) {
-        const int64_t end = begin + steps < p.T ? begin + steps : p.T;
+        const int64_t end = least(begin + steps, p.T);
         const int64_t lo = d ? time(end - 1) : begin,
                       hi = d ? time(begin) + 1 : end;  // chunk in memory order
         load_inputs(lo, hi);
@@ -261,10 +251,7 @@ struct LayerFwd {
     }
     // Own columns of h and c back to their initial values.
     int64_t h_begin() const { return weights.projected ? k0 * NR<T> : u0; }
-    int64_t h_end() const {
-      const int64_t end = weights.projected ? k1 * NR<T> : u0 + width;
-      return end < f.P ? end : f.P;
-    }
+    int64_t h_end() const { return least(f.P, weights.projected ? k1 * NR<T> : u0 + width); }
     void set_h(int64_t b, O* to, const S* h0) const {
       const int64_t j = h_begin(), n = h_end() - j;
       copy_row(h0 + b * f.P + j, n, to + b * f.ldh + j, n);
@@ -368,7 +355,7 @@ struct LayerFwd {
     // the split gate's W_hh h + b_hh.
     void direct_block(int64_t s, int64_t t, int64_t n, int64_t j) {
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
-      const int64_t u = j * NR<T>, units = f.H - u < NR<T> ? f.H - u : NR<T>;
+      const int64_t u = j * NR<T>, units = least(NR<T>, f.H - u);
       for (int g = 0; g < G; g++) {
         const int64_t row = g * f.H + u;
         const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
@@ -393,7 +380,7 @@ struct LayerFwd {
     void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, T* block) {
       const int64_t u = j * NR<T>, token = seq.token(t) + r0, D = p.D;
       FwdTile<S> tile{};
-      tile.rows = n, tile.units = f.H - u < NR<T> ? f.H - u : NR<T>, tile.H = f.H;
+      tile.rows = n, tile.units = least(NR<T>, f.H - u), tile.H = f.H;
       tile.C = block, tile.ldc = ldc, tile.gate = gate;
       tile.q = Q, tile.ldq = NR<T>;
       tile.h_prev = state(s) + r0 * f.ldh + u, tile.ldh_prev = f.ldh;
@@ -411,7 +398,7 @@ struct LayerFwd {
         if (p.cells)
           tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
       }
-      if constexpr (Cell::kActivation) tile.relu = p.relu;
+      if constexpr (Cell::kReluOption) tile.relu = p.relu;
       tile.past_cache = f.past_cache;
       Cell::template fwd<S>(tile);
     }
@@ -419,7 +406,7 @@ struct LayerFwd {
     // h = m W_hr^T, own columns.
     void project_state(int64_t s, int64_t t, int64_t n) {
       for (int64_t k = k0; k < k1; k++) {
-        const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = f.P - u < NR<T> ? f.P - u : NR<T>;
+        const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = least(NR<T>, f.P - u);
         gemm_panel(n, w, weights.proj.depth(), f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w,
                    static_cast<const T*>(nullptr), 0, Q, NR<T>);
         for (int64_t b = 0; b < n; b++)
@@ -462,13 +449,5 @@ struct LayerFwd {
 
 template <class Cell, class S>
 static void layer_fwd(const typename Cell::FwdParams& p) {
-  LayerFwd<Cell, S> layer(p);
-  Arena count;
-  layer.team = forward_team_size<Operand<S>>(layer.seq, Cell::kGates, layer.once);
-  layer.layout(count);
-  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-  layer.layout(arena);
-  layer.prepare();
-  run_team(p.parallel, layer.team, [&](int id, int size) { layer.thread(id, size); });
-  scratch_free(arena.base);
+  run_kernel(p.parallel, LayerFwd<Cell, S>(p));
 }

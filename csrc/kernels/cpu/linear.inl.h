@@ -11,8 +11,15 @@
 #include "direct.inl.h"
 #include "team.inl.h"
 
-// C [M, N] = A [M, K] B [K, N] + bias. A by rows, or across: element [m, k] at a[k * lda + m]. B likewise: by
-// rows [K, N], or across: a row of b is a column of B.
+// Element [i, j] at data[i * ld + j], or where it lies across (transposed) at data[j * ld + i].
+template <class S>
+struct Matrix {
+  const S* data;
+  int64_t ld;
+  bool across = false;
+};
+
+// C [M, N] = A [M, K] B [K, N] + bias.
 template <class S>
 struct Product {
   using T = Acc<S>;
@@ -21,38 +28,33 @@ struct Product {
   static constexpr int64_t kRows = 96, kPass = 1024;
 
   int64_t M, N, K;
-  const S* a;
-  int64_t lda;
-  bool a_across;
-  const S* b;
-  int64_t ldb;
-  bool b_across;
-  const S* bias;
+  Matrix<S> a, b;
+  const S* bias = nullptr;  // [N]
   S* c;
-  S* row_sums;  // [M]: of A, or null
+  S* row_sums = nullptr;  // [M]: of A, where they are wanted
   const Parallel& parallel;
 
   const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
-  const int64_t passes = K ? (K + kPass - 1) / kPass : 1, pass = round_up((K + passes - 1) / passes, 32);
-  const int64_t panels = (N + NR<O> - 1) / NR<O>;
+  const int64_t passes = most(1, divide_up(K, kPass)), pass = round_up(divide_up(K, passes), 32);
+  const int64_t panels = divide_up(N, NR<O>);
   const int64_t ld_rows = round_up(pass, 32) + W, ld_sums = in_place     ? N
                                                             : passes > 1 ? round_up(N, W)
                                                                          : NR<O>;
   int team = 1;
-  int64_t block_rows = kRows, row_blocks = (M + kRows - 1) / kRows, column_blocks = 1;
+  int64_t block_rows = kRows, row_blocks = divide_up(M, kRows), column_blocks = 1;
 
   O* packed = nullptr;
   PerThread<O> rows{};
   PerThread<T> block_sums{};
   T *biases = nullptr, *sums = nullptr, *of_rows = nullptr;
-  int64_t* next = nullptr;  // [passes]
+  Queue* queues = nullptr;  // [passes]
   Barrier* barrier = nullptr;
 
   Panels<O> panels_of(int64_t k) const { return {N, k}; }
   // Rows of A that the tiles can read: of their type, padded, and not all in one set of L1 (see LayerFwd).
   bool a_as_it_lies(int64_t k) const {
-    return !a_across && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
-           lda * int64_t(sizeof(S)) % 4096 != 0;
+    return !a.across && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
+           a.ld * int64_t(sizeof(S)) % 4096 != 0;
   }
 
   void layout(Arena& arena) {
@@ -62,40 +64,31 @@ struct Product {
     sums = arena.take<T>(in_place || passes == 1 ? 0 : M * ld_sums);
     block_sums = arena.take_each<T>(team, in_place || passes > 1 ? 0 : kRows * NR<O>);
     of_rows = arena.take<T>(M);
-    next = arena.take<int64_t>(passes);
-    barrier = arena.take<Barrier>(1);
+    queues = arena.take_zeros<Queue>(passes);
+    barrier = arena.take_zeros<Barrier>(1);
   }
+  void prepare() const {
+    for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
+  }
+  int wanted() const { return team; }
 
   void run() {
-    team = work_team();
-    column_blocks = row_blocks >= 2 * team || panels < 2 ? 1 : panels < team ? panels : team;
+    team = threads_for(double(M) * double(N) * double(K), parallel.threads);
+    column_blocks = row_blocks >= 2 * team ? 1 : most(1, least(panels, team));
     if (row_blocks > team) {  // about as many for each thread
-      block_rows = (M + round_up(row_blocks, team) - 1) / round_up(row_blocks, team);
-      row_blocks = (M + block_rows - 1) / block_rows;
+      block_rows = divide_up(M, round_up(row_blocks, team));
+      row_blocks = divide_up(M, block_rows);
     }
-    Arena count;
-    layout(count);
-    Arena arena{static_cast<char*>(scratch_alloc(count.used))};
-    layout(arena);
-    __builtin_memset(static_cast<void*>(barrier), 0, sizeof(Barrier));
-    __builtin_memset(next, 0, sizeof(int64_t) * passes);
-    for (int64_t n = 0; n < N; n += W) store(biases + n, bias ? load(bias + n, N - n) : Vec<T>{});
-    run_team(parallel, team, [&](int id, int size) { thread(id, size); });
-    scratch_free(arena.base);
-  }
-  // Work below 1e5 multiply-adds is not worth waking another thread (see kWorkPerThread).
-  int work_team() const {
-    const double threads = double(M) * double(N) * double(K) / 1e5;
-    return threads >= parallel.threads ? parallel.threads : threads < 1 ? 1 : int(threads);
+    run_kernel(parallel, *this);
   }
 
   void thread(int id, int size) {
     for (int64_t i = 0; i < passes; i++) {
-      const int64_t k0 = i * pass, k = K - k0 < pass ? K - k0 : pass;
+      const int64_t k0 = i * pass, k = least(pass, K - k0);
       for (int64_t j = panels * id / size; j < panels * (id + 1) / size; j++) pack(k0, k, j);
       barrier->wait(size);
       const int64_t tasks = row_blocks * column_blocks;
-      for (int64_t t; (t = __atomic_fetch_add(next + i, 1, __ATOMIC_RELAXED)) < tasks;)
+      for (int64_t t; (t = queues[i].take()) < tasks;)
         block(id, i, k0, k, t / column_blocks, t % column_blocks);
       barrier->wait(size);
     }
@@ -106,20 +99,20 @@ struct Product {
     const Panels<O> shape = panels_of(k);
     O* to = packed + shape.offset(j);
     const int64_t n = j * NR<O>, width = shape.width(j);
-    if (b_across) return pack_panel(b + n * ldb + k0, ldb, N - n, k, to, width);
-    pack_rows(b + k0 * ldb + n, ldb, N - n, to, 0, k, width);
+    if (b.across) return pack_panel(b.data + n * b.ld + k0, b.ld, N - n, k, to, width);
+    pack_rows(b.data + k0 * b.ld + n, b.ld, N - n, to, 0, k, width);
     pack_padding(to, k, width);
   }
 
   // Rows [m, m + block_rows) by a share of the panels.
   void block(int id, int64_t i, int64_t k0, int64_t k, int64_t row_block, int64_t column_block) const {
     const Panels<O> shape = panels_of(k);
-    const int64_t m = row_block * block_rows, n = M - m < block_rows ? M - m : block_rows;
+    const int64_t m = row_block * block_rows, n = least(block_rows, M - m);
     const bool first = i == 0, last = i + 1 == passes;
     const O* from = rows[id];
     int64_t ld = ld_rows;
     if (a_as_it_lies(k))
-      from = reinterpret_cast<const O*>(a + m * lda + k0), ld = lda;
+      from = reinterpret_cast<const O*>(a.data + m * a.ld + k0), ld = a.ld;
     else
       gather(m, n, k0, k, rows[id]);
     if (row_sums && column_block == 0) add_rows(m, n, k, from, ld, first, last);
@@ -137,11 +130,11 @@ struct Product {
   }
   void gather(int64_t m, int64_t n, int64_t k0, int64_t k, O* to) const {
     const int64_t padded = round_up(k, 32);
-    if (!a_across) {
-      for (int64_t r = 0; r < n; r++) copy_row(a + (m + r) * lda + k0, k, to + r * ld_rows, padded);
+    if (!a.across) {
+      for (int64_t r = 0; r < n; r++) copy_row(a.data + (m + r) * a.ld + k0, k, to + r * ld_rows, padded);
       return;
     }
-    pack_transposed(a + k0 * lda + m, lda, k, n, to, ld_rows, padded);
+    pack_transposed(a.data + k0 * a.ld + m, a.ld, k, n, to, ld_rows, padded);
   }
   // Sums of the rows of A: gathered, padded with zeros.
   void add_rows(int64_t m, int64_t n, int64_t k, const O* from, int64_t ld, bool first, bool last) const {
@@ -165,29 +158,16 @@ struct FewRows {
   const LinearFwdParams& p;
 
   void run() const {
-    const int64_t blocks = (p.N + W - 1) / W;
-    const double threads = double(p.M) * double(p.N) * double(p.K) / 1e5;
-    const int64_t team = threads < 1                    ? 1
-                         : threads < p.parallel.threads ? int64_t(threads)
-                                                        : p.parallel.threads;
-    if (team == 1 || p.parallel.run == nullptr) return outputs(0, blocks);
-    struct Share {
-      const FewRows& few;
-      int64_t blocks, team;
-    } share{*this, blocks, team};
-    p.parallel.run(
-        p.parallel.ctx, team,
-        [](void* arg, int64_t begin, int64_t end) {
-          const Share& s = *static_cast<Share*>(arg);
-          s.few.outputs(s.blocks * begin / s.team, s.blocks * end / s.team);
-        },
-        &share);
+    const int64_t blocks = divide_up(p.N, W);
+    const int team = threads_for(double(p.M) * double(p.N) * double(p.K), p.parallel.threads);
+    run_ranges(p.parallel, team,
+               [&](int64_t begin, int64_t end) { outputs(blocks * begin / team, blocks * end / team); });
   }
   void outputs(int64_t begin, int64_t end) const {
     const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *b = static_cast<const S*>(p.b);
     T y[kRows * W];
     for (int64_t n = begin * W; n < end * W && n < p.N; n += W) {
-      const int64_t columns = p.N - n < W ? p.N - n : W;
+      const int64_t columns = least(W, p.N - n);
       direct_products(p.M, columns, y, W, Term<S, S>{w + n * p.K, p.K, x, p.x_m, p.K});
       const Vec<T> bias = b ? load(b + n, columns) : Vec<T>{};
       for (int64_t m = 0; m < p.M; m++)
@@ -199,42 +179,36 @@ struct FewRows {
 template <class S>
 static void linear_fwd(const LinearFwdParams& p) {
   if (p.M <= FewRows<S>::kRows) return FewRows<S>{p}.run();
-  const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w);
-  Product<S>{p.M,
-             p.N,
-             p.K,
-             x,
-             p.x_m,
-             false,
-             w,
-             p.K,
-             true,
-             static_cast<const S*>(p.b),
-             static_cast<S*>(p.y),
-             nullptr,
-             p.parallel}
+  Product<S>{.M = p.M,
+             .N = p.N,
+             .K = p.K,
+             .a = {.data = static_cast<const S*>(p.x), .ld = p.x_m},
+             .b = {.data = static_cast<const S*>(p.w), .ld = p.K, .across = true},
+             .bias = static_cast<const S*>(p.b),
+             .c = static_cast<S*>(p.y),
+             .parallel = p.parallel}
       .run();
 }
 template <class S>
 static void linear_bwd(const LinearBwdParams& p) {
   const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *dy = static_cast<const S*>(p.dy);
   if (p.dx)
-    Product<S>{p.M,     p.K,       p.N, dy, p.dy_m, false, w, p.K, false, nullptr, static_cast<S*>(p.dx),
-               nullptr, p.parallel}
+    Product<S>{.M = p.M,
+               .N = p.K,
+               .K = p.N,
+               .a = {.data = dy, .ld = p.dy_m},
+               .b = {.data = w, .ld = p.K},
+               .c = static_cast<S*>(p.dx),
+               .parallel = p.parallel}
         .run();
   if (p.dw || p.db)
-    Product<S>{p.N,
-               p.K,
-               p.M,
-               dy,
-               p.dy_m,
-               true,
-               x,
-               p.x_m,
-               false,
-               nullptr,
-               static_cast<S*>(p.dw),
-               static_cast<S*>(p.db),
-               p.parallel}
+    Product<S>{.M = p.N,
+               .N = p.K,
+               .K = p.M,
+               .a = {.data = dy, .ld = p.dy_m, .across = true},
+               .b = {.data = x, .ld = p.x_m},
+               .c = static_cast<S*>(p.dw),
+               .row_sums = static_cast<S*>(p.db),
+               .parallel = p.parallel}
         .run();
 }

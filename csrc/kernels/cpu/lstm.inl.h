@@ -9,10 +9,10 @@ struct Lstm {
   using FwdParams = LstmFwdParams;
   using BwdParams = LstmBwdParams;
   static constexpr int kGates = 4, kSaved = 4, kSplitGate = -1;
-  static constexpr bool kCellState = true, kActivation = false;
+  static constexpr bool kCellState = true, kReluOption = false;
   // Gate gradients lie in slots; both products read all four.
   static constexpr int kSlots = 4, kInputSlot[] = {0, 1, 2, 3}, kRecurrentSlot[] = {0, 1, 2, 3};
-  static constexpr bool kDirect = false;  // h_{t-1} acts through W_hh only
+  static constexpr bool kBypass = false;  // h_{t-1} acts through W_hh only
 
   // In two passes, c_t then h_t: a chain of two activations is 140 cycles long, and the scheduler holds less
   // than two vectors of it (71 cycles each in one pass, 57 in two, 50 with shorter polynomials).

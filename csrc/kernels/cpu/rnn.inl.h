@@ -9,9 +9,9 @@ struct Rnn {
   using FwdParams = RnnFwdParams;
   using BwdParams = RnnBwdParams;
   static constexpr int kGates = 1, kSaved = 0, kSplitGate = -1;
-  static constexpr bool kCellState = false, kActivation = true;
+  static constexpr bool kCellState = false, kReluOption = true;  // instead of tanh
   static constexpr int kSlots = 1, kInputSlot[] = {0}, kRecurrentSlot[] = {0};
-  static constexpr bool kDirect = false;
+  static constexpr bool kBypass = false;
 
   template <class S>
   static void fwd(const FwdTile<S>& t) {

@@ -28,7 +28,7 @@ struct Sequence {
   // Rows of [r0, r1) that live at step t.
   int64_t rows(int64_t t, int64_t r0, int64_t r1) const {
     const int64_t n = rows(t);
-    return n <= r0 ? 0 : (n < r1 ? n : r1) - r0;
+    return most(0, least(n, r1) - r0);
   }
   template <class S>
   const S* x(int64_t t, int64_t b) const {
@@ -59,7 +59,7 @@ template <class D>
 static double step_cycles(int64_t rows, int64_t units, int64_t I, int64_t K, int G, bool barrier) {
   if (rows == 0) return barrier ? kBarrierCycles : 0;
   const double panels = double(G) * round_up(units, kLanes<Acc<D>>) / NR<D>,
-               tiles = double((rows + MR - 1) / MR);
+               tiles = double(divide_up(rows, MR));
   const double bytes = panels * NR<D> * K * sizeof(D);
   const double bandwidth = bytes <= (24 << 10)    ? 128
                            : bytes <= (512 << 10) ? 40
@@ -95,38 +95,32 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only =
   const LayerParams& p = seq.p;
   const bool concurrent = p.D == 2 && threads >= 2 && (threads % 2 == 0 || threads >= 6);
   const int size = concurrent ? threads / 2 : threads;
-  const int64_t blocks = (p.H + NR<D> - 1) / NR<D>;
-  const int64_t samples = p.batch_sizes ? (p.T < 64 ? p.T : 64) : 1;
+  const int64_t blocks = divide_up(p.H, NR<D>);
+  const int64_t samples = p.batch_sizes ? least(p.T, 64) : 1;
   Plan best{concurrent ? 2 : 1, 1, 1};
-  double least = -1;
+  double cheapest = -1;
   auto consider = [&](int rg, int ug) {
-    const int64_t units = (blocks + ug - 1) / ug * NR<D>;
+    const int64_t units = divide_up(blocks, ug) * NR<D>;
     double worst = 0;
     for (int i = 0; i < rg; i++) {
       const int64_t r0 = row_split(seq, rg, i), r1 = row_split(seq, rg, i + 1);
       double sum = 0;
       for (int64_t s = 0; s < samples; s++)
-        sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), units < p.H ? units : p.H, p.I, p.P, G,
-                              ug > 1);
+        sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), least(units, p.H), p.I, p.P, G, ug > 1);
       if (sum > worst) worst = sum;
     }
-    if (least < 0 || worst < least) least = worst, best.row_groups = rg, best.unit_groups = ug;
+    if (cheapest < 0 || worst < cheapest) cheapest = worst, best.row_groups = rg, best.unit_groups = ug;
   };
   if (!units_only) consider(1, 1);  // steps shorter than a barrier
   for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++)
-    consider(rg, int(size / rg < blocks ? size / rg : blocks));
+    consider(rg, int(least(size / rg, blocks)));
   return best;
 }
 
-// Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every
-// weight is read from L3 and used once.
-constexpr double kWorkPerThread = 1e5;
-
 static int team_size(const Sequence& seq, int G) {
   const LayerParams& p = seq.p;
-  const double work = double(seq.p.D) * double(seq.tokens) * G * double(p.H) * double(p.I + p.P);
-  const double threads = work / kWorkPerThread;
-  return threads >= p.parallel.threads ? p.parallel.threads : threads < 1 ? 1 : int(threads);
+  return threads_for(double(p.D) * double(seq.tokens) * G * double(p.H) * double(p.I + p.P),
+                     p.parallel.threads);
 }
 // Forward: nobody is woken to watch one thread walk alone.
 template <class D>

@@ -18,38 +18,31 @@ struct StepFwd {
   const Params& p;
   const int64_t blocks;  // of one direction
   int shares = 1;
-  struct {
-    alignas(64) int64_t next;
-  } share[kShares];
+  Queue share[kShares];
 
-  explicit StepFwd(const Params& params) : p(params), blocks((p.H + NR<T> - 1) / NR<T>) {}
+  explicit StepFwd(const Params& params) : p(params), blocks(divide_up(p.H, NR<T>)) {}
 
   static bool fits(const Params& p) {
-    return p.T == 1 && p.B <= kRows && !p.packed && !p.batch_sizes && p.w[0].w_hr == nullptr;
+    return p.T == 1 && p.B <= kRows && !p.panels && !p.batch_sizes && p.w[0].w_hr == nullptr;
   }
 
   // Each thread begins with a share that is the same in every call, because some of it may still be in its
   // L2.
   void run() {
-    shares = team_size(Sequence(p), G);
-    if (shares > kShares) shares = kShares;
+    shares = int(least(kShares, team_size(Sequence(p), G)));
     for (int i = 0; i < shares; i++) share[i].next = first_block(i);
-    if (shares == 1 || p.parallel.run == nullptr) return take_blocks(0);
-    p.parallel.run(
-        p.parallel.ctx, shares,
-        [](void* arg, int64_t begin, int64_t) { static_cast<StepFwd*>(arg)->take_blocks(int(begin)); }, this);
+    run_ranges(p.parallel, shares, [&](int64_t begin, int64_t) { take_blocks(int(begin)); });
   }
   int64_t first_block(int i) const { return p.D * blocks * i / shares; }
   void take_blocks(int own) {
     for (int n = 0, i = own; n < shares; n++, i = (i + 1) % shares)
-      for (int64_t at; (at = __atomic_fetch_add(&share[i].next, 1, __ATOMIC_RELAXED)) < first_block(i + 1);)
-        block(int(at / blocks), at % blocks);
+      for (int64_t at; (at = share[i].take()) < first_block(i + 1);) block(int(at / blocks), at % blocks);
   }
 
   void block(int d, int64_t j) const {
     alignas(64) T C[kRows * G * NR<T>], Q[kRows * NR<T>], c[kRows * NR<T>];
     alignas(64) O h_prev[kRows * NR<T>], h[kRows * NR<T>];
-    const int64_t u = j * NR<T>, units = p.H - u < NR<T> ? p.H - u : NR<T>;
+    const int64_t u = j * NR<T>, units = least(NR<T>, p.H - u);
     const S* h0 = static_cast<const S*>(p.h0) + d * p.B * p.H;
     products(d, u, units, h0, C, Q);
     for (int64_t b = 0; b < p.B; b++) {
@@ -70,7 +63,7 @@ struct StepFwd {
       tile.c = c, tile.ldcell = NR<T>;
       if (p.cells) tile.cells = static_cast<T*>(p.cells) + d * p.H + u, tile.ldcells = p.D * p.H;
     }
-    if constexpr (Cell::kActivation) tile.relu = p.relu;
+    if constexpr (Cell::kReluOption) tile.relu = p.relu;
     Cell::template fwd<S>(tile);
     for (int64_t b = 0; b < p.B; b++) {
       const int64_t to = (d * p.B + b) * p.H + u;

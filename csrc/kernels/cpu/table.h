@@ -24,8 +24,7 @@ struct KernelTable {
   void (*additive_attention_bwd)(const AdditiveAttentionBwdParams&);
   void (*linear_fwd)(const LinearFwdParams&);
   void (*linear_bwd)(const LinearBwdParams&);
-  // One layer's weights in panels, for `packed` in forward params: returns the bytes, writes unless out is
-  // null.
+  // One layer's weights in panels, for LayerParams::panels: returns the bytes, writes unless out is null.
   int64_t (*lstm_pack)(const LayerParams&, void* out);
   int64_t (*gru_pack)(const LayerParams&, void* out);
   int64_t (*rnn_pack)(const LayerParams&, void* out);

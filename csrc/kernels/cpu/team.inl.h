@@ -1,4 +1,5 @@
-// Threads of one kernel call: who they are, how they wait for each other, what memory they share.
+// Threads of one kernel call: how many, how they wait for each other, what memory they share, and at the end
+// how every kernel runs on them.
 #pragma once
 
 #include "gemm.inl.h"
@@ -34,6 +35,32 @@ struct Barrier {
     }
   }
 };
+
+// Tasks 0, 1, 2 ...: each goes to the thread that asks next.
+struct Queue {
+  alignas(64) int64_t next;
+
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+// Work below this many multiply-adds is not worth waking another thread: 3 us at best, but 20 us where every
+// weight is read from L3 and used once.
+constexpr double kWorkPerThread = 1e5;
+
+static int threads_for(double work, int64_t most, double work_per_thread = kWorkPerThread) {
+  const double threads = work / work_per_thread;
+  return threads >= double(most) ? int(most) : threads < 1 ? 1 : int(threads);
+}
+
+// body(begin, end) on ranges that together cover [0, n), by whichever threads come: none waits for another.
+template <class Body>
+static void run_ranges(const Parallel& parallel, int64_t n, const Body& body) {
+  if (n <= 1 || parallel.run == nullptr) return body(0, n);
+  parallel.run(
+      parallel.ctx, n,
+      [](void* arg, int64_t begin, int64_t end) { (*static_cast<const Body*>(arg))(begin, end); },
+      const_cast<Body*>(&body));
+}
 
 // Runs body(id, size) on up to `want` threads at once. A range of several ids may come to one thread (a pool
 // that is busy, a nested parallel region); so the threads first count themselves, and `size` is how many
@@ -89,11 +116,37 @@ struct Arena {
     used += round_up(n * int64_t(sizeof(T)), 64) + 64;
     return p;
   }
-  void keep_apart() { used += kApart; }
+  template <class T>
+  T* take_zeros(int64_t n) {  // barriers and queues, as they begin
+    T* p = take<T>(n);
+    if (p) __builtin_memset(static_cast<void*>(p), 0, n * sizeof(T));
+    return p;
+  }
   template <class T>
   PerThread<T> take_each(int64_t team, int64_t n) {
     if (n == 0 || team == 1) return {take<T>(n), 0};
     const int64_t step = round_up(n, 64) + apart<T>(1);
     return {take<T>(team * step), step};
   }
+  // Memory of a `Buffers` for each thread: Buffers(kernel, arena) takes it from an arena that begins there.
+  template <class Buffers, class Kernel>
+  PerThread<char> take_buffers(int64_t team, const Kernel& kernel) {
+    Arena one;
+    Buffers(kernel, one);
+    one.used += kApart;
+    return {take<char>(team * one.used), one.used};
+  }
 };
+
+// How every kernel runs: layout() takes its memory, prepare() fills what the threads share, then
+// thread(id, size) runs on up to wanted() of them.
+template <class Kernel>
+static void run_kernel(const Parallel& parallel, Kernel&& kernel) {
+  Arena count;
+  kernel.layout(count);
+  Arena arena{static_cast<char*>(scratch_alloc(count.used))};
+  kernel.layout(arena);
+  kernel.prepare();
+  run_team(parallel, kernel.wanted(), [&](int id, int size) { kernel.thread(id, size); });
+  scratch_free(arena.base);
+}

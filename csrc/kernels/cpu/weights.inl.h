@@ -25,7 +25,7 @@ struct ForwardWeights {
         I(p.I),
         P(p.P),
         projected(p.w[0].w_hr != nullptr),
-        in_place(use_in_place || p.packed),
+        in_place(use_in_place || p.panels),
         in{H, I},
         rec{H, P},
         proj{P, H} {}
@@ -42,7 +42,7 @@ struct ForwardWeights {
 
   void layout(Arena& a) {
     for (int d = 0; d < p.D; d++) {
-      panels[d] = p.packed ? const_cast<O*>(static_cast<const O*>(p.packed)) + d * size()
+      panels[d] = p.panels ? const_cast<O*>(static_cast<const O*>(p.panels)) + d * size()
                            : a.take<O>(in_place ? 0 : size());
       bias[d] = a.take<T>(G * in.padded());
       q_bias[d] = a.take<T>(in.padded());
@@ -143,8 +143,7 @@ struct BackwardWeights {
     for (int n = 0; n < G; n++) {
       int g = 0;
       while (slot[g] != first_slot(slot) + n) g++;
-      const int64_t first = n * p.H, begin = k0 > first ? k0 : first,
-                    end = k1 < first + p.H ? k1 : first + p.H;
+      const int64_t first = n * p.H, begin = most(k0, first), end = least(k1, first + p.H);
       const S* from = w + (g * p.H - first) * N + column;
       if (begin < end) pack_rows(from + begin * N, N, N - column, to, begin - k0, end - k0, shape.width(j));
     }
@@ -171,7 +170,7 @@ struct BackwardWeights {
     for (int64_t j = j0; j < j1; j++) {
       T* to = c + j * NR<O>;
       for (int64_t k = 0; k < shape.K; k += kBlockRows) {
-        const int64_t rows = shape.K - k < kBlockRows ? shape.K - k : kBlockRows;
+        const int64_t rows = least(kBlockRows, shape.K - k);
         pack_gates(static_cast<const S*>(w), shape, slot, j, k, k + rows, block);
         gemm_panel(n, shape.width(j), round_up(rows, kDepth<O>), dG + first_slot(slot) * p.H + k, ldG, block,
                    shape.width(j), add || k ? to : nullptr, ldc, to, ldc);
@@ -200,8 +199,8 @@ struct BackwardWeights {
         const O* rows = static_cast<const O*>(w) + (g * p.H + k) * N;
         for (int64_t j = j0; j < j1; j++) {
           T* to = c + j * NR<O>;
-          gemm_panel(n, shape.width(j), p.H - k < kRows ? p.H - k : kRows, dG + slot[g] * p.H + k, ldG,
-                     rows + j * NR<O>, N, add || g || k ? to : nullptr, ldc, to, ldc);
+          gemm_panel(n, shape.width(j), least(kRows, p.H - k), dG + slot[g] * p.H + k, ldG, rows + j * NR<O>,
+                     N, add || g || k ? to : nullptr, ldc, to, ldc);
         }
       }
     }

@@ -33,7 +33,6 @@ struct Lstm {
   static constexpr int kGates = 4, kSaved = 4, kSlots = 4, kRecurrentSlot = 0;
   static constexpr int kInputSlot[] = {0, 1, 2, 3};
   static constexpr bool kCellState = true, kNeedsPreviousH = false;
-  static constexpr const char* kName = "lstm";
 
   template <class T>
   SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T& c, T* saved, bool) {
@@ -61,7 +60,6 @@ struct Gru {
   static constexpr int kGates = 3, kSaved = 4, kSlots = 4, kRecurrentSlot = 1;
   static constexpr int kInputSlot[] = {1, 2, 0};
   static constexpr bool kCellState = false, kNeedsPreviousH = true;
-  static constexpr const char* kName = "gru";
 
   template <class T>
   SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T&, T* saved, bool) {
@@ -86,7 +84,6 @@ struct Rnn {
   static constexpr int kGates = 1, kSaved = 0, kSlots = 1, kRecurrentSlot = 0;
   static constexpr int kInputSlot[] = {0};
   static constexpr bool kCellState = false, kNeedsPreviousH = false;
-  static constexpr const char* kName = "rnn";
 
   template <class T>
   SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T&, T*, bool relu) {

@@ -1,0 +1,51 @@
+// Which weights of attention dropout leaves, by Philox 4x32-7 (Salmon et al. 2011): backward draws again what
+// forward drew, and nothing of Tq x Tk lies in memory.
+//
+// Counter: (key / 4, query ^ upper half of the offset, sequence and head, lower half of the offset), one
+// number for each of four neighbouring keys, as on GPUs (seqkernels/triton/common.py). A lane of 64 bits has
+// one counter, because there one multiplication gives both halves of a product; what stands above a half is
+// never read. 32 keys of a query take some 70 instructions with AVX-512.
+#pragma once
+
+#include "kernels/attention.h"
+#include "vec.h"
+
+using U64 = Vec<uint64_t>;
+
+// The product of the lower halves.
+SEQ_INLINE U64 multiply_halves(U64 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (U64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)splat(uint64_t(b)));
+#elif defined(__AVX2__)
+  return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)splat(uint64_t(b)));
+#else
+  return (a & 0xffffffff) * uint64_t(b);
+#endif
+}
+
+// Bit n: key j + n, of 32, stays for query i of head h of sequence b, `head` being b Hq + h. 32 divides j.
+[[maybe_unused]] static uint32_t kept_keys(const Dropout& drop, int64_t head, int64_t i, int64_t j) {
+  constexpr int W = kLanes<uint64_t>;
+  U64 bits{};
+  SEQ_UNROLL for (int first = 0; first < 8; first += W) {
+    U64 quad, shift;
+    SEQ_UNROLL for (int lane = 0; lane < W; lane++) quad[lane] = uint64_t(first + lane);
+    shift = quad * 4;
+    U64 c[4] = {quad + uint64_t(j / 4), splat(uint64_t(i) ^ drop.offset >> 32), splat(uint64_t(head)),
+                splat(drop.offset)};
+    uint32_t key[2] = {uint32_t(drop.seed), uint32_t(drop.seed >> 32)};
+    SEQ_UNROLL for (int round = 0; round < 7; round++) {
+      const U64 a = multiply_halves(c[0], 0xd2511f53), b = multiply_halves(c[2], 0xcd9e8d57);
+      c[0] = b >> 32 ^ c[1] ^ uint64_t(key[0]), c[1] = b;
+      c[2] = a >> 32 ^ c[3] ^ uint64_t(key[1]), c[3] = a;
+      key[0] += 0x9e3779b9, key[1] += 0xbb67ae85;
+    }
+    SEQ_UNROLL for (int n = 0; n < 4; n++) {
+      const U64 stays = (U64)((c[n] & 0xffffffff) >= drop.threshold);
+      bits |= (stays & (uint64_t(1) << n)) << shift;
+    }
+  }
+  uint64_t all = 0;
+  SEQ_UNROLL for (int lane = 0; lane < W; lane++) all |= bits[lane];
+  return uint32_t(all);
+}
