@@ -155,6 +155,9 @@ BAD_CALLS = {
     "hx of one row for a batch": (torch.zeros(3, 4), torch.zeros(5)),
     "3-D hx": (torch.zeros(3, 4), torch.zeros(1, 3, 5)),
     "batched hx for one row": (torch.zeros(4), h),
+    "hx in a list": (torch.zeros(3, 4), [h]),
+    "hx in a tuple, unbatched": (torch.zeros(4), (h, h)),
+    "an array for hx": (torch.zeros(3, 4), h.numpy()),
     "double input": (torch.zeros(3, 4).double(), None),
     "double hx": (torch.zeros(3, 4), h.double()),
     "integer input": (torch.zeros(3, 4).long(), None),
@@ -176,8 +179,8 @@ def test_errors_are_torchs(kind, call, grad):
 
 @pytest.mark.parametrize(
     "hx",
-    [(h,), (h, torch.zeros(3, 6)), (h, torch.zeros(2, 5)), (h, torch.zeros(5))],
-    ids=["one", "size", "batch", "1-D"],
+    [(h,), (h, torch.zeros(3, 6)), (h, torch.zeros(2, 5)), (h, torch.zeros(5)), (h, None), h.numpy()],
+    ids=["one", "size", "batch", "1-D", "none", "array"],
 )
 def test_errors_of_cell_states_are_torchs(hx):
     ours, theirs = cells("LSTMCell", 4, 5)

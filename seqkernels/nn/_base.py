@@ -302,9 +302,10 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
     if isinstance(states, (tuple, list)) and input.dim() == 2 and support.is_plain_call():
         try:
             return op(input, *states, *_cell_weights(cell), *options)
-        except (RuntimeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError):
             pass  # the rest finds out why, and what to do
     fits = isinstance(input, Tensor) and input.dim() in (1, 2) and not isinstance(states, Tensor)
+    fits = fits and (states is None or all(isinstance(s, Tensor) for s in states))
     reason = support.why_torch(input) if fits else MISFIT
     if reason:
         return leave_to_torch(cell, input, hx, reason)
