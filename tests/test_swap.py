@@ -314,6 +314,27 @@ def test_symbolic_tracing_sees_one_node_as_of_torchs_modules():
     assert_close(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("with_states", [False, True])
+def test_nodes_have_the_arguments_of_torchs(kind, with_states):
+    """Passes over graphs look at how many there are."""
+    arguments = []
+    for module in (getattr(nn, kind)(3, 4), getattr(seqkernels, kind)(3, 4)):
+        model = WithStates(module) if with_states else nn.Sequential(module)
+        nodes = [n for n in torch.fx.symbolic_trace(model).graph.nodes if n.op == "call_module"]
+        arguments += [(str(n.args), str(n.kwargs)) for n in nodes]
+    assert arguments[0] == arguments[1]
+
+
+class WithStates(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, hx):
+        return self.inner(x, hx)
+
+
 def test_patch():
     with seqkernels.patch():
         inside = [

@@ -43,6 +43,9 @@ def as_one_node(module: Module, input: Proxy, *args, **kwargs) -> Proxy:
     Without what is left at its default, which torch's own modules may not know.
     """
     parameters = signature(type(module).forward).parameters
+    defaults = [p.default for p in parameters.values()][2:]  # of what comes after self and input
+    while args and args[-1] is defaults[len(args) - 1]:
+        args = args[:-1]
     given = {name: value for name, value in kwargs.items() if value is not parameters[name].default}
     path = input.tracer.path_of_module(module)
     return input.tracer.create_proxy("call_module", path, (input, *args), given)
