@@ -111,7 +111,13 @@ def test_float32_precision_follows_torch():
         for precision, name in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(precision)
             assert launch.float32_precision() == name
+        torch.set_float32_matmul_precision("highest")
+        matmul = torch.backends.cuda.matmul
+        for precision, name in (("tf32", "tf32x3"), ("ieee", "ieee"), ("tf32", "tf32x3"), ("none", "ieee")):
+            matmul.fp32_precision = precision  # after which torch may refuse to tell the above
+            assert launch.float32_precision() == name
     finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
 
 

@@ -391,8 +391,14 @@ def common_divisor(largest: int, *tensors: Tensor) -> int:
 
 
 def float32_precision() -> str:
-    """torch.set_float32_matmul_precision: highest, high, medium -> exact, three products in TF32, one."""
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    """Exact where torch's own products on GPUs are; else three products in TF32, or one if it says medium."""
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    try:
+        medium = torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # who has set fp32_precision gets no answer to the older question
+        medium = False
+    return "tf32" if medium else "tf32x3"
 
 
 @functools.lru_cache
