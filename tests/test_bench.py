@@ -684,6 +684,17 @@ def test_an_attention_case_of_the_gpu_suite(no_gpu):
     assert console.gpu_attention_line(list(rows.values()), 40)[1] == ""
 
 
+def test_attention_that_torch_cannot_run_on_a_gpu_ends_no_run(monkeypatch):
+    def no_memory(*args):
+        raise RuntimeError("no memory\nfor scores")
+
+    monkeypatch.setattr(gpu_attention, "ready", no_memory)
+    cases = [("gpu-attention", gpu_attention._square(1, 2, 2, 16, 8))] * 2
+    for rows in engine.run_gpu_cases(cases, 0.02):
+        assert {row.contestant for row in rows} == gpu_attention.CONTESTANTS.keys()
+        assert {(row.check, row.note) for row in rows} == {("error", "RuntimeError: no memory")}
+
+
 def test_the_whole_command_on_a_gpu(no_gpu, tmp_path, capsys, monkeypatch):
     small = [Case(cell="gru", T=5, B=3, I=8, H=16, mode=mode, resets=0.2) for mode in ("forward", "train")]
     monkeypatch.setitem(cases.SUITES, "gpu", tuple(small))

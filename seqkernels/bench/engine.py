@@ -184,7 +184,11 @@ def run_gpu_attention(suite: str, case: GpuCase, budget: float) -> list[Row]:
     shape = {"B": case.B, "H": case.Hq, "G": case.Hq // case.Hk, "Tq": case.Tq, "Tk": case.Tk, "D": case.D}
     work = {"tokens": case.B * case.Tq, "gflop": case.flops / 1e9, "causal": case.causal, "device": "cuda"}
     kind = {"suite": suite, "case": case.name, "cell": "sdpa", "mode": case.mode, "dtype": case.dtype}
-    seconds, wrong = gpu_attention.measure(case, budget)
+    try:
+        seconds, wrong = gpu_attention.measure(case, budget)
+    except Exception as error:  # what torch cannot run, which says how large errors may be
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        seconds, wrong = {}, dict.fromkeys(gpu_attention.CONTESTANTS, message)
     rows = {
         name: Row(
             **kind,
