@@ -2,6 +2,7 @@
 of it is read off the library. What needs a device is in test_cuda_device.py."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -473,3 +474,14 @@ def test_import_needs_no_driver_and_does_not_initialise_cuda():
     code = "import seqkernels, torch; print(torch.cuda.is_initialized())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (result.stdout, result.stderr) == ("False\n", "")
+
+
+def test_a_round_out_of_time_says_what_failed(tmp_path):
+    functions = (Path(__file__).parent / "cuda/round.sh").read_text().partition("\nbuild() {")[0]
+    slow = "import time\ndef test_bad(): assert False, 'this one'\ndef test_long(): time.sleep(100)\n"
+    (tmp_path / "test_slow.py").write_text(slow)
+    script = f"{functions}\nrun slow 10 $PYTHON -m pytest -p no:cacheprovider {tmp_path}/test_slow.py"
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    said = subprocess.check_output(["sh", "-c", script], text=True, env=environment)
+    assert "exit status 124" in said
+    assert "AssertionError: this one" in said

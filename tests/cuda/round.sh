@@ -17,10 +17,10 @@ tests="$PYTHON -m pytest -p no:cacheprovider -q -rfE --tb=short --durations=15 -
 if has pytest_timeout; then tests="$tests --timeout=90 --timeout-method=thread"; fi
 if has xdist; then parallel="-n 14 --maxfail=60"; else parallel="--maxfail=20"; fi
 
-run() { # name, seconds at most, command
+run() { # name, seconds at most, command; an interrupt lets pytest and the benchmark say what they have
   name=$1 limit=$2 began=$(date +%s)
   shift 2
-  timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  timeout -s INT -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
   echo "== $name: exit status $?, $(($(date +%s) - began)) s"
   tail -n 25 "$OUT/$name.log"
 }
