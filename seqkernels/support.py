@@ -22,10 +22,12 @@ def has_cuda_kernels() -> bool:
 
 
 def autocasts(device: str) -> bool:
-    """Autocast is on there; False where there is no autocast, of which it is an error to ask."""
-    # Compiling, torch 2.11 breaks the graph where it is asked for a device's autocast.
-    known = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device)
+    """Autocast is on there; where there is none torch.is_autocast_enabled raises."""
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)  # which torch.compile of torch 2.11 cannot trace
 
 
 def why_torch(x: Tensor) -> str | None:
@@ -126,6 +128,7 @@ def fall_back(reason: str) -> None:
 
 # What torch.compiler.assume_constant_result sets, so that these speak while torch.compile traces.
 # The decorator itself imports torch._dynamo, which takes as long as importing torch.
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_not_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_not_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
