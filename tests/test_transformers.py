@@ -246,6 +246,13 @@ def test_a_mask_of_four_dims_is_taken_as_it_is(kind):
         assert_close(*results)
 
 
+def test_a_mask_of_queries_and_keys_is_no_padding():
+    mask = torch.zeros(5, 5).masked_fill(torch.rand(5, 5) < 0.3, -torch.inf).fill_diagonal_(0)  # RT-DETR's
+    for rows in (3, 5):
+        arguments, both = torch.randn(3, rows, 4, 5, 8), (integration.attend, sdpa_attention_forward)
+        assert_close(*(attend(torch.nn.Module(), *arguments, mask)[0] for attend in both))
+
+
 def test_softcap_and_sinks():
     module = torch.nn.Module()
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)

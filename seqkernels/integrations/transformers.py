@@ -1,7 +1,7 @@
 """Hugging Face models on our kernels: after `register()` they take attn_implementation="seqkernels".
 
 Models make one mask and hand it to the attention of every layer. Ours is no larger than the padding it says,
-[B,keys], where what else a query may not see is causal; attention knows it by its two dims.
+[B,keys], where what else a query may not see is causal; attention knows it by its two dims of bool.
 """
 
 import torch
@@ -54,7 +54,7 @@ def attend(
         rows = torch.broadcast_shapes(query.shape[:1], key.shape[:1])
         query, key = (t.expand(*rows, -1, -1, -1) for t in (query, key))
     lengths = _lengths_of_keys(attention_mask)
-    padding = attention_mask is not None and attention_mask.dim() == 2
+    padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype == torch.bool
     is_causal = bool(is_causal and query.size(2) > 1 and (attention_mask is None or padding))
     mask = attention_mask[:, None, None] if padding else attention_mask
     if lengths is not None:
