@@ -246,6 +246,40 @@ def test_a_mask_of_four_dims_is_taken_as_it_is(kind):
         assert_close(*results)
 
 
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+@pytest.mark.parametrize("kind", ["Bloom", "BigBirdPegasus", "PegasusX", "MegatronBert", "Splinter"])
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_models_that_know_only_eager_get_its_masks(kind, padding):
+    sizes = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}
+    sizes = SIZES | TOKENS | (sizes if "Pegasus" in kind else {})
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    classes = {"PegasusX": "ForConditionalGeneration", "MegatronBert": "Model", "Splinter": "Model"}
+    theirs, ours = (
+        getattr(transformers, kind + classes.get(kind, "ForCausalLM"))
+        ._from_config(copy.deepcopy(config), attn_implementation=name)
+        .eval()
+        for name in ("eager", "seqkernels")
+    )
+    ours.load_state_dict(theirs.state_dict())
+    inputs = padded(padding)
+    rows = inputs["attention_mask"].bool()
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if kind == "PegasusX" else {}
+    assert_close(*(model(**inputs)[0][rows] for model in (ours, theirs)))
+
+
+def test_a_model_that_attends_by_itself_says_so(monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.BloomConfig(**SIZES, **TOKENS), attn_implementation="seqkernels"
+    )
+    monkeypatch.setattr(support, "_told", set())
+    with pytest.warns(UserWarning, match="Bloom.* does not take its attention from transformers' registry"):
+        model(**padded("none"))
+    torch.compile(model, backend="eager", fullgraph=True)(**padded("none"), use_cache=False)
+    monkeypatch.setenv("SEQKERNELS_STRICT", "1")
+    with pytest.raises(RuntimeError, match="forbids to fall back"):
+        model(**padded("none"))
+
+
 def test_a_mask_of_queries_and_keys_is_no_padding():
     mask = torch.zeros(5, 5).masked_fill(torch.rand(5, 5) < 0.3, -torch.inf).fill_diagonal_(0)  # RT-DETR's
     for rows in (3, 5):

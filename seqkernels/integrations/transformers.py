@@ -4,10 +4,17 @@ Models make one mask and hand it to the attention of every layer. Ours is no lar
 [B,keys], where what else a query may not see is causal; attention knows it by its two dims of bool.
 """
 
+import sys
+
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 from transformers.utils import is_tracing
 
 from seqkernels import support
@@ -22,7 +29,9 @@ def register(name: str = "seqkernels") -> None:
 
     Padding on the right becomes lengths. Softcap, sinks and position biases are supported. Attention weights
     are not, as with "sdpa". A model that hands over which keys to attend to (DeepSeek-V3.2 and its kin)
-    raises ValueError.
+    raises ValueError. Models that do not take their attention from transformers' registry keep it: BLOOM and
+    its kin say so and run as with "eager", Falcon and GPT-J raise KeyError. `seqkernels.patch()` reaches them
+    where they have "sdpa".
     Equal to `attn_implementation="sdpa"`.
     """
     AttentionInterface.register(name, attend)
@@ -92,9 +101,16 @@ def make_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    config: PreTrainedConfig | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """The padding [B,keys], or [B,1,1,keys] where nothing is causal; for anything else what "sdpa" takes."""
+    """The padding [B,keys], or [B,1,1,keys] where nothing is causal; for anything else what "sdpa" takes.
+
+    What "eager" takes for models that know nothing else.
+    """
+    only_eager = config is not None and _know_only_eager(type(config))
+    if only_eager:
+        allow_is_causal_skip = allow_is_bidirectional_skip = False
     causal = mask_function is causal_mask_function and allow_is_causal_skip and q_length > 1
     free = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     if (
@@ -104,7 +120,7 @@ def make_mask(
         or not (free or (causal and isinstance(q_offset, int) and q_offset + q_length == kv_length))
         or attention_mask.all()
     ):
-        return sdpa_mask(
+        return (eager_mask if only_eager else sdpa_mask)(
             batch_size,
             q_length,
             kv_length,
@@ -122,6 +138,21 @@ def make_mask(
         if torch.equal(attention_mask, keys < lengths[:, None]):
             mask._lengths_of_keys = lengths, _version(mask)
     return mask
+
+
+def _know_only_eager(config: type[PreTrainedConfig]) -> bool:
+    """Models that attend by themselves, or do not say what is causal since the masks of "eager" always do."""
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    found = vars(sys.modules[name]).values() if name != config.__module__ and name in sys.modules else ()
+    models = [c for c in found if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    models = [c for c in models if c.__module__ == name]
+    if own := [c.__name__ for c in models if not c._can_set_attn_implementation()]:
+        support.fall_back(f"{own[0]} does not take its attention from transformers' registry")
+        return True
+    return bool(models) and not any(c._supports_sdpa or c._supports_attention_backend for c in models)
+
+
+_know_only_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _values_may_decide(mask: Tensor) -> bool:
