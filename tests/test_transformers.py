@@ -246,6 +246,26 @@ def test_a_mask_of_four_dims_is_taken_as_it_is(kind):
         assert_close(*results)
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_mask_says_what_is_causal_where_the_model_does_not(padding):
+    config = transformers.MoonshineConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        encoder_num_hidden_layers=1,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+    )
+    theirs = transformers.MoonshineForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    ours = copy.deepcopy(theirs.eval())
+    ours.set_attn_implementation("seqkernels")
+    inputs = {f"decoder_{name}": t for name, t in padded(padding).items()}
+    inputs["input_values"] = torch.randn(3, 2000)
+    rows = inputs["decoder_attention_mask"].bool()
+    assert_close(*(model(**inputs).logits[rows] for model in (ours, theirs)))
+
+
 @pytest.mark.filterwarnings("ignore:seqkernels falls back")
 @pytest.mark.parametrize("kind", ["Bloom", "BigBirdPegasus", "PegasusX", "MegatronBert", "Splinter"])
 @pytest.mark.parametrize("padding", ["none", "right"])

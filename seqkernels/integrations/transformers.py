@@ -64,7 +64,8 @@ def attend(
         query, key = (t.expand(*rows, -1, -1, -1) for t in (query, key))
     lengths = _lengths_of_keys(attention_mask)
     padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype == torch.bool
-    is_causal = bool(is_causal and query.size(2) > 1 and (attention_mask is None or padding))
+    # Moonshine takes any mask to say what is causal, as others do, and then says that nothing is
+    is_causal = bool((padding or (is_causal and attention_mask is None)) and query.size(2) > 1)
     mask = attention_mask[:, None, None] if padding else attention_mask
     if lengths is not None:
         mask = None
