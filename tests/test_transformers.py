@@ -266,6 +266,45 @@ def test_a_mask_says_what_is_causal_where_the_model_does_not(padding):
     assert_close(*(model(**inputs).logits[rows] for model in (ours, theirs)))
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.StaticCache])
+def test_a_model_may_cut_its_mask_to_the_newest_queries(padding, cache):
+    config = transformers.Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        **TOKENS,
+        intermediate_size=32,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=50,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=4,
+    )
+    theirs = transformers.Gemma4ForCausalLM._from_config(config, attn_implementation="sdpa")
+    ours = copy.deepcopy(theirs.double().eval())
+    ours.set_attn_implementation("seqkernels")
+    length = {"max_cache_len": 16} if cache is transformers.StaticCache else {}
+    inputs = padded(padding)
+    for newest in (1, 2):
+        arguments = [inputs | {"past_key_values": cache(config=config, **length)} for _ in range(2)]
+        results = (m(**kw, logits_to_keep=newest) for m, kw in zip((ours, theirs), arguments, strict=True))
+        assert_close(*(result.logits for result in results))
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_a_model_may_cut_its_mask_to_the_keys_there_are(padding):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "d_kv": 4, "d_ff": 32}
+    config = transformers.Pix2StructTextConfig(**sizes, is_decoder=True, initializer_range=1.0)
+    theirs = transformers.Pix2StructTextModel._from_config(config, attn_implementation="sdpa")
+    ours = copy.deepcopy(theirs.eval())
+    ours.set_attn_implementation("seqkernels")
+    inputs = padded(padding)
+    rows = inputs["attention_mask"].bool()
+    assert_close(*(model(**inputs).logits[rows] for model in (ours, theirs)))
+
+
 @pytest.mark.filterwarnings("ignore:seqkernels falls back")
 @pytest.mark.parametrize("kind", ["Bloom", "BigBirdPegasus", "PegasusX", "MegatronBert", "Splinter"])
 @pytest.mark.parametrize("padding", ["none", "right"])

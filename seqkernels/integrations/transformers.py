@@ -23,6 +23,9 @@ from seqkernels.attention import attend_with_lengths
 # Keywords that models of sparse or otherwise changed attention pass to any attention but "eager" and "sdpa".
 UNKNOWN = ("indices", "block_indices", "sinks")
 
+# Models that cut the mask to the newest queries, or to the keys there are: it has to have them.
+CUTTING = ("gemma4_text", "gemma4_unified_text", "pix2struct_text_model")
+
 
 def register(name: str = "seqkernels") -> None:
     """Make `attn_implementation=name` known to transformers, to `model.set_attn_implementation(name)`, too.
@@ -107,10 +110,10 @@ def make_mask(
 ) -> Tensor | None:
     """The padding [B,keys], or [B,1,1,keys] where nothing is causal; for anything else what "sdpa" takes.
 
-    What "eager" takes for models that know nothing else.
+    All that "sdpa" or "eager" takes for models that know nothing else.
     """
     only_eager = config is not None and _know_only_eager(type(config))
-    if only_eager:
+    if only_eager or (config is not None and config.model_type in CUTTING):
         allow_is_causal_skip = allow_is_bidirectional_skip = False
     causal = mask_function is causal_mask_function and allow_is_causal_skip and q_length > 1
     free = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
