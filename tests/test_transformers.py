@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask  # noqa: E402
 
+from seqkernels import support  # noqa: E402
 from seqkernels.integrations import transformers as integration  # noqa: E402
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -356,6 +357,15 @@ def test_softcap_and_sinks():
     p = torch.cat([scores, sinks[:, None, None].expand(2, 4, 5, 1)], -1).softmax(-1)[..., :-1]
     assert_close(out, (p @ v.repeat_interleave(2, 1)).transpose(1, 2))
     assert weights is None
+
+
+def test_weights_that_there_are_not_are_said_to_be_missing(monkeypatch):
+    said, inputs = [], padded("right")
+    ours, theirs = models("llama")
+    monkeypatch.setattr(integration.logger, "warning_once", said.append)
+    results = [model(**inputs, output_attentions=True) for model in (ours, theirs)]
+    assert results[0].attentions == results[1].attentions == ()
+    assert set(said) == {"seqkernels has no attention weights for output_attentions=True: only eager has"}
 
 
 def test_training_with_dropout(monkeypatch):

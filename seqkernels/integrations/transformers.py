@@ -15,10 +15,12 @@ from transformers.masking_utils import (
     eager_mask,
     sdpa_mask,
 )
-from transformers.utils import is_tracing
+from transformers.utils import is_tracing, logging
 
 from seqkernels import support
 from seqkernels.attention import attend_with_lengths
+
+logger = logging.get_logger(__name__)
 
 # Keywords that models of sparse or otherwise changed attention pass to any attention but "eager" and "sdpa".
 UNKNOWN = ("indices", "block_indices", "sinks")
@@ -61,6 +63,8 @@ def attend(
         raise ValueError(
             f"{type(module).__name__} hands {names} to its attention, which seqkernels does not know"
         )
+    if kwargs.get("output_attentions"):
+        logger.warning_once("seqkernels has no attention weights for output_attentions=True: only eager has")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.size(0) != key.size(0):  # learned queries come once for all rows
         rows = torch.broadcast_shapes(query.shape[:1], key.shape[:1])
