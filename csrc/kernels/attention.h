@@ -71,9 +71,8 @@ struct AttentionBwdParams : AttentionParams {
   void* dsinks = nullptr;  // acc [Hq], or null
 };
 
-// dropout(P) [B, Hq, Tq, Tk], or its mean over heads [B, Tq, Tk], from the LSE of forward. Dense only.
+// dropout(P) [B, Hq, Tq, Tk], or its mean over heads [B, Tq, Tk]. Dense only, and without sinks.
 struct AttentionWeightsParams : AttentionParams {
-  const void* lse = nullptr;
   void* weights = nullptr;  // `dtype`, contiguous
   bool mean = false;
 };

@@ -179,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   return {dq, dk, dv, dmask, dsinks};
 }
 
-Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, OptionalTensor len_k,
+// The LSE is for GPUs, where a program sees one tile of the keys.
+Tensor attention_weights(Tensor q, Tensor k, Tensor /*lse*/, OptionalTensor mask, OptionalTensor len_k,
                          OptionalTensor alibi, double scale, double softcap, int64_t left, int64_t right,
                          bool bottom_right, double dropout, OptionalTensor rng, bool mean) {
   OptionalTensor none;
@@ -191,7 +192,6 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor lse, OptionalTensor mask, Op
   std::vector<int64_t> shape{p.B, p.Tq, p.Tk};
   if (!mean) shape.insert(shape.begin() + 1, p.Hq);
   Tensor weights = large_empty(q, shape);
-  p.lse = call.read(lse, "lse", {p.B, p.Hq, p.Tq});
   p.weights = weights.mutable_data_ptr();
   p.mean = mean;
   seqkernels::attention_weights(p);

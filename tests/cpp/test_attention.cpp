@@ -273,13 +273,16 @@ struct Reference {
     return truth;
   }
 
-  Truth weights(const Values& lse) const {
+  Truth weights() const {
     Values all(size_t(c.B * (c.mean ? 1 : c.Hq) * c.Tq * c.Tk), c.mean && c.Hq == 0 ? NAN : 0.0);
     queries([&](int64_t b, int64_t h, int64_t i) {
-      const double total = lse[size_t(c.lse().at(b, h, i))];
-      double* to = all.data() + ((c.mean ? b : b * c.Hq + h) * c.Tq + i) * c.Tk;
-      for (int64_t j = 0; total != -INFINITY && j < c.keys(b); j++)
-        to[j] += std::exp(logit(b, h, i, j).x - total) * stays(b, h, i, j) / double(c.mean ? c.Hq : 1);
+      Values x;
+      double top = -INFINITY, sum = 0, *to = all.data() + ((c.mean ? b : b * c.Hq + h) * c.Tq + i) * c.Tk;
+      for (int64_t j = 0; j < c.keys(b); j++) x.push_back(logit(b, h, i, j).x), top = std::max(top, x.back());
+      if (top == -INFINITY) return;
+      for (double& e : x) sum += e = std::exp(e - top);
+      for (int64_t j = 0; j < c.keys(b); j++)
+        to[j] += x[size_t(j)] / sum * stays(b, h, i, j) / double(c.mean ? c.Hq : 1);
     });
     return {{"weights", all}};
   }
@@ -349,10 +352,10 @@ struct Call {
     attention_bwd(p);
     return out;
   }
-  Buffers weights(const Buffers& given, const Parallel& parallel) const {
+  Buffers weights(const Parallel& parallel) const {
     auto p = params<AttentionWeightsParams>(parallel);
     p.v = {}, p.Dv = 0, p.sinks = nullptr;
-    p.lse = pointer(given, "lse"), p.mean = c.mean;
+    p.mean = c.mean;
     Buffers out;
     p.weights = make(out, "weights", c.dtype, c.B * (c.mean ? 1 : c.Hq) * c.Tq * c.Tk);
     attention_weights(p);
@@ -398,7 +401,7 @@ void check(const Case& c, const std::vector<const char*>& isas, Random& random) 
   Buffers given;
   given["out"] = Buffer(c.dtype, truth.at("out")), given["lse"] = Buffer(c.acc(), truth.at("lse"));
   const Truth gradients = reference.backward(given.at("out").values(), given.at("lse").values()),
-              weights = c.packed ? Truth{} : reference.weights(given.at("lse").values());
+              weights = c.packed ? Truth{} : reference.weights();
 
   const Parallel team = c.threads == 1 ? Parallel{} : threads(c.threads);
   const Parallel odd = random.one_in(2) ? nested(3) : busy(3);
@@ -412,7 +415,7 @@ void check(const Case& c, const std::vector<const char*>& isas, Random& random) 
     expect_close(grads, gradients, "attention backward", c);
     expect_close(call.backward(given, odd), gradients, "attention backward", c);
     expect_same_bits(call.backward(given, team), grads, "second run", c);
-    if (!c.packed) expect_close(call.weights(given, team), weights, "attention weights", c);
+    if (!c.packed) expect_close(call.weights(team), weights, "attention weights", c);
     expect_unchanged(in, c);
     expect_unchanged(given, c);
     seen[isa] += c.packed ? 6 : 7;

@@ -336,7 +336,9 @@ static void attention_bwd(const AttentionBwdParams& p) {
   run_kernel(p.parallel, AttentionBwd<S>(p));
 }
 
-// P once more, for need_weights: a task is a block of queries, of all heads where their mean is wanted.
+// P once more, for need_weights: a task is a block of queries, of all heads where their mean is wanted. Its
+// softmax is taken anew: where a finite mask hides a whole row, an LSE near -1e9 has no digits left for log
+// sum.
 template <class S>
 struct AttentionWeights {
   using T = Acc<S>;
@@ -345,8 +347,8 @@ struct AttentionWeights {
 
   const AttentionWeightsParams& p;
   const ScoreRule<T> rule;
-  const int64_t heads, blocks, width;  // of the result: heads, blocks of queries, keys padded
-  const int team;                      // threads at most
+  const int64_t heads, rows, blocks, width;  // of the result: heads; queries of a block, blocks; keys padded
+  const int team;                            // threads at most
 
   Queue* queue;
   PerThread<char> buffers;
@@ -355,15 +357,16 @@ struct AttentionWeights {
       : p(params),
         rule(p),
         heads(p.mean ? 1 : p.Hq),
-        blocks(divide_up(p.Tq, kQ)),
+        rows(most(1, least(kQ, p.Tq))),
+        blocks(divide_up(p.Tq, rows)),
         width(round_up(p.Tk, W)),
         team(p.parallel.threads) {}
 
   struct Buffers {
-    T *KT, *P, *Q, *rows;
+    T *KT, *Q, *P, *mean;
     Buffers(const AttentionWeights& f, Arena& a) {
-      KT = a.take<T>(f.p.D * kK), P = a.take<T>(kQ * kK);
-      Q = a.take<T>(std::is_same_v<S, T> ? 0 : kQ * f.p.D), rows = a.take<T>(kQ * f.width);
+      KT = a.take<T>(f.p.D * kK), Q = a.take<T>(std::is_same_v<S, T> ? 0 : f.rows * f.p.D);
+      P = a.take<T>(f.rows * f.width), mean = a.take<T>(f.p.mean ? f.rows * f.width : 0);
     }
   };
   void layout(Arena& a) {
@@ -377,40 +380,46 @@ struct AttentionWeights {
   void thread(int id, int) {
     Arena own{buffers[id]};
     const Buffers m(*this, own);
-    for (int64_t task; (task = queue->take()) < tasks();)
-      block(m, task / (heads * blocks), task / blocks % heads, task % blocks * kQ);
+    for (int64_t task; (task = queue->take()) < tasks();) {
+      const int64_t b = task / (heads * blocks), h = task / blocks % heads, i = task % blocks * rows,
+                    n = least(rows, p.Tq - i);
+      if (!p.mean) head(m, b, h, i, n);
+      if (p.mean) __builtin_memset(static_cast<void*>(m.mean), 0, sizeof(T) * n * width);
+      for (int64_t of = 0; p.mean && of < p.Hq; of++) {
+        head(m, b, of, i, n);
+        for (int64_t x = 0; x < n * width; x += W) store(m.mean + x, load(m.mean + x) + load(m.P + x));
+      }
+      const T by = p.mean ? T(1) / T(p.Hq) : T(1);
+      S* out = static_cast<S*>(p.weights) + ((b * heads + h) * p.Tq + i) * p.Tk;
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < p.Tk; j += W)
+          store(out + r * p.Tk + j, load((p.mean ? m.mean : m.P) + r * width + j) * by, p.Tk - j);
+    }
   }
 
-  // Queries [i, i + kQ) of head h, or of the mean of all heads.
-  void block(const Buffers& m, int64_t b, int64_t h, int64_t i) const {
+  // P of queries [i, i + n), with dropout.
+  void head(const Buffers& m, int64_t b, int64_t h, int64_t i, int64_t n) const {
     const Span span(p, b);
-    const int64_t n = least(kQ, p.Tq - i);
-    __builtin_memset(static_cast<void*>(m.rows), 0, sizeof(T) * n * width);
-    if (p.mean)
-      for (int64_t of = 0; of < p.Hq; of++) add_head(m, span, b, of, i, n);
-    else
-      add_head(m, span, b, h, i, n);
-    S* out = static_cast<S*>(p.weights) + ((b * heads + h) * p.Tq + i) * p.Tk;
-    for (int64_t r = 0; r < n; r++)
-      for (int64_t j = 0; j < p.Tk; j += W)
-        store(out + r * p.Tk + j, load(m.rows + r * width + j) * (T(1) / T(p.mean ? p.Hq : 1)), p.Tk - j);
-  }
-  void add_head(const Buffers& m, const Span& span, int64_t b, int64_t h, int64_t i, int64_t n) const {
-    const T* lse = static_cast<const T*>(p.lse) + span.lse + h * span.lse_h + i;
+    const int64_t j0 = span.first_key(i) / kK * kK, j1 = most(j0, span.end_key(i + n - 1));
+    __builtin_memset(static_cast<void*>(m.P), 0, sizeof(T) * n * width);
     int64_t ldq;
     const T* q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
-    for (int64_t j = span.first_key(i) / kK * kK; j < span.end_key(i + n - 1); j += kK) {
-      const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, span.Tk));
-      pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, keys.nk, p.D, m.KT, kK, keys.N);
-      product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
-      const bool limits = !keys.seen_by_all(i, n);
-      for (int64_t r = 0; r < n; r++) {
+    for (int64_t j = j0; j < j1; j += kK) {
+      const int64_t nk = least(kK, j1 - j), N = round_up(nk, W);
+      pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, nk, p.D, m.KT, kK, N);
+      product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P + j, width, Start::zero);
+    }
+    const KeyBlock<S> seen(p, rule, span, b, j0, j1);
+    for (int64_t r = 0; r < n && j0 < j1; r++) {
+      T top = -kInf<T>, sum = 0;
+      softmax_row(seen, h, i + r, m.P + r * width + j0, top, sum);
+      const T by = sum == T(0) ? T(0) : T(1) / sum;
+      for (int64_t j = j0; j < j1; j += kK) {
+        const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, j1));
         const uint64_t kept = keys.kept(h, i + r);
         for (int64_t l = 0; l < keys.N; l += W) {
-          Vec<T> unused;
-          const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, unused);
-          T* to = m.rows + r * width + j + l;
-          store(to, load(to) + keys.dropped(weights_of<T>(x, lse[r]), kept, l));
+          T* to = m.P + r * width + j + l;
+          store(to, keys.dropped(load(to) * by, kept, l));
         }
       }
     }
