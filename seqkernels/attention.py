@@ -495,7 +495,9 @@ def _mask(mask: Tensor, q: Tensor, scores: tuple[int, ...], batch: tuple[int, ..
     if len(batch) < 2:
         return mask
     shape = mask.shape[-3:]
-    return (mask if mask.shape[:-3].numel() == 1 else mask.expand(*batch, *shape)).reshape(-1, *shape)
+    if mask.shape[:-3].numel() == 1:
+        return mask.reshape(1, *shape)
+    return mask.expand(*batch, *shape).reshape(math.prod(batch), *shape)
 
 
 def _options(

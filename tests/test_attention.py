@@ -240,6 +240,14 @@ def test_masks_of_more_dims():
     assert_close(ours(q, k, v, torch.ones(3, 1, 1, 1, 7).bool()), ours(q, k, v))
 
 
+@pytest.mark.parametrize(("rows", "queries", "keys"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_masks_of_nothing_on_more_dims(rows, queries, keys):
+    leaves = qkv(1, rows, 2, queries, 8, keys=keys)
+    for shape in ((queries, keys), (1, keys), (rows, 1, queries, 1), (1, rows, 2, queries, keys)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        assert_close(with_gradients(ours, leaves, mask), with_gradients(theirs, leaves, mask))
+
+
 def test_queries_that_see_no_key_give_zero():
     q, k, v = qkv(2, 4, 5, 8, grad=True)
     mask = torch.ones(5, 5, dtype=torch.bool)
