@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from peak import MIB, growth
+from tolerances import assert_as_exact
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
@@ -251,6 +252,26 @@ def test_all_keys_masked_gives_the_bias():
     expected, _ = theirs(*qkv, padding, need_weights=False)
     assert_close(out, expected)
     assert theirs(*qkv, padding)[0].isnan().any()
+
+
+HIDING = [-1e4, -397124374.8651747, -1e9, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_of_queries_whose_keys_a_finite_mask_hides(dtype, hiding, average, isa):
+    """They sum to 1, though an LSE so far from 0 has no room for the logarithm of how many keys there are."""
+    ours, theirs = twins(dtype=dtype, batch_first=True)
+    q, k = torch.randn(N, 70, E, dtype=dtype), torch.randn(N, 100, E, dtype=dtype)
+    mask = torch.zeros(70, 100, dtype=dtype)
+    mask[3] = max(hiding, torch.finfo(dtype).min)
+    results = [m(q, k, k, attn_mask=mask, average_attn_weights=average)[1] for m in (ours, theirs)]
+    exact = copy.deepcopy(theirs).double()
+    truth = exact(q.double(), k.double(), k.double(), None, True, mask.double(), average)[1]
+    assert_as_exact(*({"weights": w} for w in (*results, truth)), dtype)
+    sums = results[0].double().sum(-1)
+    assert_close(sums, torch.ones_like(sums), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_torchs_own_samples_of_the_function():

@@ -86,7 +86,8 @@ def rows_that_see_nothing(device):
 
 
 def rows_hidden_by_finite_masks(device):
-    """Their output is the mean, as torch's. In backward rounding may take weights to 0, but not above 1."""
+    """Their output is the mean, as torch's, and weights sum to 1. In backward rounding may take weights to 0,
+    but not above 1."""
     q, k, v = (torch.randn(1, 1, n, 16, device=device) for n in (20, 33, 33))
     dout = torch.randn(1, 20, 1, 16, device=device)
     least = torch.finfo(torch.float32).min
@@ -114,7 +115,7 @@ def rows_hidden_by_finite_masks(device):
         weights = launch.attention_weights(
             q, k, lse, mask, None, None, 0.3, 0.0, NO_LIMIT, NO_LIMIT, False, 0.0, None, False
         )
-        assert (weights <= 1.001).all(), hiding
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 20, device=device), msg=str(hiding))
 
 
 def no_queries_or_keys(device):
