@@ -77,7 +77,8 @@ def scaled_dot_product_attention(
         sinks: [Hq]: logits that take part in every softmax and have no value; get a gradient
         return_lse: also return the logarithm of the softmax's denominator, [...,Hq,L] in float32 (float64 for
             float64), differentiable
-    A query that attends to no key gives 0. dropout_p is applied always, as in torch.
+    A query that attends to no key gives 0. dropout_p is applied always, as in torch; the same seed drops
+    other weights.
     Raises what torch raises; ValueError where arguments that torch does not know do not fit; RuntimeError
     when key and value differ in length.
     Equal to `torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p,

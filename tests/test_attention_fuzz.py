@@ -81,8 +81,9 @@ def problems(draw):
     if draw(st.booleans()):
         shape = (Hq,) if kind == "packed" or draw(st.booleans()) else (B, Hq)
         options["alibi"] = torch.rand(shape, generator=generator)
-    if draw(st.booleans()):
-        options["dropout"] = draw(st.sampled_from([0.1, 0.9]))
+    few = dtype == torch.bfloat16 and Tq * groups <= 8  # rows: without dropout their kernel rounds no weights
+    if not few and draw(st.booleans()):
+        options["dropout"] = draw(st.sampled_from([0.1, 0.5]))
         options["rng"] = torch.randint(2**62, (2,), generator=generator)
     sinks = {"sinks": torch.randn(Hq, generator=generator).to(acc)} if draw(st.booleans()) else {}
     note(f"{dtype}, {B=} {Hq=} {Hk=} {Tq=} {Tk=} {D=} {Dv=}, {kind}")
@@ -142,7 +143,7 @@ def plain_flash(q, k, v, *, cu_q=None, cu_k=None, first=0, **options) -> tuple[T
         spans = zip(pairwise([0, *cu_q.tolist()]), pairwise([0, *cu_k.tolist()]), strict=True)
         parts = [
             plain_flash(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], first=s, **options)
-            for s, ((a, b), (c, d)) in enumerate(spans)
+            for s, ((a, b), (c, d)) in enumerate(spans, -1)
         ]
         return tuple(torch.cat(p, 2) for p in zip(*parts, strict=True))
     dropout, rng, drop = options.pop("dropout", 0), options.pop("rng", None), torch.ones(())

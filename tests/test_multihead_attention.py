@@ -11,6 +11,7 @@ from peak import MIB, growth
 from tolerances import assert_as_exact
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import seqkernels
 from seqkernels import support
 from seqkernels.nn import _base, multihead_attention
+from seqkernels.reference import attention as reference
 
 E, H, N, L, S = 8, 2, 3, 4, 5
 op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
@@ -31,6 +33,17 @@ op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations"
 def no_product_is_small(monkeypatch):
     """Ours project, though tests are small."""
     monkeypatch.setattr(_base, "SMALL_PRODUCT", -1)
+
+
+@pytest.fixture
+def same_dropout(monkeypatch):
+    """Torch drops the attention weights that ours drops after the same seed."""
+
+    def drop(weights: Tensor, p: float = 0.5, training: bool = True) -> Tensor:  # [N*H,L,S]
+        rng = reference.random_state(weights)
+        return reference.dropped(weights[None], p, rng)[0] if training else weights
+
+    monkeypatch.setattr(F, "dropout", drop)
 
 
 def twins(**options) -> tuple[nn.Module, nn.Module]:
@@ -301,9 +314,9 @@ def module_of(sample) -> nn.Module:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+@pytest.mark.usefixtures("same_dropout")
 def test_gradients_of_torchs_own_samples_of_the_function(dropout):
-    """Once with the dropout they have, torch's own then, and once without."""
+    """Once with the dropout they have, and once without."""
     count = 0
     for sample in MHA_SAMPLES.sample_inputs("cpu", torch.float64, requires_grad=True):
         count += 1
@@ -459,25 +472,45 @@ def test_tensors_with_a_way_of_their_own_go_torchs(need_weights, monkeypatch):
         assert r is e is None or (isinstance(r, TwoTensor) and torch.equal(r.a, e))
 
 
-@pytest.mark.filterwarnings("ignore:seqkernels falls back")
-def test_dropout_is_torchs():
-    ours, theirs = twins(dropout=0.5)
-    results = []
-    for module in (ours, theirs):
+@constructions
+@pytest.mark.usefixtures("same_dropout")
+def test_dropout(options):
+    ours, theirs = twins(dropout=0.5, **options)
+    qkv, mask = inputs(ours), masks("float", (L, S))
+    for average in (False, True):
+        results = []
+        for module in (ours, theirs):
+            torch.manual_seed(5)
+            results.append(run(module, qkv, attn_mask=mask, average_attn_weights=average))
+        assert_close(*results)
+    torch.manual_seed(5)
+    assert_close(ours(*qkv, attn_mask=mask, need_weights=False)[0], results[0][0])
+    assert_close(ours.eval()(*qkv, attn_mask=mask), theirs.eval()(*qkv, attn_mask=mask))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_differentiates_twice_behind_dropout(need_weights):
+    module = twins(dropout=0.5)[0]
+    leaves = [t.requires_grad_() for t in inputs(module)]
+
+    def call(*leaves):
         torch.manual_seed(5)
-        results.append(run(module, inputs(module)))
-    assert_close(*results)
+        return [t for t in module(*leaves, need_weights=need_weights) if t is not None]
+
+    assert gradcheck(call, leaves, fast_mode=True)
+    assert gradgradcheck(call, leaves, fast_mode=True)
 
 
 def test_what_torch_runs_is_said(monkeypatch):
     monkeypatch.setattr(support, "_told", set())
-    ours, theirs = twins(dropout=0.5)
+    ours, theirs = twins()
     qkv = inputs(ours)
-    with pytest.warns(UserWarning, match="the attention kernels for cpu tensors have no dropout"):
-        ours(*qkv)
+    call = torch.vmap(lambda x: ours(x, *qkv[1:])[0])
+    with pytest.warns(UserWarning, match="the kernels do not know torch.vmap"):
+        call(qkv[0][None])
     monkeypatch.setenv("SEQKERNELS_STRICT", "1")
     with pytest.raises(RuntimeError, match="SEQKERNELS_STRICT forbids"):
-        ours(*qkv)
+        call(qkv[0][None])
     with sdpa_kernel(SDPBackend.MATH):  # torch runs because the user wants it
         assert_close(ours.eval()(*qkv), theirs.eval()(*qkv))
 
@@ -627,13 +660,10 @@ def test_activations_keep_their_fast_path_after_unswapping():
 def test_explain():
     model = transformer(batch_first=True)
     seqkernels.swap_(model, lambda name, _: not name.startswith("decoder.layers.1"))
-    model.encoder.layers[0].self_attn.dropout = 0.1
     lines = dict(line.split(": ", 1) for line in seqkernels.explain(model).splitlines())
     isa, threads = torch.ops.seqkernels.get_isa(), torch.get_num_threads()
     ours = f"seqkernels.MultiheadAttention on {isa}, float64, {threads} threads"
     assert lines["encoder.layers.1.self_attn"] == lines["decoder.layers.0.multihead_attn"] == ours
-    reason = "the attention kernels for cpu tensors have no dropout"
-    assert lines["encoder.layers.0.self_attn"] == f"seqkernels.MultiheadAttention, but torch runs: {reason}"
     assert lines["decoder.layers.1.self_attn"].startswith("torch's MultiheadAttention, not swapped yet")
     args, kwargs = list(transformer_calls(True, grad=False))[1]
     lines = dict(

@@ -12,6 +12,7 @@ from seqkernels import support
 from seqkernels.attention import MISFIT, is_plain, torchs_kernels
 from seqkernels.nn._base import as_one_node, project, torchs_twin
 from seqkernels.ops.attention import NO_LIMIT, attention, attention_weights
+from seqkernels.reference.attention import random_state
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -45,8 +46,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
         dropout = self.dropout if self.training else 0.0
         reason = support.why_torch_attends(query, self.head_dim)
-        if not reason and dropout and need_weights:
-            reason = "the kernels give no attention weights after dropout"
         if plain and not reason and not self._fits(query, key, value, *masks, is_causal):
             reason = MISFIT
         if not (plain or reason or forbidden or need_weights) and self._fits_nested(
@@ -81,7 +80,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if torch_can and support.why_torch_is_faster(q, k, v, mask):
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=scale)
         else:
-            out, lse = attention(q, k, v, scale=scale, mask=mask, len_k=len_k, right=right, dropout=dropout)
+            options = {"scale": scale, "mask": mask, "right": right, "dropout": dropout}
+            options["rng"] = random_state(q) if dropout else None
+            out, lse = attention(q, k, v, len_k=len_k, **options)
         out = out.transpose(1, 2).flatten(2)
         if unbatched:
             out = out.squeeze(0)
@@ -90,7 +91,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = project(out, self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return out, None
-        weights = attention_weights(q, k, lse, scale=scale, mask=mask, right=right, mean=average_attn_weights)
+        weights = attention_weights(q, k, lse, mean=average_attn_weights, **options)
         return out, weights.squeeze(0) if unbatched else weights
 
     def _fits(

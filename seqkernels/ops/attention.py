@@ -88,16 +88,28 @@ def paged_attention(
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, mask: Tensor | None, right: int, mean: bool
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    right: int,
+    mean: bool,
+    dropout: float = 0.0,
+    rng: Tensor | None = None,
 ) -> Tensor:
-    """The weights [B,Hq,Tq,Tk] that belong to lse, or their mean over heads [B,Tq,Tk]; differentiable."""
+    """The weights [B,Hq,Tq,Tk] that belong to lse, or their mean over heads [B,Tq,Tk]; differentiable.
+
+    With dropout and the rng of `attention` what it left.
+    """
     q, k = map(ag.unit_last_stride, (q, k))
     if mask is not None:
         mask = _readable(mask, q)
     if ag.records(q, k, mask):
-        return _Weights.apply(*ag.distinct(q, k, lse.detach(), mask, scale, right, mean))
+        return _Weights.apply(*ag.distinct(q, k, lse.detach(), mask, scale, right, dropout, rng, mean))
     weights = _exported_weights if torch.compiler.is_exporting() else _weights
-    return weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
+    return weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, dropout, rng, mean)
 
 
 def _readable(mask: Tensor, q: Tensor) -> Tensor:
@@ -157,25 +169,25 @@ def _differentiate(ctx, tensors, drop, grads, need_dmask):
 
 class _Weights(ag.Function):
     @staticmethod
-    def forward(q, k, lse, mask, scale, right, mean):
-        return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, 0.0, None, mean)
+    def forward(q, k, lse, mask, scale, right, dropout, rng, mean):
+        return _weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, dropout, rng, mean)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, _, mask, *ctx.options = inputs
-        ctx.save_for_backward(q, k, mask)
+        q, k, _, mask, scale, right, dropout, rng, mean = inputs
+        ctx.options = {"scale": scale, "right": right, "dropout": dropout, "mean": mean}
+        ctx.save_for_backward(q, k, mask, rng)
 
     @staticmethod
     def backward(ctx, dweights):
-        q, k, mask = ctx.saved_tensors
-        scale, right, mean = ctx.options
+        q, k, mask, rng = ctx.saved_tensors
 
         def function(q, k, mask=mask):
-            return (reference.attention_weights(q, k, mask=mask, scale=scale, right=right, mean=mean),)
+            return (reference.attention_weights(q, k, mask=mask, rng=rng, **ctx.options),)
 
         inputs = (q, k, mask) if ctx.needs_input_grad[3] else (q, k)
         dq, dk, *dmask = ag.differentiate(function, inputs, (dweights,))
-        return dq, dk, None, *(dmask or [None]), None, None, None
+        return dq, dk, None, *(dmask or [None]), *[None] * 5
 
 
 def _reference(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options):
@@ -205,10 +217,12 @@ _exported_fwd = ag.exported("attention_fwd", _Attention.apply, _reference)
 _exported_weights = ag.exported(
     "attention_weights",
     lambda q, k, lse, mask, len_k, alibi, scale, softcap, left, right, bottom_right, dropout, rng, mean: (
-        _Weights.apply(q, k, lse.detach(), mask, scale, right, mean)
+        _Weights.apply(q, k, lse.detach(), mask, scale, right, dropout, rng, mean)
     ),
     lambda q, k, lse, mask, len_k, alibi, scale, softcap, left, right, bottom_right, dropout, rng, mean: (
-        reference.attention_weights(q, k, mask=mask, scale=scale, right=right, mean=mean)
+        reference.attention_weights(
+            q, k, mask=mask, scale=scale, right=right, dropout=dropout, rng=rng, mean=mean
+        )
     ),
 )
 

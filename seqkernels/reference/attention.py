@@ -39,7 +39,7 @@ def attention(
                 *(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]),
                 **(options | {"alibi": slope, "dropout": dropout, "rng": rng, "first": s}),
             )
-            for s, ((a, b), (c, d), slope) in enumerate(zip(*spans, slopes, strict=True))
+            for s, ((a, b), (c, d), slope) in enumerate(zip(*spans, slopes, strict=True), -1)
         ]
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -48,13 +48,17 @@ def attention(
         k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
     p, lse = _softmax(*logits(q, k, len_k=len_k, alibi=alibi, **options))
     if rng is not None:
-        p = p * kept(rng, dropout, p.shape, first) * (1 / (1 - dropout) if dropout < 1 else 0)
+        p = dropped(p, dropout, rng, first)
     return (p @ for_each_query_head(v, q)).to(q.dtype), lse
 
 
 def random_state(q: Tensor) -> Tensor:
     """Seed and offset of one dropout, from torch's generator."""
     return torch.randint(2**62, (2,), device=q.device)
+
+
+def dropped(p: Tensor, dropout: float, rng: Tensor, first: int = 0) -> Tensor:
+    return p * kept(rng, dropout, p.shape, first) * (1 / (1 - dropout) if dropout < 1 else 0)
 
 
 def kept(rng: Tensor, dropout: float, shape: torch.Size, first: int = 0) -> Tensor:
@@ -76,9 +80,13 @@ def kept(rng: Tensor, dropout: float, shape: torch.Size, first: int = 0) -> Tens
     return numbers >= min(round(dropout * 2**32), 2**32 - 1)
 
 
-def attention_weights(q: Tensor, k: Tensor, *, mean: bool = False, **options) -> Tensor:
-    """P [B,Hq,Tq,Tk], or its mean over heads [B,Tq,Tk]."""
+def attention_weights(
+    q: Tensor, k: Tensor, *, mean: bool = False, dropout: float = 0.0, rng: Tensor | None = None, **options
+) -> Tensor:
+    """P [B,Hq,Tq,Tk] behind the dropout, or its mean over heads [B,Tq,Tk]."""
     p = _softmax(*logits(q, k, **options))[0]
+    if rng is not None:
+        p = dropped(p, dropout, rng)
     return (p.mean(1) if mean else p).to(q.dtype)
 
 
