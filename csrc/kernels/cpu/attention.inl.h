@@ -383,10 +383,10 @@ struct KeyBlock {
   }
 
   // Bits of the keys, 64 at most, whose weights dropout leaves to query i.
-  uint64_t kept(int64_t h, int64_t i) const {
+  uint64_t kept(const Philox& philox, int64_t h, int64_t i) const {
     uint64_t bits = 0;
     for (int64_t l = 0; p.dropout && l < nk; l += 32)
-      bits |= uint64_t(kept_keys(p.dropout, b * p.Hq + h, i, j + l)) << l;
+      bits |= uint64_t(philox.kept(b * p.Hq + h, i, j + l)) << l;
     return bits;
   }
   // W weights, or gradients by them, behind the dropout.
@@ -395,19 +395,6 @@ struct KeyBlock {
     return lanes_of<T>(uint32_t(kept >> l)) ? x * T(p.dropout.factor) : Vec<T>{};
   }
 };
-
-template <int n, class V, int... i>
-SEQ_INLINE V exchange(V v, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(v, v, (i ^ n)...);
-}
-// All lanes joined into one value, by halves.
-template <class T, int n = kLanes<T> / 2, class Join>
-SEQ_INLINE T across(Vec<T> v, const Join& join) {
-  if constexpr (n == 0)
-    return v[0];
-  else
-    return across<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})), join);
-}
 
 // Scores of query i, at least as many as fill the block's lanes, become weights e^(logit - m) with m the
 // largest of them and of those before, l their sum. Returns what sums of those before are multiplied by.

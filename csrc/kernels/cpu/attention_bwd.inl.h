@@ -36,6 +36,7 @@ struct AttentionBwd {
   const AttentionBwdParams& p;
   const int64_t group, ldk, ldv, max_q;  // rows of D and Dv features, queries: padded
   const ScoreRule<T> rule;
+  const Philox philox;
   const bool in_turn;  // one dmask for several key heads: a task is a split of all of them
   const int team;      // threads at most
   int64_t splits = 1;
@@ -53,6 +54,7 @@ struct AttentionBwd {
         ldv(kPacked ? round_up(most(p.Dv, 1), 32) : round_up(p.Dv, W)),
         max_q(kPacked ? round_up(p.Tq, kQ) : p.Tq),
         rule(p),
+        philox(p.dropout),
         in_turn(p.dmask && (p.B * p.Hk > 1) && (p.mask_b == 0 || p.mask_h == 0)),
         team(p.parallel.threads) {
     splits = busy_splits(in_turn ? 1 : p.B * p.Hk, p.parallel.threads, divide_up(p.Tk, kK) / 2);
@@ -241,7 +243,7 @@ struct AttentionBwd {
           product<T, false>(n, N, p.Dv, d, ldo, m.VT, kK, m.dS, kK, Start::zero);
           const bool limits = !keys.seen_by_all(i, n);
           for (int64_t r = 0; r < n; r++) {
-            const uint64_t kept = keys.kept(h, i + r);
+            const uint64_t kept = keys.kept(f.philox, h, i + r);
             for (int64_t l = 0; l < N; l += W) {
               const Pair x = gradients(keys, h, i, r, l, row, limits, kept);
               store(m.P + r * kK + l, x.P);
@@ -278,7 +280,7 @@ struct AttentionBwd {
           tile_product(nq, N, f.ldv, m.dO + row * f.ldv, f.ldv, m.VT, 2 * kK, m.dS, kK, Start::zero);
           const bool limits = nk < N || !keys.seen_by_all(i, n);
           for (int64_t r = 0; r < nq; r += 2) {
-            const uint64_t kept[] = {keys.kept(h, i + r), keys.kept(h, i + r + 1)};
+            const uint64_t kept[] = {keys.kept(f.philox, h, i + r), keys.kept(f.philox, h, i + r + 1)};
             for (int64_t l = 0; l < N; l += W) {
               Pair a{}, b{};
               if (r < n) a = gradients(keys, h, i, r, l, row, limits, kept[0]);
@@ -347,6 +349,7 @@ struct AttentionWeights {
 
   const AttentionWeightsParams& p;
   const ScoreRule<T> rule;
+  const Philox philox;
   const int64_t heads, rows, blocks, width;  // of the result: heads; queries of a block, blocks; keys padded
   const int team;                            // threads at most
 
@@ -356,6 +359,7 @@ struct AttentionWeights {
   explicit AttentionWeights(const AttentionWeightsParams& params)
       : p(params),
         rule(p),
+        philox(p.dropout),
         heads(p.mean ? 1 : p.Hq),
         rows(most(1, least(kQ, p.Tq))),
         blocks(divide_up(p.Tq, rows)),
@@ -416,7 +420,7 @@ struct AttentionWeights {
       const T by = sum == T(0) ? T(0) : T(1) / sum;
       for (int64_t j = j0; j < j1; j += kK) {
         const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, j1));
-        const uint64_t kept = keys.kept(h, i + r);
+        const uint64_t kept = keys.kept(philox, h, i + r);
         for (int64_t l = 0; l < keys.N; l += W) {
           T* to = m.P + r * width + j + l;
           store(to, keys.dropped(load(to) * by, kept, l));

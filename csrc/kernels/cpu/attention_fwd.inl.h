@@ -32,6 +32,7 @@ struct AttentionFwd {
   const AttentionFwdParams& p;
   const int64_t group;
   const ScoreRule<T> rule;
+  const Philox philox;
   const int64_t depth, ldv;   // D and Dv as products see them
   const int team;             // threads at most
   int64_t at_once, room = 0;  // key heads of a pass, blocks of keys that are packed for one
@@ -58,6 +59,7 @@ struct AttentionFwd {
       : p(params),
         group(p.Hk ? p.Hq / p.Hk : 0),
         rule(p),
+        philox(p.dropout),
         depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
         ldv(kPacked ? round_up(p.Dv, 32) : p.Dv),
         team(p.parallel.threads),
@@ -441,15 +443,15 @@ struct AttentionFwd {
     void drop(T* P, int64_t l0, int64_t N, int64_t j, int64_t nk) const {
       for (int64_t k0 = 0; k0 < nk; k0 += 32) {
         Word<T> kept[kUnit];
-        for (int64_t l = 0; l < N; l++)
-          kept[l] = Word<T>(kept_keys(p.dropout, row[l0 + l], query[l0 + l], j + k0));
+        for (int64_t l = 0; l < N; l++) kept[l] = Word<T>(f.philox.kept(row[l0 + l], query[l0 + l], j + k0));
         for (int64_t l = 0; l < N; l += W) {
           const Vec<Word<T>> bits = load(kept + l);
           for (int64_t k = 0; k < least(32, nk - k0); k += kPacked ? 2 : 1) {
-            Vec<Word<T>> stays = -(bits >> k & 1);
-            if (kPacked) stays = (stays & 0xffff) | -(bits >> (k + 1) & 1) << 16;
             T* to = P + (kPacked ? (k0 + k) / 2 : k0 + k) * kUnit + l;
-            store(to, (Vec<T>)((Vec<Word<T>>)load(to) & stays));
+            const auto stays = [&](int64_t key) { return (Vec<Word<T>>)((bits & Word<T>(1) << key) != 0); };
+            Vec<Word<T>> both = stays(k);
+            if (kPacked) both = (both & 0xffff) | stays(k + 1) << 16;
+            store(to, (Vec<T>)((Vec<Word<T>>)load(to) & both));
           }
         }
       }

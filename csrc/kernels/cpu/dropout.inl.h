@@ -4,7 +4,7 @@
 // Counter: (key / 4, query ^ upper half of the offset, sequence and head, lower half of the offset), one
 // number for each of four neighbouring keys, as on GPUs (seqkernels/triton/common.py). A lane of 64 bits has
 // one counter, because there one multiplication gives both halves of a product; what stands above a half is
-// never read. 32 keys of a query take some 70 instructions with AVX-512.
+// never read. 32 keys of a query take some 75 instructions with AVX-512, 42 of them the rounds.
 #pragma once
 
 #include "kernels/attention.h"
@@ -23,29 +23,37 @@ SEQ_INLINE U64 multiply_halves(U64 a, uint32_t b) {
 #endif
 }
 
-// Bit n: key j + n, of 32, stays for query i of head h of sequence b, `head` being b Hq + h. 32 divides j.
-[[maybe_unused]] static uint32_t kept_keys(const Dropout& drop, int64_t head, int64_t i, int64_t j) {
-  constexpr int W = kLanes<uint64_t>;
-  U64 bits{};
-  SEQ_UNROLL for (int first = 0; first < 8; first += W) {
-    U64 quad, shift;
-    SEQ_UNROLL for (int lane = 0; lane < W; lane++) quad[lane] = uint64_t(first + lane);
-    shift = quad * 4;
-    U64 c[4] = {quad + uint64_t(j / 4), splat(uint64_t(i) ^ drop.offset >> 32), splat(uint64_t(head)),
-                splat(drop.offset)};
-    uint32_t key[2] = {uint32_t(drop.seed), uint32_t(drop.seed >> 32)};
-    SEQ_UNROLL for (int round = 0; round < 7; round++) {
-      const U64 a = multiply_halves(c[0], 0xd2511f53), b = multiply_halves(c[2], 0xcd9e8d57);
-      c[0] = b >> 32 ^ c[1] ^ uint64_t(key[0]), c[1] = b;
-      c[2] = a >> 32 ^ c[3] ^ uint64_t(key[1]), c[3] = a;
-      key[0] += 0x9e3779b9, key[1] += 0xbb67ae85;
-    }
-    SEQ_UNROLL for (int n = 0; n < 4; n++) {
-      const U64 stays = (U64)((c[n] & 0xffffffff) >= drop.threshold);
-      bits |= (stays & (uint64_t(1) << n)) << shift;
+struct Philox {
+  static constexpr int kRounds = 7, kLane = kLanes<uint64_t>;
+
+  const Dropout& drop;
+  U64 keys[kRounds][2];
+
+  explicit Philox(const Dropout& dropout) : drop(dropout) {
+    for (uint32_t round = 0; round < kRounds; round++) {
+      keys[round][0] = splat(uint64_t(uint32_t(drop.seed) + round * 0x9e3779b9));
+      keys[round][1] = splat(uint64_t(uint32_t(drop.seed >> 32) + round * 0xbb67ae85));
     }
   }
-  uint64_t all = 0;
-  SEQ_UNROLL for (int lane = 0; lane < W; lane++) all |= bits[lane];
-  return uint32_t(all);
-}
+
+  // Bit n: key j + n, of 32, stays for query i of head h of sequence b, `head` being b Hq + h. 32 divides j.
+  uint32_t kept(int64_t head, int64_t i, int64_t j) const {
+    U64 bits{};
+    SEQ_UNROLL for (int first = 0; first < 8; first += kLane) {
+      U64 quad;
+      SEQ_UNROLL for (int lane = 0; lane < kLane; lane++) quad[lane] = uint64_t(first + lane);
+      U64 c[4] = {quad + uint64_t(j / 4), splat(uint64_t(i) ^ drop.offset >> 32), splat(uint64_t(head)),
+                  splat(drop.offset)};
+      SEQ_UNROLL for (int round = 0; round < kRounds; round++) {
+        const U64 a = multiply_halves(c[0], 0xd2511f53), b = multiply_halves(c[2], 0xcd9e8d57);
+        c[0] = b >> 32 ^ c[1] ^ keys[round][0], c[1] = b;
+        c[2] = a >> 32 ^ c[3] ^ keys[round][1], c[3] = a;
+      }
+      SEQ_UNROLL for (int n = 0; n < 4; n++) {
+        const U64 stays = (U64)(c[n] << 32 >= splat(drop.threshold << 32));
+        bits |= (stays & (uint64_t(1) << n)) << quad * 4;
+      }
+    }
+    return uint32_t(across<uint64_t>(bits, [](U64 a, U64 b) { return a | b; }));
+  }
+};

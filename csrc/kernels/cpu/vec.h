@@ -56,6 +56,19 @@ SEQ_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
+template <int n, class V, int... i>
+SEQ_INLINE V exchange(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ n)...);
+}
+// All lanes joined into one value, by halves.
+template <class T, int n = kLanes<T> / 2, class Join>
+SEQ_INLINE T across(Vec<T> v, const Join& join) {
+  if constexpr (n == 0)
+    return v[0];
+  else
+    return across<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})), join);
+}
+
 using U32 = Vec<uint32_t>;
 typedef uint16_t U16 __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2)));
 typedef uint16_t U16u __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2), aligned(2), may_alias));
