@@ -44,6 +44,7 @@ class Row:
     D: int | None = None
     causal: bool | None = None
     mask: str | None = None
+    dropout: float | None = None
     tokens: int
     gflop: float
     contestant: str
