@@ -180,7 +180,7 @@ def runner(
 def _dropped(dropout: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Torch's arithmetic with the weights dropped that ours drops."""
     weights = (q @ k.mT * q.size(-1) ** -0.5).softmax(-1)
-    return weights * reference.kept(reference.random_state(q), dropout, weights.shape) / (1 - dropout) @ v
+    return reference.dropped(weights, dropout, reference.random_state(q)) @ v
 
 
 def cases() -> tuple[AttentionCase, ...]:

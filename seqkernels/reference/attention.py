@@ -34,11 +34,9 @@ def attention(
     if cu_q is not None and cu_k is not None:
         spans = (pairwise([0, *cu.tolist()]) for cu in (cu_q, cu_k))  # of no rows the first
         slopes = [alibi] * cu_q.numel() if alibi is None or alibi.dim() == 1 else [None, *alibi]
+        options |= {"dropout": dropout, "rng": rng}
         parts = [
-            attention(
-                *(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]),
-                **(options | {"alibi": slope, "dropout": dropout, "rng": rng, "first": s}),
-            )
+            attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], alibi=slope, first=s, **options)
             for s, ((a, b), (c, d), slope) in enumerate(zip(*spans, slopes, strict=True), -1)
         ]
         outs, lses = zip(*parts, strict=True)
