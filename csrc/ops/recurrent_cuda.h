@@ -158,12 +158,11 @@ class GpuLayer {
   }
   static Tensor part(const Tensor& t, int64_t d) { return torch::stable::select(t, 0, d); }
 
-  // Zeros that blocks share; the flags lie behind the exchanged rows.
+  // Memory that blocks share.
   Tensor give_exchange(cuda::Layer& p) const {
-    const std::vector<int64_t> bytes{p.plan.exchange_bytes + 4 * p.plan.flags};
-    Tensor t = torch::stable::new_zeros(x, bytes, ScalarType::Byte);
+    const std::vector<int64_t> bytes{p.plan.exchange_bytes};
+    Tensor t = torch::stable::new_empty(x, bytes, ScalarType::Byte);
     p.exchange = t.mutable_data_ptr();
-    p.flags = reinterpret_cast<unsigned*>(static_cast<char*>(p.exchange) + p.plan.exchange_bytes);
     return t;
   }
 

@@ -1,5 +1,5 @@
 // CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that
-// block and warp barriers, flags between blocks and the matrix instruction run as the kernels' source has
+// block and warp barriers, packets between blocks and the matrix instruction run as the kernels' source has
 // them. Fibers take turns in random order and some blocks are slower than others: what a missing barrier
 // would allow happens here too. If all wait, that is a deadlock and an error. Shared memory starts as NaN.
 #pragma once
@@ -92,16 +92,16 @@ struct Block {
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
 };
 
-// Why a fiber waits: until *word has left, or has reached, a value.
+// Why a fiber waits: until *word has left a value.
 struct Fiber {
   ucontext_t context;
   unsigned block = 0, thread = 0;
   const unsigned* word = nullptr;
   unsigned value = 0;
-  bool reach = false, done = false;
+  bool done = false;
   unsigned turn = 0;  // which buffer of the warp the next matrix instruction uses
 
-  bool waits() const { return word && (reach ? *word < value : *word == value); }
+  bool waits() const { return word && *word == value; }
 };
 
 struct Grid {
@@ -181,9 +181,9 @@ struct Grid {
     running() = nullptr;
   }
 
-  void wait(const unsigned* word, unsigned value, bool reach) {
+  void wait(const unsigned* word, unsigned value) {
     Fiber& f = *current;
-    f.word = word, f.value = value, f.reach = reach;
+    f.word = word, f.value = value;
     if (f.waits()) {
       swapcontext(&f.context, &scheduler);
     } else {
@@ -195,7 +195,7 @@ struct Grid {
     if (++barrier.arrived == count) {
       barrier.arrived = 0, barrier.generation++;
     } else {
-      wait(&barrier.generation, generation, false);
+      wait(&barrier.generation, generation);
     }
   }
 };
@@ -211,8 +211,16 @@ inline Machine& machine() {
 }  // namespace host
 
 inline char* shared_memory() { return host::block().shared.get(); }
-inline void arrive(unsigned* flag) { ++*flag; }
-inline void await(unsigned* flag, unsigned count) { host::grid().wait(flag, count, true); }
+inline void give(const uint4& packet, void* to) { std::memcpy(to, &packet, 16); }
+inline uint4 look(const void* from) {  // not before there is something to see
+  const uint32_t* words = static_cast<const uint32_t*>(from);
+  for (int i = 0; i < 4; i++)
+    while (words[i] == ~0u) host::grid().wait(words + i, ~0u);
+  uint4 packet;
+  std::memcpy(&packet, from, 16);
+  return packet;
+}
+inline void fence() {}
 
 // With n elements to a word, lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns n q, n q, n (q + 4),
 // n (q + 4) and, of two, their neighbours; b rows n q and n (q + 4) and neighbours at column g.
@@ -253,6 +261,7 @@ template <class Args>
 void launch_together(void (*kernel)(Args), const char*, const Args& args, Stream) {
   static void (*body)(Args);
   body = kernel;
+  if (args.plan.exchange_bytes > 0) std::memset(args.exchange, 0xff, args.plan.exchange_bytes);
   host::Grid grid;
   gridDim.x = args.plan.grid, blockDim.x = kThreads;
   grid.body = [](const void* arguments) { body(*static_cast<const Args*>(arguments)); };

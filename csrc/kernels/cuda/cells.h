@@ -12,10 +12,38 @@
 
 namespace seqkernels::cuda {
 
-SEQKERNELS_CELL float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
-SEQKERNELS_CELL double sigmoid(double a) { return 1.0 / (1.0 + exp(-a)); }
-SEQKERNELS_CELL float hyperbolic(float a) { return tanhf(a); }
-SEQKERNELS_CELL double hyperbolic(double a) { return tanh(a); }
+// On a GPU without the last half bit, and without the branches that it costs.
+SEQKERNELS_CELL float reciprocal(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, a);
+#else
+  return 1.0f / a;
+#endif
+}
+SEQKERNELS_CELL float power_of_two(float a) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(a));
+  return power;
+#else
+  return exp2f(a);
+#endif
+}
+
+// For tensors of floats and doubles.
+struct Exact {
+  static SEQKERNELS_CELL float sigmoid(float a) { return reciprocal(1.0f + expf(-a)); }
+  static SEQKERNELS_CELL double sigmoid(double a) { return 1.0 / (1.0 + exp(-a)); }
+  static SEQKERNELS_CELL float tanh(float a) { return tanhf(a); }
+  static SEQKERNELS_CELL double tanh(double a) { return ::tanh(a); }
+};
+// For half types, which round to 2^-9 and 2^-12: errors up to 2^-22, in four and five instructions.
+struct Quick {
+  static SEQKERNELS_CELL float sigmoid(float a) { return reciprocal(1.0f + power_of_two(-1.44269504f * a)); }
+  static SEQKERNELS_CELL float tanh(float a) {
+    return 1.0f - 2.0f * reciprocal(1.0f + power_of_two(2.88539008f * a));
+  }
+};
 
 // What backward knows of the step beside the saved activations.
 template <class T>
@@ -25,26 +53,26 @@ struct Past {
   T y;          // RNN
 };
 
-// forward(x, h, state, c, saved): x and h are both sides of each gate with their biases; state goes from
-// h_{t-1} to h_t, c from c_{t-1} to c_t. backward(saved, past, dh, dc, dG): dh and dc go from gradients of
-// h_t and c_t to what reaches h_{t-1} past the recurrent product and c_{t-1}; dG are the gradients of the
-// gates, in slots: W_ih meets kInputSlot[g], W_hh meets kGates slots from kRecurrentSlot on.
+// A is Exact or Quick. forward(x, h, state, c, saved): x and h are both sides of each gate with their biases;
+// state goes from h_{t-1} to h_t, c from c_{t-1} to c_t. backward(saved, past, dh, dc, dG): dh and dc go from
+// gradients of h_t and c_t to what reaches h_{t-1} past the recurrent product and c_{t-1}; dG are the
+// gradients of the gates, in slots: W_ih meets kInputSlot[g], W_hh meets kGates slots from kRecurrentSlot on.
 struct Lstm {
   static constexpr int kGates = 4, kSaved = 4, kSlots = 4, kRecurrentSlot = 0;
   static constexpr int kInputSlot[] = {0, 1, 2, 3};
   static constexpr bool kCellState = true, kNeedsPreviousH = false;
 
-  template <class T>
+  template <class A, class T>
   SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T& c, T* saved, bool) {
-    const T i = sigmoid(x[0] + h[0]), f = sigmoid(x[1] + h[1]);
-    const T g = hyperbolic(x[2] + h[2]), o = sigmoid(x[3] + h[3]);
+    const T i = A::sigmoid(x[0] + h[0]), f = A::sigmoid(x[1] + h[1]);
+    const T g = A::tanh(x[2] + h[2]), o = A::sigmoid(x[3] + h[3]);
     c = f * c + i * g;
-    state = o * hyperbolic(c);
+    state = o * A::tanh(c);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
   }
-  template <class T>
+  template <class A, class T>
   SEQKERNELS_CELL static void backward(const T* saved, const Past<T>& past, T& dh, T& dc, T* dG, bool) {
-    const T i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = hyperbolic(past.c);
+    const T i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = A::tanh(past.c);
     dc += dh * o * (T(1) - tanh_c * tanh_c);
     dG[0] = dc * g * (i * (T(1) - i));
     dG[1] = dc * past.c_prev * (f * (T(1) - f));
@@ -61,14 +89,14 @@ struct Gru {
   static constexpr int kInputSlot[] = {1, 2, 0};
   static constexpr bool kCellState = false, kNeedsPreviousH = true;
 
-  template <class T>
+  template <class A, class T>
   SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T&, T* saved, bool) {
-    const T r = sigmoid(x[0] + h[0]), z = sigmoid(x[1] + h[1]), q = h[2];
-    const T n = hyperbolic(x[2] + r * q);
+    const T r = A::sigmoid(x[0] + h[0]), z = A::sigmoid(x[1] + h[1]), q = h[2];
+    const T n = A::tanh(x[2] + r * q);
     state = n + z * (state - n);
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = q;
   }
-  template <class T>
+  template <class A, class T>
   SEQKERNELS_CELL static void backward(const T* saved, const Past<T>& past, T& dh, T&, T* dG, bool) {
     const T r = saved[0], z = saved[1], n = saved[2], q = saved[3];
     const T dn = dh * (T(1) - z) * (T(1) - n * n);
@@ -85,12 +113,12 @@ struct Rnn {
   static constexpr int kInputSlot[] = {0};
   static constexpr bool kCellState = false, kNeedsPreviousH = false;
 
-  template <class T>
+  template <class A, class T>
   SEQKERNELS_CELL static void forward(const T* x, const T* h, T& state, T&, T*, bool relu) {
     const T a = x[0] + h[0];
-    state = relu ? (a < T(0) ? T(0) : a) : hyperbolic(a);  // NaN stays
+    state = relu ? (a < T(0) ? T(0) : a) : A::tanh(a);  // NaN stays
   }
-  template <class T>
+  template <class A, class T>
   SEQKERNELS_CELL static void backward(const T*, const Past<T>& past, T& dh, T&, T* dG, bool relu) {
     dG[0] = relu ? (past.y <= T(0) ? T(0) : dh) : dh * (T(1) - past.y * past.y);
     dh = T(0);

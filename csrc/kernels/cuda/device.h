@@ -53,18 +53,22 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// A flag in global memory that blocks count up. Release and acquire at GPU scope: with a block barrier before
-// arrive() and after await(), all that the arriving blocks wrote is seen by ordinary loads of the waiting
-// one.
-__device__ __forceinline__ void arrive(unsigned* flag) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory");
+// What blocks give each other, 16 bytes at a time: past the L1 cache, each word whole.
+__device__ __forceinline__ void give(const uint4& packet, void* to) {
+  asm volatile("st.relaxed.gpu.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(packet.x), "r"(packet.y),
+               "r"(packet.z), "r"(packet.w)
+               : "memory");
 }
-__device__ __forceinline__ void await(unsigned* flag, unsigned count) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-  } while (seen < count);
+__device__ __forceinline__ uint4 look(const void* from) {
+  uint4 packet;
+  asm volatile("ld.relaxed.gpu.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(packet.x), "=r"(packet.y), "=r"(packet.z), "=r"(packet.w)
+               : "l"(from)
+               : "memory");
+  return packet;
 }
+// What this thread gave and saw before comes before what it gives and sees from now on.
+__device__ __forceinline__ void fence() { __threadfence(); }
 
 }  // namespace seqkernels::cuda
 
@@ -102,6 +106,14 @@ __device__ __forceinline__ float widen(float a) { return a; }
 __device__ __forceinline__ double widen(double a) { return a; }
 __device__ __forceinline__ void narrow(float a, float& to) { to = a; }
 __device__ __forceinline__ void narrow(double a, double& to) { to = a; }
+
+// As a tensor of S holds it.
+template <class S>
+__device__ __forceinline__ Acc<S> rounded(Acc<S> a) {
+  S narrowed;
+  narrow(a, narrowed);
+  return widen(narrowed);
+}
 
 template <class S>
 __device__ __forceinline__ S element(const void* from, int64_t i) {

@@ -6,17 +6,27 @@
 
 namespace seqkernels::cuda {
 
-// state: h_{t-1} to h_t as it is stored, rounded; c: c_{t-1} to c_t. y and the saved activations are written.
+template <class S>
+struct ArithmeticOf {
+  using type = Quick;
+};
+template <>
+struct ArithmeticOf<float> {
+  using type = Exact;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = Exact;
+};
+template <class S>
+using Arithmetic = typename ArithmeticOf<S>::type;
+
+// h_t, c_t and the saved activations to y, cells and gates.
 template <class Cell, class S>
-__device__ __forceinline__ void forward_unit(const FwdLayer& p, int d, int64_t token, int64_t u,
-                                             const Acc<S>* x, const Acc<S>* h, Acc<S>& state, Acc<S>& c) {
-  Acc<S> saved[Cell::kSaved + 1];
-  Cell::forward(x, h, state, c, saved, p.relu);
+__device__ __forceinline__ void keep(const FwdLayer& p, int d, int64_t token, int64_t u, Acc<S> h, Acc<S> c,
+                                     const Acc<S>* saved) {
   const int64_t at = token * p.D + d;
-  if (p.y) {
-    store<S>(state, p.y, at * p.H + u);
-    state = load<S>(p.y, at * p.H + u);
-  }
+  if (p.y) store<S>(h, p.y, at * p.H + u);
   if (Cell::kCellState && p.cells) store<Acc<S>>(c, p.cells, at * p.H + u);
   if (p.gates)
     for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, (at * Cell::kSaved + s) * p.H + u);
@@ -47,16 +57,21 @@ __device__ __forceinline__ Saved<Cell, S> load_saved(const BwdLayer& p, int d, i
   return saved;
 }
 
-// dh, dc: see cells.h. Gate gradients go to dG and to slots.
+// dh, dc, slots: see cells.h.
 template <class Cell, class S>
-__device__ __forceinline__ void backward_unit(const BwdLayer& p, const Saved<Cell, S>& saved, int d,
-                                              int64_t token, int64_t u, Acc<S>& dh, Acc<S>& dc,
-                                              Acc<S>* slots) {
+__device__ __forceinline__ void backward_unit(const BwdLayer& p, const Saved<Cell, S>& saved, Acc<S>& dh,
+                                              Acc<S>& dc, Acc<S>* slots) {
   Acc<S> gates[Cell::kSaved + 1];
   for (int s = 0; s < Cell::kSaved; s++) gates[s] = widen(saved.gates[s]);
   const Past<Acc<S>> past{saved.c, saved.c_prev, widen(saved.h), widen(saved.h)};
   dc += saved.dc;
-  Cell::backward(gates, past, dh, dc, slots, p.relu);
+  Cell::template backward<Arithmetic<S>>(gates, past, dh, dc, slots, p.relu);
+}
+
+// The gate gradients to dG.
+template <class Cell, class S>
+__device__ __forceinline__ void keep(const BwdLayer& p, int d, int64_t token, int64_t u,
+                                     const Acc<S>* slots) {
   const int64_t at = (token * p.D + d) * Cell::kSlots;
   for (int s = 0; s < Cell::kSlots; s++) store<S>(slots[s], p.dG, (at + s) * p.H + u);
 }

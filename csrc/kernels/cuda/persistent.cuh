@@ -8,11 +8,17 @@
 // in fixed order, and each thread does the gates of its unit in some rows. Cell states, and backward the
 // gradients that bypass the product, stay in shared memory in float.
 //
-// Exchange: two slots per group in global memory (L2), written and read in turn; a counter per group, which
-// each block raises once a step. A slot is written again only after every member has announced the step that
-// read it. A group of one block exchanges through its own shared memory, with block barriers alone. Groups
-// never meet. Whatever else a step reads of memory is loaded before it waits. Limit: hop through L2 of some
-// 0.65 us a step, or 128 bytes of weights per clock from shared memory (plan.h).
+// Exchange: through global memory (L2), in packets of 16 bytes that say themselves whether they are there:
+// empty ones have a word of all ones, a NaN that no number is rounded to. Who needs a packet looks at it
+// until it is full, so that a step waits for one way to L2 and one back and for no fence, counter or flag.
+// Steps take kSlots slots in turn. Who gives packets of step s has seen all of step s - 1, given by blocks
+// that had read all of step s - 2, and empties its own packets of that. They are written again at step s +
+// kSlots - 2; before, everybody has passed two fences of every fourth step: the first puts the emptying
+// before a packet that all look at, the second that look before the next into the slot. A group of one block
+// exchanges through two slots in its own shared memory, with block barriers alone. Groups never meet.
+// Whatever else a step reads of memory is loaded before it looks; what it writes to y, dG and the saved
+// activations it writes after it has given. Limit: a hop through L2 a step, or 128 bytes of weights per clock
+// from shared memory (plan.h).
 //
 // A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles
 // (GRU's last quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the
@@ -27,6 +33,33 @@
 #include "launch.h"
 
 namespace seqkernels::cuda {
+
+__device__ __forceinline__ bool empty(const uint4& packet) {
+  return packet.x == ~0u || packet.y == ~0u || packet.z == ~0u || packet.w == ~0u;
+}
+
+// The packets at at(0), at(1), ..., `count` but N at most, all on their way at once, when all are full.
+template <int N, class At>
+__device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At& at) {
+#pragma unroll
+  for (int n = 0; n < N; n++)
+    if (n < count) packets[n] = look(at(n));
+  for (bool missing = true; missing;) {
+    missing = false;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+      if (n < count && empty(packets[n])) packets[n] = look(at(n)), missing = true;
+  }
+}
+
+template <int n>
+using Count = std::integral_constant<int, n>;
+
+// An element to give: any NaN but the one that marks what is empty.
+template <class E>
+__device__ __forceinline__ void narrow_to_give(float a, E& to) {
+  narrow(std::is_same_v<E, float> && a != a ? nanf("") : a, to);
+}
 
 // Where an element of a tile's weights lies, and the product of a tile with 8 rows. `kChunk` elements of K
 // make one step; a chunk of weights is 16 * kTiles * kChunk elements.
@@ -46,7 +79,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
 
   // The first chunks of a warp's weights stay in registers: shared memory feeds the instruction 8 rows at
   // 40 % of its rate.
-  static constexpr int kHeld = kHeldWords / (8 * kTiles);
+  static constexpr int kHeld = kHeldWords / (8 * kTiles), kAtOnce = 8;
   Fragment held[kHeld];
 
   static __device__ __forceinline__ Fragment read(const E* weights, int k) {
@@ -67,29 +100,35 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
                                            int pitch, int begin, int end) const {
     float odd[kTiles][4] = {};  // a second sum, as an instruction waits for the one before on its sum
     const E* b = rows + threadIdx.x % 32 / 4 * pitch + threadIdx.x % 4 * kPiece;
-    const auto add = [&](int k, const Fragment& a) {
-      const uint4 h = *reinterpret_cast<const uint4*>(b + k * kChunk);
+    for (int first = begin; first < end; first += kAtOnce) {
+      uint4 h[kAtOnce];
+      receive(h, end - first, [&](int n) { return b + (first + n) * kChunk; });
+      const bool in_registers = mine && first == begin;
 #pragma unroll
-      for (int t = 0; t < kTiles; t++) {
-        mma(c[t], a.of[t][0], h.x, h.y, E());
-        mma(odd[t], a.of[t][1], h.z, h.w, E());
-      }
-    };
-    if (mine) {
+      for (int n = 0; n < kAtOnce; n++)
+        if (first + n < end) {
+          const Fragment a = n < kHeld && in_registers ? held[n] : read(weights, first + n);
 #pragma unroll
-      for (int n = 0; n < kHeld; n++)
-        if (begin + n < end) add(begin + n, held[n]);
+          for (int t = 0; t < kTiles; t++) {
+            mma(c[t], a.of[t][0], h[n].x, h[n].y, E());
+            mma(odd[t], a.of[t][1], h[n].z, h[n].w, E());
+          }
+        }
     }
-#pragma unroll 4
-    for (int k = mine ? begin + kHeld : begin; k < end; k++) add(k, read(weights, k));
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] += odd[i / 4][i % 4];
   }
 };
 
+__device__ __forceinline__ float4 floats(const uint4& packet) {
+  float4 values;
+  memcpy(&values, &packet, sizeof values);
+  return values;
+}
+
 template <int kTiles>
 struct Tile<float, kTiles> {
-  static constexpr int kChunk = 8;
+  static constexpr int kChunk = 8, kAtOnce = 3;
 
   static __device__ int64_t index(int m, int64_t k) {
     return ((((k / 8 * kTiles + m / 16) * 2 + m % 16 / 8) * 2 + k % 8 / 4) * 8 + m % 8) * 4 + k % 4;
@@ -102,30 +141,35 @@ struct Tile<float, kTiles> {
     const int lane = threadIdx.x % 32;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
     const float* b = rows + lane % 4 * 2 * pitch;
-#pragma unroll 4
-    for (int k = begin; k < end; k++)  // 16 loads of exchanged rows on their way, one latency of L2
+    for (int first = begin; first < end; first += kAtOnce) {
+      uint4 packets[4 * kAtOnce];  // of a chunk two rows in two parts
+      receive(packets, (end - first) * 4,
+              [&](int n) { return b + n / 2 % 2 * pitch + (first + n / 4) * kChunk + n % 2 * 4; });
 #pragma unroll
-      for (int part = 0; part < 2; part++) {
-        const float4 b0 = *reinterpret_cast<const float4*>(b + k * kChunk + part * 4);
-        const float4 b1 = *reinterpret_cast<const float4*>(b + pitch + k * kChunk + part * 4);
+      for (int n = 0; n < 2 * kAtOnce; n++)
+        if (first + n / 2 < end) {
+          const int part = n % 2;
+          const float4 b0 = floats(packets[n / 2 * 4 + part]), b1 = floats(packets[n / 2 * 4 + 2 + part]);
 #pragma unroll
-        for (int t = 0; t < kTiles; t++)
+          for (int t = 0; t < kTiles; t++)
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const float4 w = a[(((k * kTiles + t) * 2 + half) * 2 + part) * 8];
-            c[t][half * 2] += w.x * b0.x + w.y * b0.y + w.z * b0.z + w.w * b0.w;
-            c[t][half * 2 + 1] += w.x * b1.x + w.y * b1.y + w.z * b1.z + w.w * b1.w;
-          }
-      }
+            for (int half = 0; half < 2; half++) {
+              const float4 w = a[((((first + n / 2) * kTiles + t) * 2 + half) * 2 + part) * 8];
+              c[t][half * 2] += w.x * b0.x + w.y * b0.y + w.z * b0.z + w.w * b0.w;
+              c[t][half * 2 + 1] += w.x * b1.x + w.y * b1.y + w.z * b1.z + w.w * b1.w;
+            }
+        }
+    }
   }
 };
 
 // A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
-// per unit.
-template <class E, int kGates>
+// per unit; segments: of an exchanged row.
+template <class E, int kGates, int kSegments>
 struct Block {
   static constexpr int kTiles = tiles(kGates), kUnits = tile_units(kGates), kRows = 16 * kTiles;
   static constexpr int kStride = kRows + 4;  // of a column of partial sums: no bank conflicts
+  static constexpr int kPiece = 16 / sizeof(E);
   using Product = Tile<E, kTiles>;
 
   const Layer& p;
@@ -139,8 +183,7 @@ struct Block {
   E* weights;
   float *partial, *state;
   E* slots;
-  unsigned* flag;
-  unsigned announced = 0;
+  E* given;  // by the thread in this step, its first row and segment; null for a single block
 
   __device__ Block(const Layer& layer, int states)
       : p(layer),
@@ -162,14 +205,19 @@ struct Block {
     weights = reinterpret_cast<E*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
     state = reinterpret_cast<float*>(memory + at.state);
-    const int64_t place = d * plan.groups + group;
-    if (plan.members == 1) {
-      slots = reinterpret_cast<E*>(memory + at.exchange);
-      for (int i = threadIdx.x; i < 2 * plan.rows * plan.pitch; i += kThreads) narrow(0.0f, slots[i]);
-    } else {
-      slots = static_cast<E*>(p.exchange) + place * 2 * plan.rows * plan.pitch;
-      flag = p.flags + place * 32;
-    }
+    E* exchange = reinterpret_cast<E*>(memory + at.exchange);
+    for (int64_t i = threadIdx.x; i < (at.end - at.exchange) / int64_t(sizeof(E)); i += kThreads)
+      narrow(0.0f, exchange[i]);
+    slots = exchange, given = nullptr;
+    if (alone()) return;
+    given = exchange;
+    slots =
+        static_cast<E*>(p.exchange) + (d * plan.groups + group) * int64_t(kSlots) * plan.rows * plan.pitch;
+    // The last block fills up the rows once for all.
+    for (int64_t u = int64_t(plan.members) * plan.units + threadIdx.x * kPiece; u < padded();
+         u += kThreads * kPiece)
+      if (member == plan.members - 1)
+        for (int i = 0; i < kSlots * plan.rows * kSegments; i++) give({}, slots + i * padded() + u);
   }
 
   // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end.
@@ -185,19 +233,30 @@ struct Block {
     }
   }
 
-  __device__ E* slot(int64_t s) const { return slots + s % 2 * p.plan.rows * p.plan.pitch; }
-
-  // All that this block wrote for the step is there.
-  __device__ void announce() {
-    announced++;
-    __syncthreads();
-    if (p.plan.members > 1 && threadIdx.x == 0) arrive(flag);
+  __device__ bool alone() const { return p.plan.members == 1; }
+  __device__ int padded() const { return p.plan.pitch / kSegments; }
+  __device__ E* slot(int64_t s) const {
+    return slots + s % (alone() ? 2 : kSlots) * p.plan.rows * p.plan.pitch;
   }
-  // All that the group announced as often as this block.
-  __device__ void wait() const {
-    if (p.plan.members == 1) return;
-    if (threadIdx.x == 0) await(flag, announced * p.plan.members);
+  // Where the thread puts its part of a row of step s.
+  __device__ __forceinline__ E& outgoing(int64_t s, int r, int segment) const {
+    return alone() ? slot(s)[(int64_t(r) * kSegments + segment) * padded() + u]
+                   : given[(r * kSegments + segment) * p.plan.units + u];
+  }
+
+  // What all threads have put goes to the group.
+  __device__ void exchange(int64_t s) const {
     __syncthreads();
+    if (alone()) return;
+    const int line = p.plan.units / kPiece, lines = p.plan.rows * kSegments;  // packets, of all rows
+    const int column = threadIdx.x % line * kPiece;
+    if (unit0 + column < padded())
+      for (int i = threadIdx.x / line; i < lines; i += kThreads / line) {
+        const int64_t at = i * padded() + unit0 + column;
+        give(*reinterpret_cast<const uint4*>(given + i * p.plan.units + column), slot(s) + at);
+        if (s >= 2) give({~0u, ~0u, ~0u, ~0u}, slot(s - 2) + at);
+      }
+    if (s % 4 == 0) fence();
   }
 
   __device__ const E* weights_of(int t) const { return weights + t * kRows * p.plan.pitch; }
@@ -235,21 +294,23 @@ struct Block {
   }
 
   // What a step reads of memory does not depend on the exchange: load(r) of kAhead rows goes to registers
-  // before the wait, so that two latencies are one. Not before announce(), whose fence would wait for it.
+  // before it looks, so that two latencies are one.
   template <class T, class Load>
   __device__ __forceinline__ void load_ahead(T (&ahead)[kAhead], int from, const Load& load) const {
 #pragma unroll
     for (int n = 0; n < kAhead; n++)
       if (from + n * gap < rows) ahead[n] = load(from + n * gap);
   }
-  // use(r, what load(r) gave) for each row of the thread. The first kAhead are loaded already.
-  template <class T, class Load, class Use>
-  __device__ __forceinline__ void each_row(T (&ahead)[kAhead], const Load& load, const Use& use) const {
-    for (int from = row; from < rows; from += kAhead * gap) {
-      if (from > row) load_ahead(ahead, from, load);
-#pragma unroll
-      for (int n = 0; n < kAhead; n++)
-        if (from + n * gap < rows) use(from + n * gap, ahead[n]);
+  // The thread's rows, N at a time, so that the arithmetic of one fills the latencies of the others:
+  // work(N, first row, whether all others are done). The first kAhead are loaded already.
+  template <class T, class Load, class Work>
+  __device__ __forceinline__ void each_row(T (&ahead)[kAhead], const Load& load, const Work& work) const {
+    const int turns = (p.plan.rows + gap - 1) / gap;
+    if (turns == 1) return work(Count<1>(), row, true);
+    if (turns == 2) return work(Count<2>(), row, true);
+    for (int n = 0; n < turns; n += kAhead) {
+      if (n > 0) load_ahead(ahead, row + n * gap, load);
+      work(Count<kAhead>(), row + n * gap, n + kAhead >= turns);
     }
   }
 };
@@ -258,8 +319,8 @@ template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
   using S = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, G> block(p, 1 + Cell::kCellState);
-  const int d = block.d, units = p.plan.units, pitch = p.plan.pitch;
+  Block<E, G, 1> block(p, 1 + Cell::kCellState);
+  const int d = block.d, units = p.plan.units;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.load_weights([&](int gate, int64_t unit, int64_t k) {
     return k < p.H ? load<S>(p.w_hh[d], (gate * p.H + unit) * p.H + k) : 0.0f;
@@ -275,8 +336,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     const int64_t at = (d * p.B + row0 + r) * p.H + u;
     h_state[r * units] = load<S>(p.h0, at);
     if (Cell::kCellState) c_state[r * units] = load<S>(p.c0, at);
-    store<E>(h_state[r * units], block.slot(0), int64_t(r) * pitch + u);
+    narrow_to_give(h_state[r * units], block.outgoing(0, r, 0));
   }
+  block.exchange(0);
   struct Inputs {
     S x[G];
     uint8_t reset;
@@ -293,27 +355,41 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
       return in;
     };
     Inputs ahead[kAhead];
-    block.announce();
     block.load_ahead(ahead, block.row, load_row);
-    block.wait();
     block.multiply(block.slot(s));
-    block.each_row(ahead, load_row, [&](int r, const Inputs& in) {
-      float h = h_state[r * units], c = Cell::kCellState ? c_state[r * units] : 0.0f;
-      if (r < active) {
+    block.each_row(ahead, load_row, [&](auto count, int from, bool last) {
+      constexpr int N = decltype(count)::value;
+      const bool idle = from >= p.plan.rows;
+      float h[N] = {}, c[N] = {}, saved[N][Cell::kSaved + 1] = {};
+#pragma unroll
+      for (int n = 0; n < N && !idle; n++) {
+        const int r = from + n * block.gap;
         float x_gates[G], h_gates[G];
         block.sums(r, h_gates);
 #pragma unroll
-        for (int g = 0; g < G; g++) x_gates[g] = widen(in.x[g]) + b_ih[g], h_gates[g] += b_hh[g];
-        forward_unit<Cell, S>(p, d, token + r, u, x_gates, h_gates, h, c);
+        for (int g = 0; g < G; g++) x_gates[g] = widen(ahead[n].x[g]) + b_ih[g], h_gates[g] += b_hh[g];
+        const float h_before = h_state[r * units], c_before = Cell::kCellState ? c_state[r * units] : 0.0f;
+        h[n] = h_before, c[n] = c_before;
+        Cell::template forward<Arithmetic<S>>(x_gates, h_gates, h[n], c[n], saved[n], p.relu);
+        h[n] = r < active ? rounded<S>(h[n]) : h_before;
+        c[n] = r < active ? c[n] : c_before;
       }
-      const int64_t at = (d * p.B + row0 + r) * p.H + u;
-      if (in.reset) {
-        h = load<S>(p.h0, at);
-        if (Cell::kCellState) c = load<S>(p.c0, at);
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const int r = from + n * block.gap;
+        if (r >= block.rows) continue;
+        const bool reset = ahead[n].reset;
+        const int64_t at = (d * p.B + row0 + r) * p.H + u;
+        h_state[r * units] = reset ? load<S>(p.h0, at) : h[n];
+        if (Cell::kCellState) c_state[r * units] = reset ? load<S>(p.c0, at) : c[n];
+        narrow_to_give(h_state[r * units], block.outgoing(s + 1, r, 0));
       }
-      h_state[r * units] = h;
-      if (Cell::kCellState) c_state[r * units] = c;
-      store<E>(h, block.slot(s + 1), int64_t(r) * pitch + u);
+      if (last) block.exchange(s + 1);
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const int r = from + n * block.gap;
+        if (r < block.rows && r < active) keep<Cell, S>(p, d, token + r, u, h[n], c[n], saved[n]);
+      }
     });
   }
   for (int r = block.row; r < block.rows; r += block.gap) {
@@ -328,8 +404,8 @@ template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLayer p) {
   using S = Stored<E>;
   constexpr int G = Cell::kGates, kStates = 2 * (1 + Cell::kCellState);
-  Block<E, 1> block(p, kStates);
-  const int d = block.d, units = p.plan.units, pitch = p.plan.pitch, padded = pitch / G;
+  Block<E, 1, G> block(p, kStates);
+  const int d = block.d, units = p.plan.units, padded = block.padded();
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.load_weights([&](int, int64_t unit, int64_t k) {
     return k % padded < p.H ? load<S>(p.w_hh[d], (k / padded * p.H + k % padded) * p.H + unit) : 0.0f;
@@ -351,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
     uint8_t reset;
   };
   const int64_t steps = steps_of(p, row0);
-  for (int64_t s = 0; s < steps; s++) {  // the first step finds slot 0 full of zeros
+  for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
     const int64_t t = d ? s : steps - 1 - s, done = d ? t - 1 : t + 1;
     const int64_t token = first_token(p, t) + row0, active = rows_at(p, t) - row0;
     const auto load_row = [&](int r) {
@@ -365,36 +441,47 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
     };
     Inputs ahead[kAhead];
     block.load_ahead(ahead, block.row, load_row);
-    if (s > 0) {
-      block.wait();
-      block.multiply(block.slot(s));
-    }
-    block.each_row(ahead, load_row, [&](int r, const Inputs& in) {
-      const int i = r * units;
-      float product[1] = {}, dc = Cell::kCellState ? dc_state[i] : 0.0f;
-      if (s > 0) block.sums(r, product);
-      float dh = dh_state[i] + product[0];
-      if (in.reset) {
-        dh_reset[i] += dh, dh = 0.0f;
-        if (Cell::kCellState) dc_reset[i] += dc, dc = 0.0f;
-      }
-      float slots[Cell::kSlots] = {};
-      if (r < active) {
-        dh += widen(in.dy);
-        backward_unit<Cell, S>(p, in.saved, d, token + r, u, dh, dc, slots);
-      }
-      dh_state[i] = dh;
-      if (Cell::kCellState) dc_state[i] = dc;
+    if (s > 0) block.multiply(block.slot(s));
+    block.each_row(ahead, load_row, [&](auto count, int from, bool last) {
+      constexpr int N = decltype(count)::value;
+      const bool idle = from >= p.plan.rows;
+      float dh[N] = {}, dc[N] = {}, slots[N][Cell::kSlots] = {};
 #pragma unroll
-      for (int g = 0; g < G; g++)
-        store<E>(slots[Cell::kRecurrentSlot + g], block.slot(s + 1), int64_t(r) * pitch + g * padded + u);
+      for (int n = 0; n < N && !idle; n++) {
+        const int r = from + n * block.gap, i = r * units;
+        const bool live = r < active && r < block.rows;
+        float product[1] = {};
+        if (s > 0) block.sums(r, product);
+        dh[n] = dh_state[i] + product[0], dc[n] = Cell::kCellState ? dc_state[i] : 0.0f;
+        if (r < block.rows && ahead[n].reset) {
+          dh_reset[i] += dh[n], dh[n] = 0.0f;
+          if (Cell::kCellState) dc_reset[i] += dc[n], dc[n] = 0.0f;
+        }
+        float dh_after = dh[n] + widen(ahead[n].dy), dc_after = dc[n];
+        backward_unit<Cell, S>(p, ahead[n].saved, dh_after, dc_after, slots[n]);
+        dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
+#pragma unroll
+        for (int i = 0; i < Cell::kSlots; i++) slots[n][i] = live ? slots[n][i] : 0.0f;
+      }
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const int r = from + n * block.gap;
+        if (r >= block.rows) continue;
+        dh_state[r * units] = dh[n];
+        if (Cell::kCellState) dc_state[r * units] = dc[n];
+#pragma unroll
+        for (int g = 0; g < G; g++)
+          narrow_to_give(slots[n][Cell::kRecurrentSlot + g], block.outgoing(s + 1, r, g));
+      }
+      if (last) block.exchange(s + 1);
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const int r = from + n * block.gap;
+        if (r < block.rows && r < active) keep<Cell, S>(p, d, token + r, u, slots[n]);
+      }
     });
-    block.announce();
   }
-  if (steps > 0) {
-    block.wait();
-    block.multiply(block.slot(steps));
-  }
+  if (steps > 0) block.multiply(block.slot(steps));
   for (int r = block.row; r < block.rows; r += block.gap) {
     const int64_t at = (d * p.B + row0 + r) * p.H + u;
     const int i = r * units;

@@ -10,16 +10,18 @@ namespace seqkernels::cuda {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kAhead = 4;       // rows whose inputs a thread loads ahead
 constexpr int kHeldWords = 64;  // of weights, in a thread's registers
+constexpr int kSlots = 16;      // of exchanged rows, written in turn
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
   int groups = 0;   // per direction
   int units = 0, rows = 0;
   int parts = 1;       // of K, among the warps of a block
+  int segments = 1;    // of an exchanged row: forward 1, backward one for each gate
   int pitch = 0;       // elements of an exchanged row
   int grid = 0;        // blocks, all resident at the same time
   int64_t shared = 0;  // bytes per block
-  int64_t exchange_bytes = 0, flags = 0;
+  int64_t exchange_bytes = 0;
   double clocks = 0;  // of a step, estimated
 };
 
@@ -41,7 +43,8 @@ constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int tile_units(int gates) { return gates > 1 ? 8 : 16; }  // of a tile of one or two times 16 rows
 constexpr int tiles(int gates) { return gates > 2 ? 2 : 1; }
 
-// Shared memory of a block, in this order; each part is a multiple of 16 bytes.
+// Shared memory of a block, in this order; each part is a multiple of 16 bytes. Exchange: both slots of a
+// single block, else what the block gives to others in a step.
 struct Layout {
   int64_t partial, state, exchange, end;
 
@@ -50,7 +53,7 @@ struct Layout {
         state(partial + int64_t(p.units / tile_units(gates)) * (p.rows / 8) * p.parts * 8 *
                             (tiles(gates) * 16 + 4) * 4),
         exchange(state + int64_t(states) * p.rows * p.units * 4),
-        end(exchange + (p.members == 1 ? 2 * int64_t(p.rows) * p.pitch * element : 0)) {}
+        end(exchange + p.rows * element * (p.members == 1 ? 2 * int64_t(p.pitch) : p.segments * p.units)) {}
 };
 
 // Clocks to multiply the weights with 8 rows. The matrix instruction takes 320 bytes a clock; shared memory
@@ -81,14 +84,14 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
       for (int parts = std::max(1, most / (rows / 8)); parts <= most; parts *= 2) {
         Plan p;
         p.units = static_cast<int>(units), p.rows = rows, p.parts = parts;
-        p.pitch = static_cast<int>(w.K / w.H * up(w.H, 32));
+        p.segments = static_cast<int>(w.K / w.H);
+        p.pitch = static_cast<int>(p.segments * up(w.H, 32));
         p.members = static_cast<int>(members), p.groups = static_cast<int>(groups),
         p.grid = static_cast<int>(grid);
         const Layout layout(p, w.gates, w.element, w.states);
         p.shared = layout.end;
         if (p.shared > machine.shared) continue;
-        p.exchange_bytes = members == 1 ? 0 : 2 * groups * w.D * rows * p.pitch * w.element;
-        p.flags = members == 1 ? 0 : groups * w.D * 32;  // one line of 128 bytes each
+        p.exchange_bytes = members == 1 ? 0 : kSlots * groups * w.D * rows * p.pitch * w.element;
         const double product = (members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
                                product_clocks(p, w, double(layout.partial)) * (rows / 8) +
                                double(layout.state - layout.partial) / 64;

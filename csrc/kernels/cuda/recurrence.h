@@ -28,8 +28,7 @@ struct Layer {
   const void* c0 = nullptr;          // [D, B, H]
   const void* w_hh[2] = {};          // [G*H, P]
   Plan plan;                         // persistent only, with
-  void* exchange = nullptr;          // plan.exchange_bytes of zeros, blocks' states or gradients
-  unsigned* flags = nullptr;         // plan.flags zeros
+  void* exchange = nullptr;          // plan.exchange_bytes, blocks' states or gradients
 };
 
 struct FwdLayer : Layer {

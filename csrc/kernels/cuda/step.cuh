@@ -30,14 +30,13 @@ __global__ void step_fwd_kernel(const FwdStep p) {
       h[g] = load<S>(p.hw, b * Cell::kGates * p.H + row) + or_zero<S>(p.b_hh[d], row);
     }
     const int64_t at = (d * p.B + b) * p.H + u;
-    if (p.only_gates) {
-      A unused = A(0), c = A(0);
-      forward_unit<Cell, S>(p, d, token, u, x, h, unused, c);
-      continue;
-    }
-    A state = p.m ? A(0) : load<S>(p.hn ? p.hn : p.h0, at), c = A(0);
-    if (Cell::kCellState) c = p.c ? load<A>(p.c, at) : load<S>(p.c0, at);
-    forward_unit<Cell, S>(p, d, token, u, x, h, state, c);
+    A state = A(0), c = A(0), saved[Cell::kSaved + 1];
+    if (!p.only_gates && !p.m) state = load<S>(p.hn ? p.hn : p.h0, at);
+    if (!p.only_gates && Cell::kCellState) c = p.c ? load<A>(p.c, at) : load<S>(p.c0, at);
+    Cell::template forward<Arithmetic<S>>(x, h, state, c, saved, p.relu);
+    if (p.y) state = rounded<S>(state);
+    keep<Cell, S>(p, d, token, u, state, c, saved);
+    if (p.only_gates) continue;
     if (Cell::kCellState) store<S>(c, p.cn, at);
     const bool reset = p.resets && p.next >= 0 && p.resets[p.next * p.B + b];
     if (Cell::kCellState && p.c) store<A>(reset ? load<S>(p.c0, at) : c, p.c, at);
@@ -87,11 +86,12 @@ __global__ void step_bwd_kernel(const BwdStep p) {
     if (b < p.rows) {
       if (!p.dm) dh += or_zero<S>(p.dy, ((p.token + b) * p.D + d) * p.H + u);
       A slots[Cell::kSlots];
-      backward_unit<Cell, S>(p, load_saved<Cell, S>(p, d, p.t, b, u), d, p.token + b, u, dh, dc, slots);
+      backward_unit<Cell, S>(p, load_saved<Cell, S>(p, d, p.t, b, u), dh, dc, slots);
+      keep<Cell, S>(p, d, p.token + b, u, slots);
       if (p.m) {
         const int64_t saved = ((p.token + b) * p.D + d) * Cell::kSaved;
         const A c = load<A>(p.cells, ((p.token + b) * p.D + d) * p.H + u);
-        store<S>(load<S>(p.gates, (saved + 3) * p.H + u) * hyperbolic(c), p.m, b * p.H + u);
+        store<S>(load<S>(p.gates, (saved + 3) * p.H + u) * Arithmetic<S>::tanh(c), p.m, b * p.H + u);
       }
     }
     if (!p.dm) store<A>(dh, p.dh, at);
