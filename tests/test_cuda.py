@@ -65,7 +65,7 @@ def test_step_by_step(kind, dtype, T, B, H):
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (20, 3, 7), (6, 8, 32), (3, 17, 40)], ids=str)
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (20, 3, 7), (6, 8, 32), (3, 17, 25)], ids=str)
 def test_persistent_in_one_block(kind, dtype, T, B, H):
     with emulated_gpu(ALONE):
         assert plan(kind, B, H, dtype=dtype).count("persistent in 1 ") == 2

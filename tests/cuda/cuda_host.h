@@ -213,9 +213,8 @@ inline Machine& machine() {
 inline char* shared_memory() { return host::block().shared.get(); }
 inline void give(const uint4& packet, void* to) { std::memcpy(to, &packet, 16); }
 inline uint4 look(const void* from) {  // not before there is something to see
-  const uint32_t* words = static_cast<const uint32_t*>(from);
-  for (int i = 0; i < 4; i++)
-    while (words[i] == ~0u) host::grid().wait(words + i, ~0u);
+  const uint32_t* last = static_cast<const uint32_t*>(from) + 3;
+  while (*last == kEmpty) host::grid().wait(last, kEmpty);
   uint4 packet;
   std::memcpy(&packet, from, 16);
   return packet;

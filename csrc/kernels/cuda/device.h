@@ -53,22 +53,26 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// What blocks give each other, 16 bytes at a time: past the L1 cache, each word whole.
+// What blocks give each other: 16 bytes at once, past the L1 cache.
 __device__ __forceinline__ void give(const uint4& packet, void* to) {
-  asm volatile("st.relaxed.gpu.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(packet.x), "r"(packet.y),
-               "r"(packet.z), "r"(packet.w)
-               : "memory");
+  asm volatile(
+      "{ .reg .b64 lo, hi; .reg .b128 all; mov.b64 lo, {%1, %2}; mov.b64 hi, {%3, %4};\n"
+      "mov.b128 all, {lo, hi}; st.relaxed.gpu.b128 [%0], all; }" ::"l"(to),
+      "r"(packet.x), "r"(packet.y), "r"(packet.z), "r"(packet.w)
+      : "memory");
 }
 __device__ __forceinline__ uint4 look(const void* from) {
   uint4 packet;
-  asm volatile("ld.relaxed.gpu.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(packet.x), "=r"(packet.y), "=r"(packet.z), "=r"(packet.w)
-               : "l"(from)
-               : "memory");
+  asm volatile(
+      "{ .reg .b64 lo, hi; .reg .b128 all; ld.relaxed.gpu.b128 all, [%4]; mov.b128 {lo, hi}, all;\n"
+      "mov.b64 {%0, %1}, lo; mov.b64 {%2, %3}, hi; }"
+      : "=r"(packet.x), "=r"(packet.y), "=r"(packet.z), "=r"(packet.w)
+      : "l"(from)
+      : "memory");
   return packet;
 }
 // What this thread gave and saw before comes before what it gives and sees from now on.
-__device__ __forceinline__ void fence() { __threadfence(); }
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 }  // namespace seqkernels::cuda
 

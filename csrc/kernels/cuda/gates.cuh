@@ -25,11 +25,11 @@ using Arithmetic = typename ArithmeticOf<S>::type;
 template <class Cell, class S>
 __device__ __forceinline__ void keep(const FwdLayer& p, int d, int64_t token, int64_t u, Acc<S> h, Acc<S> c,
                                      const Acc<S>* saved) {
-  const int64_t at = token * p.D + d;
-  if (p.y) store<S>(h, p.y, at * p.H + u);
-  if (Cell::kCellState && p.cells) store<Acc<S>>(c, p.cells, at * p.H + u);
+  const int64_t at = (token * p.D + d) * p.H;
+  if (p.y) store<S>(h, p.y, at + u);
+  if (Cell::kCellState && p.cells) store<Acc<S>>(c, p.cells, at + u);
   if (p.gates)
-    for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, (at * Cell::kSaved + s) * p.H + u);
+    for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, at * Cell::kSaved + s * p.H + u);
 }
 
 // What a step backward reads of memory, as it lies there. Nothing in it depends on other steps' gradients.

@@ -34,26 +34,32 @@
 
 namespace seqkernels::cuda {
 
-__device__ __forceinline__ bool empty(const uint4& packet) {
-  return packet.x == ~0u || packet.y == ~0u || packet.z == ~0u || packet.w == ~0u;
+template <int n>
+using Count = std::integral_constant<int, n>;
+template <int n>
+struct alignas(4 * n) Floats {
+  float of[n];
+};
+
+__device__ __forceinline__ int exponent(int power_of_two) {
+  int e = 0;
+  while (power_of_two > 1) power_of_two >>= 1, e++;
+  return e;
 }
 
 // The packets at at(0), at(1), ..., `count` but N at most, all on their way at once, when all are full.
 template <int N, class At>
 __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At& at) {
-#pragma unroll
-  for (int n = 0; n < N; n++)
-    if (n < count) packets[n] = look(at(n));
-  for (bool missing = true; missing;) {
+  bool missing;
+  do {
     missing = false;
 #pragma unroll
     for (int n = 0; n < N; n++)
-      if (n < count && empty(packets[n])) packets[n] = look(at(n)), missing = true;
-  }
+      if (n < count) packets[n] = look(at(n));
+#pragma unroll
+    for (int n = 0; n < N; n++) missing |= n < count && packets[n].w == kEmpty;
+  } while (missing);
 }
-
-template <int n>
-using Count = std::integral_constant<int, n>;
 
 // An element to give: any NaN but the one that marks what is empty.
 template <class E>
@@ -102,18 +108,24 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
     const E* b = rows + threadIdx.x % 32 / 4 * pitch + threadIdx.x % 4 * kPiece;
     for (int first = begin; first < end; first += kAtOnce) {
       uint4 h[kAtOnce];
-      receive(h, end - first, [&](int n) { return b + (first + n) * kChunk; });
+      const E* from = b + first * kChunk;
+      receive(h, end - first, [&](int n) { return from + n * kChunk; });
       const bool in_registers = mine && first == begin;
 #pragma unroll
-      for (int n = 0; n < kAtOnce; n++)
-        if (first + n < end) {
-          const Fragment a = n < kHeld && in_registers ? held[n] : read(weights, first + n);
+      for (int n = 0; n < kAtOnce; n++) {
+        if (first + n >= end) break;
+        const auto add = [&](const Fragment& a) {
 #pragma unroll
           for (int t = 0; t < kTiles; t++) {
             mma(c[t], a.of[t][0], h[n].x, h[n].y, E());
             mma(odd[t], a.of[t][1], h[n].z, h[n].w, E());
           }
-        }
+        };
+        if (n < kHeld && in_registers)
+          add(held[n < kHeld ? n : 0]);
+        else
+          add(read(weights, first + n));
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] += odd[i / 4][i % 4];
@@ -143,8 +155,9 @@ struct Tile<float, kTiles> {
     const float* b = rows + lane % 4 * 2 * pitch;
     for (int first = begin; first < end; first += kAtOnce) {
       uint4 packets[4 * kAtOnce];  // of a chunk two rows in two parts
+      const float *from = b + first * kChunk, *next = from + pitch;
       receive(packets, (end - first) * 4,
-              [&](int n) { return b + n / 2 % 2 * pitch + (first + n / 4) * kChunk + n % 2 * 4; });
+              [&](int n) { return (n / 2 % 2 ? next : from) + n / 4 * kChunk + n % 2 * 4; });
 #pragma unroll
       for (int n = 0; n < 2 * kAtOnce; n++)
         if (first + n / 2 < end) {
@@ -164,7 +177,8 @@ struct Tile<float, kTiles> {
 };
 
 // A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
-// per unit; segments: of an exchanged row.
+// per unit; segments: of an exchanged row. What a step needs is computed once: its instructions are few and
+// wait for each other, 4 clocks each.
 template <class E, int kGates, int kSegments>
 struct Block {
   static constexpr int kTiles = tiles(kGates), kUnits = tile_units(kGates), kRows = 16 * kTiles;
@@ -175,15 +189,21 @@ struct Block {
   const Layer& p;
   const int d, group, member;
   const int64_t row0, unit0;
+  const bool alone;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  // A warp's tiles and groups of 8 rows: the first, how far the next.
-  int tile, octet, tiles_apart, octets_apart;
-  int part, begin, end;  // of K, in chunks
+  // A warp's products of a tile with 8 rows: the first, how far the next; of K `part`, in chunks.
+  int item, items, items_apart, tiles_exponent;
+  int part, begin, end;
   Product product;
   E* weights;
   float *partial, *state;
   E* slots;
-  E* given;  // by the thread in this step, its first row and segment; null for a single block
+  int slot_size, slots_mask;
+  E* outgoing;  // where the thread puts its unit of its first row; of a single block into a slot
+  int row_apart, segment_apart;
+  // What all have put: packets in lines of `units` elements, of which a thread gives its part.
+  const E* lines;
+  int line, lines_apart, column;
 
   __device__ Block(const Layer& layer, int states)
       : p(layer),
@@ -191,33 +211,40 @@ struct Block {
         group(blockIdx.x / layer.plan.members % layer.plan.groups),
         member(blockIdx.x % layer.plan.members),
         row0(int64_t(group) * layer.plan.rows),
-        unit0(int64_t(member) * layer.plan.units) {
+        unit0(int64_t(member) * layer.plan.units),
+        alone(layer.plan.members == 1) {
     const Plan& plan = p.plan;
     u = threadIdx.x % plan.units, row = threadIdx.x / plan.units, gap = kThreads / plan.units;
     rows = unit0 + u >= p.H ? 0 : p.B - row0 < plan.rows ? static_cast<int>(p.B - row0) : plan.rows;
     const int chunks = plan.pitch / Product::kChunk, warp = threadIdx.x / 32;
-    const int all = plan.units / kUnits;  // tiles
-    part = warp % plan.parts, tile = warp / plan.parts % all, octet = warp / plan.parts / all;
-    tiles_apart = kWarps / plan.parts, octets_apart = tiles_apart > all ? tiles_apart / all : 1;
+    tiles_exponent = exponent(plan.units / kUnits);
+    part = warp % plan.parts, item = warp / plan.parts, items_apart = kWarps / plan.parts;
+    items = plan.rows / 8 << tiles_exponent;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
     const Layout at(plan, kGates, sizeof(E), states);
     char* memory = shared_memory();
     weights = reinterpret_cast<E*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
     state = reinterpret_cast<float*>(memory + at.state);
-    E* exchange = reinterpret_cast<E*>(memory + at.exchange);
+    E* exchanged = reinterpret_cast<E*>(memory + at.exchange);
     for (int64_t i = threadIdx.x; i < (at.end - at.exchange) / int64_t(sizeof(E)); i += kThreads)
-      narrow(0.0f, exchange[i]);
-    slots = exchange, given = nullptr;
-    if (alone()) return;
-    given = exchange;
-    slots =
-        static_cast<E*>(p.exchange) + (d * plan.groups + group) * int64_t(kSlots) * plan.rows * plan.pitch;
-    // The last block fills up the rows once for all.
-    for (int64_t u = int64_t(plan.members) * plan.units + threadIdx.x * kPiece; u < padded();
-         u += kThreads * kPiece)
-      if (member == plan.members - 1)
-        for (int i = 0; i < kSlots * plan.rows * kSegments; i++) give({}, slots + i * padded() + u);
+      narrow(0.0f, exchanged[i]);
+    lines = exchanged;
+    line = threadIdx.x / (plan.units / kPiece), column = threadIdx.x % (plan.units / kPiece) * kPiece;
+    lines_apart = kThreads / (plan.units / kPiece);
+    slot_size = plan.rows * plan.pitch;
+    if (alone) {
+      slots = exchanged, slots_mask = 1, segment_apart = padded();
+      outgoing = slots + row * plan.pitch + u, row_apart = gap * plan.pitch;
+      return;
+    }
+    slots = static_cast<E*>(p.exchange) + (d * plan.groups + group) * int64_t(kSlots) * slot_size;
+    slots_mask = kSlots - 1, segment_apart = plan.units;
+    outgoing = exchanged + row * kSegments * plan.units + u, row_apart = kThreads * kSegments;
+    // Where units end before a row of the exchange does, the last block fills it up, once for all.
+    if (member == plan.members - 1)
+      for (int i = threadIdx.x; i < kSlots * plan.rows * kSegments; i += kThreads)
+        for (int64_t u = unit0 + plan.units; u < padded(); u += kPiece) give({}, slots + i * padded() + u);
   }
 
   // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end.
@@ -233,85 +260,79 @@ struct Block {
     }
   }
 
-  __device__ bool alone() const { return p.plan.members == 1; }
   __device__ int padded() const { return p.plan.pitch / kSegments; }
-  __device__ E* slot(int64_t s) const {
-    return slots + s % (alone() ? 2 : kSlots) * p.plan.rows * p.plan.pitch;
-  }
-  // Where the thread puts its part of a row of step s.
-  __device__ __forceinline__ E& outgoing(int64_t s, int r, int segment) const {
-    return alone() ? slot(s)[(int64_t(r) * kSegments + segment) * padded() + u]
-                   : given[(r * kSegments + segment) * p.plan.units + u];
-  }
+  __device__ E* slot(int64_t s) const { return slots + (static_cast<int>(s) & slots_mask) * slot_size; }
 
+  // The thread's n-th row of step s, for the group.
+  __device__ __forceinline__ void put(float a, int64_t s, int n, int segment) const {
+    E* to = outgoing + n * row_apart + segment * segment_apart;
+    narrow_to_give(a, alone ? to[(static_cast<int>(s) & 1) * slot_size] : *to);
+  }
   // What all threads have put goes to the group.
-  __device__ void exchange(int64_t s) const {
+  __device__ __forceinline__ void exchange(int64_t s) const {
     __syncthreads();
-    if (alone()) return;
-    const int line = p.plan.units / kPiece, lines = p.plan.rows * kSegments;  // packets, of all rows
-    const int column = threadIdx.x % line * kPiece;
+    if (alone) return;
     if (unit0 + column < padded())
-      for (int i = threadIdx.x / line; i < lines; i += kThreads / line) {
-        const int64_t at = i * padded() + unit0 + column;
-        give(*reinterpret_cast<const uint4*>(given + i * p.plan.units + column), slot(s) + at);
-        if (s >= 2) give({~0u, ~0u, ~0u, ~0u}, slot(s - 2) + at);
+      for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
+        const int at = i * padded() + static_cast<int>(unit0) + column;
+        give(*reinterpret_cast<const uint4*>(lines + i * p.plan.units + column), slot(s) + at);
+        if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, slot(s - 2) + at);
       }
     if (s % 4 == 0) fence();
   }
 
-  __device__ const E* weights_of(int t) const { return weights + t * kRows * p.plan.pitch; }
+  __device__ const E* weights_of(int tile) const { return weights + tile * kRows * p.plan.pitch; }
   // Once, when all weights are there.
-  __device__ void hold() { product.hold(weights_of(tile), begin, end); }
+  __device__ void hold() { product.hold(weights_of(item & ((1 << tiles_exponent) - 1)), begin, end); }
 
-  // Partial sums of weights times the rows in `from`.
-  __device__ void multiply(const E* from) const {
-    const Plan& plan = p.plan;
-    const int lane = threadIdx.x % 32, tiles = plan.units / kUnits;
-    for (int t = tile; t < tiles; t += tiles_apart)
-      for (int o = octet; o < plan.rows / 8; o += octets_apart) {
-        float c[kTiles][4] = {};
-        product.multiply(c, t == tile, weights_of(t), from + o * 8 * plan.pitch, plan.pitch, begin, end);
-        float* to = partial + ((o * tiles + t) * plan.parts + part) * 8 * kStride;
-        to += lane % 4 * 2 * kStride + lane / 4;
+  // Partial sums of weights times the rows of step s. A lane has row g of each 8 rows of its tile: the gates
+  // of a unit, or units g and g + 8.
+  __device__ void multiply(int64_t s) const {
+    const int lane = threadIdx.x % 32, tiles = (1 << tiles_exponent) - 1;
+    for (int i = item; i < items; i += items_apart) {
+      float c[kTiles][4] = {};
+      const E* from = slot(s) + (i >> tiles_exponent) * 8 * p.plan.pitch;
+      product.multiply(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from, p.plan.pitch, begin, end);
+      float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride + lane / 4 * 2 * kTiles;
 #pragma unroll
-        for (int i = 0; i < kTiles; i++) {
-          to[i * 16] = c[i][0], to[i * 16 + kStride] = c[i][1];
-          to[i * 16 + 8] = c[i][2], to[i * 16 + 8 + kStride] = c[i][3];
-        }
+      for (int column = 0; column < 2; column++) {
+        Floats<2 * kTiles> sums;
+#pragma unroll
+        for (int g = 0; g < 2 * kTiles; g++) sums.of[g] = c[g / 2][g % 2 * 2 + column];
+        *reinterpret_cast<Floats<2 * kTiles>*>(to + column * kStride) = sums;
       }
+    }
     __syncthreads();
   }
-  // The products for the gates of the thread's unit and a row.
-  __device__ __forceinline__ void sums(int r, float (&of)[kGates]) const {
-    const int parts = p.plan.parts, item = r / 8 * (p.plan.units / kUnits) + u / kUnits;
-    const float* from = partial + (item * parts * 8 + r % 8) * kStride + u % kUnits;
+  // The products for the gates of the thread's unit and its n-th row.
+  __device__ __forceinline__ void sums(int n, float (&of)[kGates]) const {
+    const int r = row + n * gap, i = (r / 8 << tiles_exponent) + u / kUnits;
+    const float* from = partial + (i * p.plan.parts * 8 + r % 8) * kStride + u % 8 * 2 * kTiles;
+    if (kTiles == 1) from += u % kUnits / 8;
 #pragma unroll
     for (int g = 0; g < kGates; g++) of[g] = 0;
-#pragma unroll 2
-    for (int i = 0; i < parts; i++)
+#pragma unroll 4
+    for (int i = 0; i < p.plan.parts; i++, from += 8 * kStride)
+      if constexpr (kTiles == 1) {
+        of[0] += *from;
+      } else {
+        const Floats<4> some = *reinterpret_cast<const Floats<4>*>(from);
 #pragma unroll
-      for (int g = 0; g < kGates; g++) of[g] += from[i * 8 * kStride + g * kUnits];
+        for (int g = 0; g < kGates; g++) of[g] += some.of[g];
+      }
   }
 
-  // What a step reads of memory does not depend on the exchange: load(r) of kAhead rows goes to registers
-  // before it looks, so that two latencies are one.
-  template <class T, class Load>
-  __device__ __forceinline__ void load_ahead(T (&ahead)[kAhead], int from, const Load& load) const {
-#pragma unroll
-    for (int n = 0; n < kAhead; n++)
-      if (from + n * gap < rows) ahead[n] = load(from + n * gap);
-  }
-  // The thread's rows, N at a time, so that the arithmetic of one fills the latencies of the others:
-  // work(N, first row, whether all others are done). The first kAhead are loaded already.
-  template <class T, class Load, class Work>
-  __device__ __forceinline__ void each_row(T (&ahead)[kAhead], const Load& load, const Work& work) const {
-    const int turns = (p.plan.rows + gap - 1) / gap;
-    if (turns == 1) return work(Count<1>(), row, true);
-    if (turns == 2) return work(Count<2>(), row, true);
-    for (int n = 0; n < turns; n += kAhead) {
-      if (n > 0) load_ahead(ahead, row + n * gap, load);
-      work(Count<kAhead>(), row + n * gap, n + kAhead >= turns);
-    }
+  // work(how many rows at once): the arithmetic of one fills the latencies of the others.
+  template <class Work>
+  __device__ __forceinline__ void rows_at_once(const Work& work) const {
+    const int most =
+        p.plan.rows / gap;  // of a thread; without any where rows are fewer than threads for them
+    if (most <= 1)
+      work(Count<1>());
+    else if (most == 2)
+      work(Count<2>());
+    else
+      work(Count<kAhead>());
   }
 };
 
@@ -319,8 +340,8 @@ template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
   using S = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, G, 1> block(p, 1 + Cell::kCellState);
-  const int d = block.d, units = p.plan.units;
+  Block<E, G, 1> block(p, 0);
+  const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.load_weights([&](int gate, int64_t unit, int64_t k) {
     return k < p.H ? load<S>(p.w_hh[d], (gate * p.H + unit) * p.H + k) : 0.0f;
@@ -329,15 +350,17 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
   if (p.b_ih[d] && u < p.H)
     for (int g = 0; g < G; g++)
       b_ih[g] = load<S>(p.b_ih[d], g * p.H + u), b_hh[g] = load<S>(p.b_hh[d], g * p.H + u);
-  float *h_state = block.state + block.u, *c_state = h_state + p.plan.rows * units;  // the latter of an LSTM
-  __syncthreads();  // the weights are there, and the slots of a single block zero
+  __syncthreads();  // the weights are there, and what is exchanged zero
   block.hold();
-  for (int r = block.row; r < block.rows; r += block.gap) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + u;
-    h_state[r * units] = load<S>(p.h0, at);
-    if (Cell::kCellState) c_state[r * units] = load<S>(p.c0, at);
-    narrow_to_give(h_state[r * units], block.outgoing(0, r, 0));
-  }
+  const int64_t first_state = (d * p.B + row0 + row) * p.H + u;
+  float h[kAhead] = {}, c[kAhead] = {};  // the latter of an LSTM
+  const auto start = [&](int n) {
+    h[n] = load<S>(p.h0, first_state + n * gap * H);
+    if (Cell::kCellState) c[n] = load<S>(p.c0, first_state + n * gap * H);
+  };
+#pragma unroll
+  for (int n = 0; n < kAhead; n++)
+    if (row + n * gap < rows) start(n), block.put(h[n], 0, n, 0);
   block.exchange(0);
   struct Inputs {
     S x[G];
@@ -346,81 +369,78 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
   const int64_t steps = steps_of(p, row0);
   for (int64_t s = 0; s < steps; s++) {
     const int64_t t = d ? steps - 1 - s : s, next = d ? t - 1 : t + 1;
-    const int64_t token = first_token(p, t) + row0, active = rows_at(p, t) - row0;
-    const auto load_row = [&](int r) {
-      Inputs in{};
+    const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+    const int active = left < rows ? static_cast<int>(left) : rows;
+    const S* x = static_cast<const S*>(p.xw[d]) + token * (G * H) + u;
+    // What a step reads of memory does not depend on the exchange: it is loaded before the look at that.
+    Inputs ahead[kAhead] = {};
+#pragma unroll
+    for (int n = 0; n < kAhead; n++) {
+      const int r = row + n * gap;
       if (r < active)
-        for (int g = 0; g < G; g++) in.x[g] = element<S>(p.xw[d], ((token + r) * G + g) * p.H + u);
-      if (p.resets && s + 1 < steps) in.reset = p.resets[next * p.B + row0 + r];
-      return in;
-    };
-    Inputs ahead[kAhead];
-    block.load_ahead(ahead, block.row, load_row);
-    block.multiply(block.slot(s));
-    block.each_row(ahead, load_row, [&](auto count, int from, bool last) {
+        for (int g = 0; g < G; g++) ahead[n].x[g] = x[(n * gap * G + g) * H];
+      if (p.resets && s + 1 < steps && r < rows) ahead[n].reset = p.resets[next * p.B + row0 + r];
+    }
+    block.multiply(s);
+    block.rows_at_once([&](auto count) {
       constexpr int N = decltype(count)::value;
-      const bool idle = from >= p.plan.rows;
-      float h[N] = {}, c[N] = {}, saved[N][Cell::kSaved + 1] = {};
+      float saved[N][Cell::kSaved + 1] = {}, h_now[N] = {}, c_now[N] = {};
+      if (row < p.plan.rows)
 #pragma unroll
-      for (int n = 0; n < N && !idle; n++) {
-        const int r = from + n * block.gap;
-        float x_gates[G], h_gates[G];
-        block.sums(r, h_gates);
+        for (int n = 0; n < N; n++) {
+          float x_gates[G], h_gates[G];
+          block.sums(n, h_gates);
 #pragma unroll
-        for (int g = 0; g < G; g++) x_gates[g] = widen(ahead[n].x[g]) + b_ih[g], h_gates[g] += b_hh[g];
-        const float h_before = h_state[r * units], c_before = Cell::kCellState ? c_state[r * units] : 0.0f;
-        h[n] = h_before, c[n] = c_before;
-        Cell::template forward<Arithmetic<S>>(x_gates, h_gates, h[n], c[n], saved[n], p.relu);
-        h[n] = r < active ? rounded<S>(h[n]) : h_before;
-        c[n] = r < active ? c[n] : c_before;
-      }
+          for (int g = 0; g < G; g++) x_gates[g] = widen(ahead[n].x[g]) + b_ih[g], h_gates[g] += b_hh[g];
+          h_now[n] = h[n], c_now[n] = c[n];
+          Cell::template forward<Arithmetic<S>>(x_gates, h_gates, h_now[n], c_now[n], saved[n], p.relu);
+          h_now[n] = rounded<S>(h_now[n]);
+        }
 #pragma unroll
       for (int n = 0; n < N; n++) {
-        const int r = from + n * block.gap;
-        if (r >= block.rows) continue;
-        const bool reset = ahead[n].reset;
-        const int64_t at = (d * p.B + row0 + r) * p.H + u;
-        h_state[r * units] = reset ? load<S>(p.h0, at) : h[n];
-        if (Cell::kCellState) c_state[r * units] = reset ? load<S>(p.c0, at) : c[n];
-        narrow_to_give(h_state[r * units], block.outgoing(s + 1, r, 0));
+        if (row + n * gap < active) h[n] = h_now[n], c[n] = c_now[n];
+        if (ahead[n].reset) start(n);
+        if (row + n * gap < rows) block.put(h[n], s + 1, n, 0);
       }
-      if (last) block.exchange(s + 1);
+      block.exchange(s + 1);
 #pragma unroll
-      for (int n = 0; n < N; n++) {
-        const int r = from + n * block.gap;
-        if (r < block.rows && r < active) keep<Cell, S>(p, d, token + r, u, h[n], c[n], saved[n]);
-      }
+      for (int n = 0; n < N; n++)
+        if (row + n * gap < active) keep<Cell, S>(p, d, token + n * gap, u, h_now[n], c_now[n], saved[n]);
     });
   }
-  for (int r = block.row; r < block.rows; r += block.gap) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + u;
-    store<S>(h_state[r * units], p.hn, at);
-    if (Cell::kCellState) store<S>(c_state[r * units], p.cn, at);
-  }
+#pragma unroll
+  for (int n = 0; n < kAhead; n++)
+    if (row + n * gap < rows) {
+      store<S>(h[n], p.hn, first_state + n * gap * H);
+      if (Cell::kCellState) store<S>(c[n], p.cn, first_state + n * gap * H);
+    }
 }
 
-// Two floats per state: the gradient on its way, and what resets have sent to the initial state.
 template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLayer p) {
   using S = Stored<E>;
-  constexpr int G = Cell::kGates, kStates = 2 * (1 + Cell::kCellState);
-  Block<E, 1, G> block(p, kStates);
-  const int d = block.d, units = p.plan.units, padded = block.padded();
+  constexpr int G = Cell::kGates;
+  Block<E, 1, G> block(p, 1 + Cell::kCellState);
+  const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
+  const int padded = block.padded();
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.load_weights([&](int, int64_t unit, int64_t k) {
     return k % padded < p.H ? load<S>(p.w_hh[d], (k / padded * p.H + k % padded) * p.H + unit) : 0.0f;
   });
-  const int size = p.plan.rows * units;
-  float *dh_state = block.state + block.u, *dh_reset = dh_state + size, *dc_state = dh_state + 2 * size,
-        *dc_reset = dh_state + 3 * size;
-  __syncthreads();  // the weights are there, and the slots of a single block zero
+  __syncthreads();  // the weights are there, and what is exchanged zero
   block.hold();
-  for (int r = block.row; r < block.rows; r += block.gap) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + u;
-    const int i = r * units;
-    dh_state[i] = p.dhn ? load<S>(p.dhn, at) : 0.0f, dh_reset[i] = 0.0f;
-    if (Cell::kCellState) dc_state[i] = p.dcn ? load<S>(p.dcn, at) : 0.0f, dc_reset[i] = 0.0f;
-  }
+  const int64_t first_state = (d * p.B + row0 + row) * p.H + u;
+  float dh[kAhead] = {}, dc[kAhead] = {};  // on their way past the product; the latter of an LSTM
+  // What resets have sent to the initial state.
+  float *dh_reset = block.state + threadIdx.x, *dc_reset = dh_reset + p.plan.rows * p.plan.units;
+#pragma unroll
+  for (int n = 0; n < kAhead; n++)
+    if (row + n * gap < rows) {
+      if (p.dhn) dh[n] = load<S>(p.dhn, first_state + n * gap * H);
+      if (Cell::kCellState && p.dcn) dc[n] = load<S>(p.dcn, first_state + n * gap * H);
+      dh_reset[n * kThreads] = 0.0f;
+      if (Cell::kCellState) dc_reset[n * kThreads] = 0.0f;
+    }
   struct Inputs {
     Saved<Cell, S> saved;
     S dy;
@@ -429,67 +449,59 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
   const int64_t steps = steps_of(p, row0);
   for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
     const int64_t t = d ? s : steps - 1 - s, done = d ? t - 1 : t + 1;
-    const int64_t token = first_token(p, t) + row0, active = rows_at(p, t) - row0;
-    const auto load_row = [&](int r) {
-      Inputs in{};
+    const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+    const int active = left < rows ? static_cast<int>(left) : rows;
+    Inputs ahead[kAhead] = {};
+#pragma unroll
+    for (int n = 0; n < kAhead; n++) {
+      const int r = row + n * gap;
       if (r < active) {
-        in.saved = load_saved<Cell, S>(p, d, t, row0 + r, u);
-        if (p.dy) in.dy = element<S>(p.dy, ((token + r) * p.D + d) * p.H + u);
+        ahead[n].saved = load_saved<Cell, S>(p, d, t, row0 + r, u);
+        if (p.dy) ahead[n].dy = element<S>(p.dy, ((token + n * gap) * p.D + d) * H + u);
       }
-      if (p.resets && s > 0) in.reset = p.resets[done * p.B + row0 + r];
-      return in;
-    };
-    Inputs ahead[kAhead];
-    block.load_ahead(ahead, block.row, load_row);
-    if (s > 0) block.multiply(block.slot(s));
-    block.each_row(ahead, load_row, [&](auto count, int from, bool last) {
+      if (p.resets && s > 0 && r < rows) ahead[n].reset = p.resets[done * p.B + row0 + r];
+    }
+    if (s > 0) block.multiply(s);
+    block.rows_at_once([&](auto count) {
       constexpr int N = decltype(count)::value;
-      const bool idle = from >= p.plan.rows;
-      float dh[N] = {}, dc[N] = {}, slots[N][Cell::kSlots] = {};
+      float slots[N][Cell::kSlots] = {};
+      if (row < p.plan.rows)
 #pragma unroll
-      for (int n = 0; n < N && !idle; n++) {
-        const int r = from + n * block.gap, i = r * units;
-        const bool live = r < active && r < block.rows;
-        float product[1] = {};
-        if (s > 0) block.sums(r, product);
-        dh[n] = dh_state[i] + product[0], dc[n] = Cell::kCellState ? dc_state[i] : 0.0f;
-        if (r < block.rows && ahead[n].reset) {
-          dh_reset[i] += dh[n], dh[n] = 0.0f;
-          if (Cell::kCellState) dc_reset[i] += dc[n], dc[n] = 0.0f;
+        for (int n = 0; n < N; n++) {
+          float product[1] = {};
+          if (s > 0) block.sums(n, product);
+          dh[n] += product[0];
+          if (ahead[n].reset) {
+            dh_reset[n * kThreads] += dh[n], dh[n] = 0.0f;
+            if (Cell::kCellState) dc_reset[n * kThreads] += dc[n], dc[n] = 0.0f;
+          }
+          float dh_after = dh[n] + widen(ahead[n].dy), dc_after = dc[n];
+          backward_unit<Cell, S>(p, ahead[n].saved, dh_after, dc_after, slots[n]);
+          const bool live = row + n * gap < active;
+          dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
+#pragma unroll
+          for (int i = 0; i < Cell::kSlots; i++) slots[n][i] = live ? slots[n][i] : 0.0f;
         }
-        float dh_after = dh[n] + widen(ahead[n].dy), dc_after = dc[n];
-        backward_unit<Cell, S>(p, ahead[n].saved, dh_after, dc_after, slots[n]);
-        dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
 #pragma unroll
-        for (int i = 0; i < Cell::kSlots; i++) slots[n][i] = live ? slots[n][i] : 0.0f;
-      }
+      for (int n = 0; n < N; n++)
+        if (row + n * gap < rows)
 #pragma unroll
-      for (int n = 0; n < N; n++) {
-        const int r = from + n * block.gap;
-        if (r >= block.rows) continue;
-        dh_state[r * units] = dh[n];
-        if (Cell::kCellState) dc_state[r * units] = dc[n];
+          for (int g = 0; g < G; g++) block.put(slots[n][Cell::kRecurrentSlot + g], s + 1, n, g);
+      block.exchange(s + 1);
 #pragma unroll
-        for (int g = 0; g < G; g++)
-          narrow_to_give(slots[n][Cell::kRecurrentSlot + g], block.outgoing(s + 1, r, g));
-      }
-      if (last) block.exchange(s + 1);
-#pragma unroll
-      for (int n = 0; n < N; n++) {
-        const int r = from + n * block.gap;
-        if (r < block.rows && r < active) keep<Cell, S>(p, d, token + r, u, slots[n]);
-      }
+      for (int n = 0; n < N; n++)
+        if (row + n * gap < active) keep<Cell, S>(p, d, token + n * gap, u, slots[n]);
     });
   }
-  if (steps > 0) block.multiply(block.slot(steps));
-  for (int r = block.row; r < block.rows; r += block.gap) {
-    const int64_t at = (d * p.B + row0 + r) * p.H + u;
-    const int i = r * units;
-    float product[1] = {};
-    if (steps > 0) block.sums(r, product);
-    store<S>(dh_state[i] + product[0] + dh_reset[i], p.dh0, at);
-    if (Cell::kCellState) store<S>(dc_state[i] + dc_reset[i], p.dc0, at);
-  }
+  if (steps > 0) block.multiply(steps);
+#pragma unroll
+  for (int n = 0; n < kAhead; n++)
+    if (row + n * gap < rows) {
+      float product[1] = {};
+      if (steps > 0) block.sums(n, product);
+      store<S>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
+      if (Cell::kCellState) store<S>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
+    }
 }
 
 // of(E()) for the type of the layer's products on chip; doubles go stepwise.
@@ -524,14 +536,14 @@ template <class Cell>
 Plan Recurrence<Cell>::plan_fwd(const Layer& p) {
   return with_product_type(p, [&](auto e) {
     using E = decltype(e);
-    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, Cell::kGates, 1 + Cell::kCellState);
+    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, Cell::kGates, 0);
   });
 }
 template <class Cell>
 Plan Recurrence<Cell>::plan_bwd(const Layer& p) {
   return with_product_type(p, [&](auto e) {
     using E = decltype(e);
-    return plan_for<E>(persistent_bwd_kernel<Cell, E>, p, Cell::kGates * p.H, 1, 2 * (1 + Cell::kCellState));
+    return plan_for<E>(persistent_bwd_kernel<Cell, E>, p, Cell::kGates * p.H, 1, 1 + Cell::kCellState);
   });
 }
 

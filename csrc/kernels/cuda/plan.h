@@ -8,9 +8,10 @@
 namespace seqkernels::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAhead = 4;       // rows whose inputs a thread loads ahead
-constexpr int kHeldWords = 64;  // of weights, in a thread's registers
-constexpr int kSlots = 16;      // of exchanged rows, written in turn
+constexpr int kAhead = 4;         // rows of a thread, at most
+constexpr int kHeldWords = 64;    // of weights, in a thread's registers
+constexpr int kSlots = 16;        // of exchanged rows, written in turn
+constexpr uint32_t kEmpty = ~0u;  // last word of a packet that nobody has given yet
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
@@ -35,7 +36,7 @@ struct Work {
   int64_t B, H, K;  // K: H forward, G * H backward
   int D;
   int gates;            // rows of weights per unit: G forward, 1 backward
-  int element, states;  // bytes of an element; floats kept per unit and row
+  int element, states;  // bytes of an element; floats per unit and row
   bool ffma = false;    // instead of the matrix instruction
 };
 
@@ -79,6 +80,7 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
       const int64_t members = (w.H + units - 1) / units, groups = (w.B + rows - 1) / rows;
       const int64_t grid = groups * w.D * members;
+      if (units * rows > kAhead * kThreads) continue;
       if (grid > machine.multiprocessors || grid == 0) continue;
       const int most = std::max(1, kWarps / static_cast<int>(units / unit));
       for (int parts = std::max(1, most / (rows / 8)); parts <= most; parts *= 2) {
@@ -95,8 +97,7 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
         const double product = (members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
                                product_clocks(p, w, double(layout.partial)) * (rows / 8) +
                                double(layout.state - layout.partial) / 64;
-        const int turns = (p.units * rows + kThreads - 1) / kThreads;
-        p.clocks = std::max(product, 700.0) + (turns - 1) / kAhead * 700 + turns * 60;
+        p.clocks = std::max(product, 700.0) + (p.units * rows + kThreads - 1) / kThreads * 60;
         if (best.members == 0 || p.clocks < best.clocks) best = p;
       }
     }
