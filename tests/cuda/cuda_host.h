@@ -219,6 +219,7 @@ inline uint4 look(const void* from) {  // not before there is something to see
   std::memcpy(&packet, from, 16);
   return packet;
 }
+inline void look_again(const void*, uint4&) {}
 inline void fence() {}
 
 // With n elements to a word, lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns n q, n q, n (q + 4),
@@ -275,6 +276,10 @@ Machine machine_for(void (*)(Args)) {
 
 }  // namespace seqkernels::cuda
 
+inline void __syncwarp() {
+  namespace host = seqkernels::cuda::host;
+  host::grid().meet(host::block().warps[host::grid().current->thread / 32].barrier, 32);
+}
 inline void __syncthreads() {
   namespace host = seqkernels::cuda::host;
   host::grid().meet(host::block().barrier, seqkernels::cuda::kThreads);

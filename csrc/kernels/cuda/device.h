@@ -71,6 +71,17 @@ __device__ __forceinline__ uint4 look(const void* from) {
       : "memory");
   return packet;
 }
+// Anew, if the packet is empty: without a branch, so that all of a thread's are on their way at once.
+__device__ __forceinline__ void look_again(const void* from, uint4& packet) {
+  asm volatile(
+      "{ .reg .b64 lo, hi; .reg .b128 all; .reg .pred empty; setp.eq.u32 empty, %3, 0xffffffff;\n"
+      "mov.b64 lo, {%0, %1}; mov.b64 hi, {%2, %3}; mov.b128 all, {lo, hi};\n"
+      "@empty ld.relaxed.gpu.b128 all, [%4]; mov.b128 {lo, hi}, all;\n"
+      "mov.b64 {%0, %1}, lo; mov.b64 {%2, %3}, hi; }"
+      : "+r"(packet.x), "+r"(packet.y), "+r"(packet.z), "+r"(packet.w)
+      : "l"(from)
+      : "memory");
+}
 // What this thread gave and saw before comes before what it gives and sees from now on.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 

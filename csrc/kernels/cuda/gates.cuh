@@ -21,15 +21,14 @@ struct ArithmeticOf<double> {
 template <class S>
 using Arithmetic = typename ArithmeticOf<S>::type;
 
-// h_t, c_t and the saved activations to y, cells and gates.
+// h_t, c_t and the saved activations to y, cells and gates; `at` is the place of the unit in y.
 template <class Cell, class S>
-__device__ __forceinline__ void keep(const FwdLayer& p, int d, int64_t token, int64_t u, Acc<S> h, Acc<S> c,
+__device__ __forceinline__ void keep(const FwdLayer& p, int64_t at, int64_t u, Acc<S> h, Acc<S> c,
                                      const Acc<S>* saved) {
-  const int64_t at = (token * p.D + d) * p.H;
-  if (p.y) store<S>(h, p.y, at + u);
-  if (Cell::kCellState && p.cells) store<Acc<S>>(c, p.cells, at + u);
+  if (p.y) store<S>(h, p.y, at);
+  if (Cell::kCellState && p.cells) store<Acc<S>>(c, p.cells, at);
   if (p.gates)
-    for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, at * Cell::kSaved + s * p.H + u);
+    for (int s = 0; s < Cell::kSaved; s++) store<S>(saved[s], p.gates, (at - u) * Cell::kSaved + s * p.H + u);
 }
 
 // What a step backward reads of memory, as it lies there. Nothing in it depends on other steps' gradients.
@@ -43,17 +42,17 @@ struct Saved {
 template <class Cell, class S>
 __device__ __forceinline__ Saved<Cell, S> load_saved(const BwdLayer& p, int d, int64_t t, int64_t b,
                                                      int64_t u) {
-  const int64_t token = first_token(p, t) + b, at = token * p.D + d;
+  const int64_t token = first_token(p, t) + b, at = (token * p.D + d) * p.H + u;
   Saved<Cell, S> saved{};
   for (int s = 0; s < Cell::kSaved; s++)
-    saved.gates[s] = element<S>(p.gates, (at * Cell::kSaved + s) * p.H + u);
+    saved.gates[s] = element<S>(p.gates, (at - u) * Cell::kSaved + s * p.H + u);
   if (Cell::kCellState) {
-    saved.c = load<Acc<S>>(p.cells, at * p.H + u);
+    saved.c = load<Acc<S>>(p.cells, at);
     saved.c_prev = cell_before<S>(p, p.cells, d, t, b, u);
-    if (p.dcells) saved.dc = load<Acc<S>>(p.dcells, at * p.H + u);
+    if (p.dcells) saved.dc = load<Acc<S>>(p.dcells, at);
   }
   if (Cell::kNeedsPreviousH) saved.h = element<S>(p.h_prev[d], token * p.H + u);
-  if (Cell::kSaved == 0) saved.h = element<S>(p.y, at * p.H + u);
+  if (Cell::kSaved == 0) saved.h = element<S>(p.y, at);
   return saved;
 }
 
@@ -70,10 +69,8 @@ __device__ __forceinline__ void backward_unit(const BwdLayer& p, const Saved<Cel
 
 // The gate gradients to dG.
 template <class Cell, class S>
-__device__ __forceinline__ void keep(const BwdLayer& p, int d, int64_t token, int64_t u,
-                                     const Acc<S>* slots) {
-  const int64_t at = (token * p.D + d) * Cell::kSlots;
-  for (int s = 0; s < Cell::kSlots; s++) store<S>(slots[s], p.dG, (at + s) * p.H + u);
+__device__ __forceinline__ void keep(const BwdLayer& p, int64_t at, int64_t u, const Acc<S>* slots) {
+  for (int s = 0; s < Cell::kSlots; s++) store<S>(slots[s], p.dG, (at - u) * Cell::kSlots + s * p.H + u);
 }
 
 }  // namespace seqkernels::cuda

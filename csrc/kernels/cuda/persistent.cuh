@@ -9,12 +9,13 @@
 // gradients that bypass the product, stay in shared memory in float.
 //
 // Exchange: through global memory (L2), in packets of 16 bytes that say themselves whether they are there:
-// empty ones have a word of all ones, a NaN that no number is rounded to. Who needs a packet looks at it
-// until it is full, so that a step waits for one way to L2 and one back and for no fence, counter or flag.
-// Steps take kSlots slots in turn. Who gives packets of step s has seen all of step s - 1, given by blocks
-// that had read all of step s - 2, and empties its own packets of that. They are written again at step s +
-// kSlots - 2; before, everybody has passed two fences of every fourth step: the first puts the emptying
-// before a packet that all look at, the second that look before the next into the slot. A group of one block
+// the last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet looks at
+// it until it is full, so that a step waits for one way to L2 and back and for no fence, counter or flag.
+// Steps take `slots` slots in turn. Who gives packets of step s has seen all of step s - 1, given by blocks
+// that had read all of step s - 2, and empties its own packets of that. They are written again at step
+// s + slots - 2; until then everybody passes two fences, one in every slots / 4 steps: the first puts the
+// emptying before a packet that all look at, the second that look before the next into the slot.
+// A group of one block
 // exchanges through two slots in its own shared memory, with block barriers alone. Groups never meet.
 // Whatever else a step reads of memory is loaded before it looks; what it writes to y, dG and the saved
 // activations it writes after it has given. Limit: a hop through L2 a step, or 128 bytes of weights per clock
@@ -50,15 +51,19 @@ __device__ __forceinline__ int exponent(int power_of_two) {
 // The packets at at(0), at(1), ..., `count` but N at most, all on their way at once, when all are full.
 template <int N, class At>
 __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At& at) {
-  bool missing;
-  do {
-    missing = false;
 #pragma unroll
-    for (int n = 0; n < N; n++)
-      if (n < count) packets[n] = look(at(n));
+  for (int n = 0; n < N; n++) {
+    packets[n].w = 0;
+    if (n < count) packets[n] = look(at(n));
+  }
+  for (;;) {
+    bool missing = false;
 #pragma unroll
-    for (int n = 0; n < N; n++) missing |= n < count && packets[n].w == kEmpty;
-  } while (missing);
+    for (int n = 0; n < N; n++) missing |= packets[n].w == kEmpty;
+    if (!missing) return;
+#pragma unroll
+    for (int n = 0; n < N; n++) look_again(at(n), packets[n]);
+  }
 }
 
 // An element to give: any NaN but the one that marks what is empty.
@@ -73,7 +78,7 @@ template <class E, int kTiles>
 struct Tile {  // by the matrix instruction: bf16, f16, tf32
   static constexpr int kPiece = 16 / sizeof(E), kChunk = 4 * kPiece, kWord = 4 / sizeof(E);
 
-  static __device__ int64_t index(int m, int64_t k) {
+  static __device__ int index(int m, int k) {
     const int e = k % kPiece, lane = m % 8 * 4 + k % kChunk / kPiece, instruction = e / (kPiece / 2);
     const int word = m % 16 / 8 + e % (kPiece / 2) / kWord * 2;
     return ((((k / kChunk * kTiles + m / 16) * 2 + instruction) * 32 + lane) * 4 + word) * kWord + e % kWord;
@@ -85,7 +90,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
 
   // The first chunks of a warp's weights stay in registers: shared memory feeds the instruction 8 rows at
   // 40 % of its rate.
-  static constexpr int kHeld = kHeldWords / (8 * kTiles), kAtOnce = 8;
+  static constexpr int kHeld = held_words(kTiles) / (8 * kTiles), kAtOnce = 8;
   Fragment held[kHeld];
 
   static __device__ __forceinline__ Fragment read(const E* weights, int k) {
@@ -103,7 +108,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
 
   // mine: hold() was given these weights.
   __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool mine, const E* weights, const E* rows,
-                                           int pitch, int begin, int end) const {
+                                           int pitch, int begin, int end, uint4*) const {
     float odd[kTiles][4] = {};  // a second sum, as an instruction waits for the one before on its sum
     const E* b = rows + threadIdx.x % 32 / 4 * pitch + threadIdx.x % 4 * kPiece;
     for (int first = begin; first < end; first += kAtOnce) {
@@ -132,42 +137,41 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
   }
 };
 
-__device__ __forceinline__ float4 floats(const uint4& packet) {
-  float4 values;
-  memcpy(&values, &packet, sizeof values);
-  return values;
-}
-
+// By FFMA. Lanes share rows and weights: the warp receives each packet once, and passes it on in shared
+// memory.
 template <int kTiles>
 struct Tile<float, kTiles> {
-  static constexpr int kChunk = 8, kAtOnce = 3;
+  static constexpr int kChunk = 8, kAtOnce = kFfmaChunks;
 
-  static __device__ int64_t index(int m, int64_t k) {
+  static __device__ int index(int m, int k) {
     return ((((k / 8 * kTiles + m / 16) * 2 + m % 16 / 8) * 2 + k % 8 / 4) * 8 + m % 8) * 4 + k % 4;
   }
 
   __device__ void hold(const float*, int, int) {}  // FFMA is no faster than shared memory
 
   static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool, const float* weights,
-                                                  const float* rows, int pitch, int begin, int end) {
-    const int lane = threadIdx.x % 32;
+                                                  const float* rows, int pitch, int begin, int end,
+                                                  uint4* passed) {
+    const int lane = threadIdx.x % 32, row = lane % 16 / 2, part = lane % 2, odd = lane / 16;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
-    const float* b = rows + lane % 4 * 2 * pitch;
+    const float4* b = reinterpret_cast<const float4*>(passed) + lane % 4 * 2;  // [chunk][part][row]
     for (int first = begin; first < end; first += kAtOnce) {
-      uint4 packets[4 * kAtOnce];  // of a chunk two rows in two parts
-      const float *from = b + first * kChunk, *next = from + pitch;
-      receive(packets, (end - first) * 4,
-              [&](int n) { return (n / 2 % 2 ? next : from) + n / 4 * kChunk + n % 2 * 4; });
+      uint4 packets[kAtOnce / 2];  // of every other chunk, a row's part
+      const float* from = rows + row * pitch + (first + odd) * kChunk + part * 4;
+      receive(packets, (end - first - odd + 1) / 2, [&](int n) { return from + n * 2 * kChunk; });
+      __syncwarp();
+#pragma unroll
+      for (int n = 0; n < kAtOnce / 2; n++) passed[(n * 2 + odd) * 16 + part * 8 + row] = packets[n];
+      __syncwarp();
 #pragma unroll
       for (int n = 0; n < 2 * kAtOnce; n++)
         if (first + n / 2 < end) {
-          const int part = n % 2;
-          const float4 b0 = floats(packets[n / 2 * 4 + part]), b1 = floats(packets[n / 2 * 4 + 2 + part]);
+          const float4 b0 = b[n * 8], b1 = b[n * 8 + 1];
 #pragma unroll
           for (int t = 0; t < kTiles; t++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-              const float4 w = a[((((first + n / 2) * kTiles + t) * 2 + half) * 2 + part) * 8];
+              const float4 w = a[((((first + n / 2) * kTiles + t) * 2 + half) * 2 + n % 2) * 8];
               c[t][half * 2] += w.x * b0.x + w.y * b0.y + w.z * b0.z + w.w * b0.w;
               c[t][half * 2 + 1] += w.x * b1.x + w.y * b1.y + w.z * b1.z + w.w * b1.w;
             }
@@ -197,13 +201,14 @@ struct Block {
   Product product;
   E* weights;
   float *partial, *state;
+  uint4* passed;  // a warp's
   E* slots;
   int slot_size, slots_mask;
   E* outgoing;  // where the thread puts its unit of its first row; of a single block into a slot
   int row_apart, segment_apart;
   // What all have put: packets in lines of `units` elements, of which a thread gives its part.
   const E* lines;
-  int line, lines_apart, column;
+  int line, lines_apart, line_to;
 
   __device__ Block(const Layer& layer, int states)
       : p(layer),
@@ -221,43 +226,53 @@ struct Block {
     part = warp % plan.parts, item = warp / plan.parts, items_apart = kWarps / plan.parts;
     items = plan.rows / 8 << tiles_exponent;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
-    const Layout at(plan, kGates, sizeof(E), states);
+    const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>);
     char* memory = shared_memory();
     weights = reinterpret_cast<E*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
     state = reinterpret_cast<float*>(memory + at.state);
+    passed = reinterpret_cast<uint4*>(memory + at.passed) + warp * kFfmaChunks * 16;
     E* exchanged = reinterpret_cast<E*>(memory + at.exchange);
-    for (int64_t i = threadIdx.x; i < (at.end - at.exchange) / int64_t(sizeof(E)); i += kThreads)
+    for (int64_t i = threadIdx.x; i < (at.passed - at.exchange) / int64_t(sizeof(E)); i += kThreads)
       narrow(0.0f, exchanged[i]);
-    lines = exchanged;
-    line = threadIdx.x / (plan.units / kPiece), column = threadIdx.x % (plan.units / kPiece) * kPiece;
-    lines_apart = kThreads / (plan.units / kPiece);
+    const int packets = plan.units / kPiece, column = threadIdx.x % packets * kPiece;
+    line = unit0 + column < padded() ? threadIdx.x / packets : plan.rows * kSegments;
+    lines_apart = kThreads / packets;
+    lines = exchanged + line * plan.units + column;
+    line_to = line * padded() + static_cast<int>(unit0) + column;
     slot_size = plan.rows * plan.pitch;
     if (alone) {
       slots = exchanged, slots_mask = 1, segment_apart = padded();
       outgoing = slots + row * plan.pitch + u, row_apart = gap * plan.pitch;
       return;
     }
-    slots = static_cast<E*>(p.exchange) + (d * plan.groups + group) * int64_t(kSlots) * slot_size;
-    slots_mask = kSlots - 1, segment_apart = plan.units;
+    slots = static_cast<E*>(p.exchange) + (d * plan.groups + group) * int64_t(plan.slots) * slot_size;
+    slots_mask = plan.slots - 1, segment_apart = plan.units;
     outgoing = exchanged + row * kSegments * plan.units + u, row_apart = kThreads * kSegments;
     // Where units end before a row of the exchange does, the last block fills it up, once for all.
     if (member == plan.members - 1)
-      for (int i = threadIdx.x; i < kSlots * plan.rows * kSegments; i += kThreads)
+      for (int i = threadIdx.x; i < plan.slots * plan.rows * kSegments; i += kThreads)
         for (int64_t u = unit0 + plan.units; u < padded(); u += kPiece) give({}, slots + i * padded() + u);
   }
 
-  // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end.
-  template <class F>
-  __device__ void load_weights(const F& weight) {
-    const int pitch = p.plan.pitch;
-    for (int64_t i = threadIdx.x; i < int64_t(p.plan.units) / kUnits * kRows * pitch; i += kThreads) {
-      const int64_t k = i % pitch, row = i / pitch, u = unit0 + row / kRows * kUnits + row % kUnits;
-      const int m = row % kRows, gate = m / kUnits;
-      E w;
-      narrow(gate < kGates && u < p.H ? weight(gate, u, k) : 0.0f, w);
-      weights[row / kRows * kRows * pitch + Product::index(m, k)] = w;
-    }
+  // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end. Neighbouring lanes take
+  // neighbouring k or, if kAcross, rows m of a tile: what lies side by side in memory.
+  template <bool kAcross, class F>
+  __device__ __forceinline__ void load_weights(const F& weight) {
+    constexpr int kLanes = kAcross ? kRows : 1, kApart = kThreads / kLanes;  // threads that take all of K
+    const int pitch = p.plan.pitch, m0 = kAcross ? threadIdx.x % kLanes : 0, k0 = threadIdx.x / kLanes;
+    for (int tile = 0; tile < 1 << tiles_exponent; tile++)
+      for (int m = m0; m < kRows; m += kLanes) {
+        const int gate = m / kUnits;
+        const int64_t u = unit0 + tile * kUnits + m % kUnits;
+        E* to = weights + tile * kRows * pitch;
+#pragma unroll 4
+        for (int k = k0; k < pitch; k += kApart) {
+          E w;
+          narrow(gate < kGates && u < p.H ? weight(gate, u, k) : 0.0f, w);
+          to[Product::index(m, k)] = w;
+        }
+      }
   }
 
   __device__ int padded() const { return p.plan.pitch / kSegments; }
@@ -270,15 +285,16 @@ struct Block {
   }
   // What all threads have put goes to the group.
   __device__ __forceinline__ void exchange(int64_t s) const {
+    E *to = slot(s) + line_to, *old = slot(s - 2) + line_to;
+    const E* from = lines;
     __syncthreads();
     if (alone) return;
-    if (unit0 + column < padded())
-      for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
-        const int at = i * padded() + static_cast<int>(unit0) + column;
-        give(*reinterpret_cast<const uint4*>(lines + i * p.plan.units + column), slot(s) + at);
-        if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, slot(s - 2) + at);
-      }
-    if (s % 4 == 0) fence();
+    for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
+      give(*reinterpret_cast<const uint4*>(from), to);
+      if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old);
+      from += lines_apart * p.plan.units, to += lines_apart * padded(), old += lines_apart * padded();
+    }
+    if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
   }
 
   __device__ const E* weights_of(int tile) const { return weights + tile * kRows * p.plan.pitch; }
@@ -292,7 +308,8 @@ struct Block {
     for (int i = item; i < items; i += items_apart) {
       float c[kTiles][4] = {};
       const E* from = slot(s) + (i >> tiles_exponent) * 8 * p.plan.pitch;
-      product.multiply(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from, p.plan.pitch, begin, end);
+      product.multiply(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from, p.plan.pitch, begin, end,
+                       passed);
       float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride + lane / 4 * 2 * kTiles;
 #pragma unroll
       for (int column = 0; column < 2; column++) {
@@ -312,21 +329,21 @@ struct Block {
 #pragma unroll
     for (int g = 0; g < kGates; g++) of[g] = 0;
 #pragma unroll 4
-    for (int i = 0; i < p.plan.parts; i++, from += 8 * kStride)
+    for (int i = 0; i < p.plan.parts; i++) {
       if constexpr (kTiles == 1) {
-        of[0] += *from;
+        of[0] += from[i * 8 * kStride];
       } else {
-        const Floats<4> some = *reinterpret_cast<const Floats<4>*>(from);
+        const Floats<4> some = *reinterpret_cast<const Floats<4>*>(from + i * 8 * kStride);
 #pragma unroll
         for (int g = 0; g < kGates; g++) of[g] += some.of[g];
       }
+    }
   }
 
-  // work(how many rows at once): the arithmetic of one fills the latencies of the others.
+  // work(how many rows a thread has at most)
   template <class Work>
-  __device__ __forceinline__ void rows_at_once(const Work& work) const {
-    const int most =
-        p.plan.rows / gap;  // of a thread; without any where rows are fewer than threads for them
+  __device__ __forceinline__ void with_rows(const Work& work) const {
+    const int most = p.plan.rows / gap;  // 0 where threads are more than rows
     if (most <= 1)
       work(Count<1>());
     else if (most == 2)
@@ -343,8 +360,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
   Block<E, G, 1> block(p, 0);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
-  block.load_weights([&](int gate, int64_t unit, int64_t k) {
-    return k < p.H ? load<S>(p.w_hh[d], (gate * p.H + unit) * p.H + k) : 0.0f;
+  block.template load_weights<false>([&](int gate, int64_t unit, int k) {
+    return k < H ? load<S>(p.w_hh[d], (gate * H + unit) * H + k) : 0.0f;
   });
   float b_ih[G] = {}, b_hh[G] = {};
   if (p.b_ih[d] && u < p.H)
@@ -352,38 +369,39 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
       b_ih[g] = load<S>(p.b_ih[d], g * p.H + u), b_hh[g] = load<S>(p.b_hh[d], g * p.H + u);
   __syncthreads();  // the weights are there, and what is exchanged zero
   block.hold();
-  const int64_t first_state = (d * p.B + row0 + row) * p.H + u;
-  float h[kAhead] = {}, c[kAhead] = {};  // the latter of an LSTM
-  const auto start = [&](int n) {
-    h[n] = load<S>(p.h0, first_state + n * gap * H);
-    if (Cell::kCellState) c[n] = load<S>(p.c0, first_state + n * gap * H);
-  };
+  block.with_rows([&](auto count) {
+    constexpr int N = decltype(count)::value;
+    const int64_t first_state = (d * p.B + row0 + row) * H + u;
+    float h[N] = {}, c[N] = {};  // the latter of an LSTM
+    const auto start = [&](int n) {
+      h[n] = load<S>(p.h0, first_state + n * gap * H);
+      if (Cell::kCellState) c[n] = load<S>(p.c0, first_state + n * gap * H);
+    };
 #pragma unroll
-  for (int n = 0; n < kAhead; n++)
-    if (row + n * gap < rows) start(n), block.put(h[n], 0, n, 0);
-  block.exchange(0);
-  struct Inputs {
-    S x[G];
-    uint8_t reset;
-  };
-  const int64_t steps = steps_of(p, row0);
-  for (int64_t s = 0; s < steps; s++) {
-    const int64_t t = d ? steps - 1 - s : s, next = d ? t - 1 : t + 1;
-    const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
-    const int active = left < rows ? static_cast<int>(left) : rows;
-    const S* x = static_cast<const S*>(p.xw[d]) + token * (G * H) + u;
-    // What a step reads of memory does not depend on the exchange: it is loaded before the look at that.
-    Inputs ahead[kAhead] = {};
+    for (int n = 0; n < N; n++)
+      if (row + n * gap < rows) start(n), block.put(h[n], 0, n, 0);
+    block.exchange(0);
+    const int64_t steps = steps_of(p, row0);
+    for (int64_t s = 0; s < steps; s++) {
+      const int64_t t = d ? steps - 1 - s : s;
+      const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+      const int active = left < rows ? static_cast<int>(left) : rows;
+      // What a step reads of memory does not depend on the exchange: it is loaded before the look at that.
+      struct {
+        S x[G];
+        uint8_t reset;
+      } ahead[N] = {};
+      const S* x = static_cast<const S*>(p.xw[d]) + token * (G * H) + u;
 #pragma unroll
-    for (int n = 0; n < kAhead; n++) {
-      const int r = row + n * gap;
-      if (r < active)
-        for (int g = 0; g < G; g++) ahead[n].x[g] = x[(n * gap * G + g) * H];
-      if (p.resets && s + 1 < steps && r < rows) ahead[n].reset = p.resets[next * p.B + row0 + r];
-    }
-    block.multiply(s);
-    block.rows_at_once([&](auto count) {
-      constexpr int N = decltype(count)::value;
+      for (int n = 0; n < N; n++)
+        if (row + n * gap < active)
+          for (int g = 0; g < G; g++) ahead[n].x[g] = x[(n * gap * G + g) * H];
+      if (p.resets && s + 1 < steps)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+          if (row + n * gap < rows)
+            ahead[n].reset = p.resets[(d ? t - 1 : t + 1) * p.B + row0 + row + n * gap];
+      block.multiply(s);
       float saved[N][Cell::kSaved + 1] = {}, h_now[N] = {}, c_now[N] = {};
       if (row < p.plan.rows)
 #pragma unroll
@@ -403,17 +421,18 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
         if (row + n * gap < rows) block.put(h[n], s + 1, n, 0);
       }
       block.exchange(s + 1);
+      const int64_t at = (token * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) keep<Cell, S>(p, d, token + n * gap, u, h_now[n], c_now[n], saved[n]);
-    });
-  }
-#pragma unroll
-  for (int n = 0; n < kAhead; n++)
-    if (row + n * gap < rows) {
-      store<S>(h[n], p.hn, first_state + n * gap * H);
-      if (Cell::kCellState) store<S>(c[n], p.cn, first_state + n * gap * H);
+        if (row + n * gap < active) keep<Cell, S>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
     }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+      if (row + n * gap < rows) {
+        store<S>(h[n], p.hn, first_state + n * gap * H);
+        if (Cell::kCellState) store<S>(c[n], p.cn, first_state + n * gap * H);
+      }
+  });
 }
 
 template <class Cell, class E>
@@ -424,46 +443,49 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int padded = block.padded();
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
-  block.load_weights([&](int, int64_t unit, int64_t k) {
-    return k % padded < p.H ? load<S>(p.w_hh[d], (k / padded * p.H + k % padded) * p.H + unit) : 0.0f;
+  block.template load_weights<true>([&](int, int64_t unit, int k) {
+    const int gate = k / padded, row = k - gate * padded;
+    return row < H ? load<S>(p.w_hh[d], int64_t(gate * H + row) * H + unit) : 0.0f;
   });
   __syncthreads();  // the weights are there, and what is exchanged zero
   block.hold();
-  const int64_t first_state = (d * p.B + row0 + row) * p.H + u;
-  float dh[kAhead] = {}, dc[kAhead] = {};  // on their way past the product; the latter of an LSTM
-  // What resets have sent to the initial state.
-  float *dh_reset = block.state + threadIdx.x, *dc_reset = dh_reset + p.plan.rows * p.plan.units;
+  block.with_rows([&](auto count) {
+    constexpr int N = decltype(count)::value;
+    const int64_t first_state = (d * p.B + row0 + row) * H + u;
+    float dh[N] = {}, dc[N] = {};  // on their way past the product; the latter of an LSTM
+    // What resets have sent to the initial state.
+    float *dh_reset = block.state + threadIdx.x, *dc_reset = dh_reset + p.plan.rows * p.plan.units;
 #pragma unroll
-  for (int n = 0; n < kAhead; n++)
-    if (row + n * gap < rows) {
-      if (p.dhn) dh[n] = load<S>(p.dhn, first_state + n * gap * H);
-      if (Cell::kCellState && p.dcn) dc[n] = load<S>(p.dcn, first_state + n * gap * H);
-      dh_reset[n * kThreads] = 0.0f;
-      if (Cell::kCellState) dc_reset[n * kThreads] = 0.0f;
-    }
-  struct Inputs {
-    Saved<Cell, S> saved;
-    S dy;
-    uint8_t reset;
-  };
-  const int64_t steps = steps_of(p, row0);
-  for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
-    const int64_t t = d ? s : steps - 1 - s, done = d ? t - 1 : t + 1;
-    const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
-    const int active = left < rows ? static_cast<int>(left) : rows;
-    Inputs ahead[kAhead] = {};
-#pragma unroll
-    for (int n = 0; n < kAhead; n++) {
-      const int r = row + n * gap;
-      if (r < active) {
-        ahead[n].saved = load_saved<Cell, S>(p, d, t, row0 + r, u);
-        if (p.dy) ahead[n].dy = element<S>(p.dy, ((token + n * gap) * p.D + d) * H + u);
+    for (int n = 0; n < N; n++)
+      if (row + n * gap < rows) {
+        if (p.dhn) dh[n] = load<S>(p.dhn, first_state + n * gap * H);
+        if (Cell::kCellState && p.dcn) dc[n] = load<S>(p.dcn, first_state + n * gap * H);
+        dh_reset[n * kThreads] = 0.0f;
+        if (Cell::kCellState) dc_reset[n * kThreads] = 0.0f;
       }
-      if (p.resets && s > 0 && r < rows) ahead[n].reset = p.resets[done * p.B + row0 + r];
-    }
-    if (s > 0) block.multiply(s);
-    block.rows_at_once([&](auto count) {
-      constexpr int N = decltype(count)::value;
+    const int64_t steps = steps_of(p, row0);
+    for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
+      const int64_t t = d ? s : steps - 1 - s;
+      const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+      const int active = left < rows ? static_cast<int>(left) : rows;
+      const int64_t at = (token * p.D + d) * H + u;
+      struct {
+        Saved<Cell, S> saved;
+        S dy;
+        uint8_t reset;
+      } ahead[N] = {};
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        if (row + n * gap < active) {
+          ahead[n].saved = load_saved<Cell, S>(p, d, t, row0 + row + n * gap, u);
+          if (p.dy) ahead[n].dy = element<S>(p.dy, at + n * gap * p.D * H);
+        }
+      if (p.resets && s > 0)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+          if (row + n * gap < rows)
+            ahead[n].reset = p.resets[(d ? t - 1 : t + 1) * p.B + row0 + row + n * gap];
+      if (s > 0) block.multiply(s);
       float slots[N][Cell::kSlots] = {};
       if (row < p.plan.rows)
 #pragma unroll
@@ -490,18 +512,18 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       block.exchange(s + 1);
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) keep<Cell, S>(p, d, token + n * gap, u, slots[n]);
-    });
-  }
-  if (steps > 0) block.multiply(steps);
-#pragma unroll
-  for (int n = 0; n < kAhead; n++)
-    if (row + n * gap < rows) {
-      float product[1] = {};
-      if (steps > 0) block.sums(n, product);
-      store<S>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
-      if (Cell::kCellState) store<S>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
+        if (row + n * gap < active) keep<Cell, S>(p, at + n * gap * p.D * H, u, slots[n]);
     }
+    if (steps > 0) block.multiply(steps);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+      if (row + n * gap < rows) {
+        float product[1] = {};
+        if (steps > 0) block.sums(n, product);
+        store<S>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
+        if (Cell::kCellState) store<S>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
+      }
+  });
 }
 
 // of(E()) for the type of the layer's products on chip; doubles go stepwise.

@@ -8,18 +8,21 @@
 namespace seqkernels::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAhead = 4;         // rows of a thread, at most
-constexpr int kHeldWords = 64;    // of weights, in a thread's registers
-constexpr int kSlots = 16;        // of exchanged rows, written in turn
-constexpr uint32_t kEmpty = ~0u;  // last word of a packet that nobody has given yet
+constexpr int kAhead = 4;  // rows of a thread, at most
+
+constexpr int kFfmaChunks = 8;                    // of K, 8 elements each, that a warp receives at once
+constexpr int kLeastSlots = 16, kMostSlots = 64;  // of exchanged rows, written in turn
+constexpr int64_t kSlotsBytes = 1 << 20;          // a group has more than the least up to here
+constexpr uint32_t kEmpty = ~0u;                  // last word of a packet that nobody has given yet
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
   int groups = 0;   // per direction
   int units = 0, rows = 0;
-  int parts = 1;       // of K, among the warps of a block
-  int segments = 1;    // of an exchanged row: forward 1, backward one for each gate
-  int pitch = 0;       // elements of an exchanged row
+  int parts = 1;     // of K, among the warps of a block
+  int segments = 1;  // of an exchanged row: forward 1, backward one for each gate
+  int pitch = 0;     // elements of an exchanged row
+  int slots = 2;
   int grid = 0;        // blocks, all resident at the same time
   int64_t shared = 0;  // bytes per block
   int64_t exchange_bytes = 0;
@@ -43,18 +46,21 @@ struct Work {
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int tile_units(int gates) { return gates > 1 ? 8 : 16; }  // of a tile of one or two times 16 rows
 constexpr int tiles(int gates) { return gates > 2 ? 2 : 1; }
+// Of weights, in a thread's registers: what 255 of them leave.
+constexpr int held_words(int tiles) { return tiles == 1 ? 56 : 64; }
 
 // Shared memory of a block, in this order; each part is a multiple of 16 bytes. Exchange: both slots of a
-// single block, else what the block gives to others in a step.
+// single block, else what the block gives to others in a step. Passed: packets that lanes share, for FFMA.
 struct Layout {
-  int64_t partial, state, exchange, end;
+  int64_t partial, state, exchange, passed, end;
 
-  constexpr Layout(const Plan& p, int gates, int element, int states)
+  constexpr Layout(const Plan& p, int gates, int element, int states, bool ffma)
       : partial(int64_t(p.units / tile_units(gates)) * tiles(gates) * 16 * p.pitch * element),
         state(partial + int64_t(p.units / tile_units(gates)) * (p.rows / 8) * p.parts * 8 *
                             (tiles(gates) * 16 + 4) * 4),
         exchange(state + int64_t(states) * p.rows * p.units * 4),
-        end(exchange + p.rows * element * (p.members == 1 ? 2 * int64_t(p.pitch) : p.segments * p.units)) {}
+        passed(exchange + p.rows * element * (p.members == 1 ? 2 * int64_t(p.pitch) : p.segments * p.units)),
+        end(passed + (ffma ? kWarps * kFfmaChunks * 256 : 0)) {}
 };
 
 // Clocks to multiply the weights with 8 rows. The matrix instruction takes 320 bytes a clock; shared memory
@@ -62,7 +68,7 @@ struct Layout {
 constexpr double product_clocks(const Plan& p, const Work& w, double bytes) {
   if (w.ffma) return bytes / 64;
   const int tiles = p.units / tile_units(w.gates), first = std::min(tiles, kWarps / p.parts);
-  const double held = first * std::min(bytes / tiles, 128.0 * kHeldWords * p.parts);
+  const double held = first * std::min(bytes / tiles, 128.0 * held_words(cuda::tiles(w.gates)) * p.parts);
   return std::max((bytes - held) / 128, bytes / 320);
 }
 
@@ -90,10 +96,14 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
         p.pitch = static_cast<int>(p.segments * up(w.H, 32));
         p.members = static_cast<int>(members), p.groups = static_cast<int>(groups),
         p.grid = static_cast<int>(grid);
-        const Layout layout(p, w.gates, w.element, w.states);
+        const Layout layout(p, w.gates, w.element, w.states, w.ffma);
         p.shared = layout.end;
         if (p.shared > machine.shared) continue;
-        p.exchange_bytes = members == 1 ? 0 : kSlots * groups * w.D * rows * p.pitch * w.element;
+        if (members > 1) {
+          const int64_t slot = int64_t(rows) * p.pitch * w.element;
+          p.slots = slot * kMostSlots > kSlotsBytes ? kLeastSlots : kMostSlots;
+          p.exchange_bytes = groups * w.D * p.slots * slot;
+        }
         const double product = (members > 1 ? 1200.0 + double(rows) * p.pitch * w.element / 24 : 60.0) +
                                product_clocks(p, w, double(layout.partial)) * (rows / 8) +
                                double(layout.state - layout.partial) / 64;
