@@ -10,6 +10,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import triton_cubin  # noqa: E402
 import triton_launch  # noqa: E402
 from triton_units import UNITS  # noqa: E402
 
-from seqkernels.triton import decode, launch, launch_additive, tables  # noqa: E402
+from seqkernels.triton import backward, decode, launch, launch_additive, tables  # noqa: E402
 
 TESTS = Path(__file__).parent
 CASES = pairwise_cases()
@@ -290,11 +291,78 @@ def test_additive_attention_spills_nothing(additive: str, launched_additive: dic
 def test_lengths_compile_nothing_new():
     """Every number is read at run time: none of them may be specialised to 1 or to multiples of 16."""
     kernels = [kernel for kernel, _ in triton_cubin.KERNELS.values()]
+    kernels += [backward.attention_statistics, decode.combine]
     kernels += [getattr(launch_additive.additive, name) for name in ADDITIVE_KERNELS]
     for kernel in kernels:
         for p in kernel.params:
             pointer = p.name[0].isupper() and p.name not in triton_cubin.LENGTHS
             assert p.is_constexpr or pointer or p.do_not_specialize, (kernel.__name__, p.name)
+
+
+class Kernel:
+    """Like Triton's of two pointers, a number and a constant; knows what it has compiled and what has run."""
+
+    params = tuple(
+        SimpleNamespace(num=n, is_constexpr=n == 3, do_not_specialize=n == 2) for n in range(4)
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.ran: list[tuple] = []
+
+    def __getitem__(self, grid: tuple[int]):
+        def compile_and_run(*args, **constants):
+            number = self.compiled = self.compiled + 1
+            found = SimpleNamespace(function=number, packed_metadata=None)
+            found.run = lambda *args: self.ran.append((number, args[0], *args[-4:]))
+            return found
+
+        return compile_and_run
+
+
+def test_every_specialisation_has_its_kernel(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", triton_launch.Absent(90))
+    kernel, tile = Kernel(), tables.Tile(16, 0, 4, 2)
+    x = torch.zeros(64)
+    half = x.half()
+    calls = [
+        (tile, x, x, 1.0, False),
+        (tile, x[1:], x, 1.0, False),  # not at a multiple of 16 bytes
+        (tile, x, x[1:], 1.0, False),
+        (tile, x, None, 1.0, False),
+        (tile, x, half, 1.0, False),
+        (tile, x, x, 1.0, True),
+        (tile._replace(warps=8), x, x, 1.0, False),
+        (tile._replace(stages=3), x, x, 1.0, False),
+        (tile._replace(BM=32), x, x, 1.0, False),
+    ]
+    for n in range(2):
+        for tile, a, b, number, flag in calls:
+            launch.launch(kernel, 5, tile, a, b, number + n, F=flag)
+        assert kernel.compiled == len(calls)
+    launch.launch(kernel, 7, tile, x[4:], x[32:], 3.0, F=False)  # other addresses, as much aligned
+    assert kernel.compiled == len(calls)
+    assert [number for number, *_ in kernel.ran] == [*range(1, len(calls) + 1), len(calls)]
+    assert kernel.ran[0] == (1, 5, x.data_ptr(), 2.0, False, 16)
+    assert kernel.ran[3][2:5] == (None, 2.0, False)
+    assert kernel.ran[-1][1:] == (7, x[32:].data_ptr(), 3.0, False, 32)
+
+
+def test_profilers_see_every_launch(monkeypatch):
+    """Triton itself launches what its hooks are told of."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", triton_launch.Absent(90))
+    kernel, x = Kernel(), torch.zeros(4)
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        for n in range(3):
+            launch.launch(kernel, 1, tables.Tile(16, 0, 4, 2), x, x, 1.0, F=False)
+            assert kernel.compiled == n + 1
+    finally:
+        hook.remove(print)
+    launch.launch(kernel, 1, tables.Tile(16, 0, 4, 2), x, x, 1.0, F=False)
+    assert kernel.compiled == 3
+    assert len(kernel.ran) == 1
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -342,6 +410,27 @@ def test_same_bits_every_time_on_gpu(Tq: int):
     first = _run(q, k, v)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, _run(q, k, v), strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_calls_that_differ_in_what_is_compiled_on_gpu():
+    """In turn, with the same shapes: pointers that 16 bytes do not divide, a mask that goes away."""
+    memory = torch.randn(3, 2 * 4 * 300 * 64 + 8, device="cuda", dtype=torch.float16)
+    mask = torch.randn(2, 1, 300, 300, device="cuda", dtype=torch.float16)
+
+    def run(first: int, mask: torch.Tensor | None, copy: bool) -> list[torch.Tensor]:
+        q, k, v = memory[:, first : first - 8 or None].view(3, 2, 4, 300, 64)
+        if copy:
+            q, k, v = q.clone(), k.clone(), v.clone()
+        rest = (mask, *[None] * 5, 0.125, 0.0, 2**62, 2**62, False, 0.0, None, 0, 0)
+        out, lse = launch.attention_fwd(q, k, v, *rest)
+        return [out, lse, *launch.attention_bwd(out, None, q, k, v, out, lse, *rest, False)[:3]]
+
+    for first, bias in ((0, mask), (0, None), (1, None), (0, None), (1, mask), (4, None), (0, mask)):
+        expected = run(first, bias, True)
+        for found, wanted in zip(run(first, bias, False), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ def is_packed(queries: int, group: int) -> bool:
 def packed_tile(tile: Tile, rows: int) -> Tile:
     """The smallest tile that holds the rows. Fewer rows than the table's need fewer warps, as many need them
     all: 64 rows of 512 features spill in four."""
-    BM = max(16, min(triton.next_power_of_2(rows), tile.BM))
+    BM = max(16, min(1 << (rows - 1).bit_length(), tile.BM))
     return Tile(BM, tile.BN, 4 if BM <= 64 and BM < tile.BM else tile.warps, tile.stages)
 
 

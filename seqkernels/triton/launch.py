@@ -18,6 +18,7 @@ from .common import BOOL, FLOAT, LOG2E, Features, powers_of_two
 from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
 
 WIDEST = {2: 128, 4: 32}  # exact float32 products hold whole rows of both factors in registers
+INTERPRETED = triton.knobs.runtime.interpret  # asked once, as @triton.jit does
 FAR = 2**29  # a window no sequence reaches; sums of two stay within int32
 
 
@@ -36,8 +37,8 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: str) -> Tile:
         f = self.features
-        dim = max(sum(powers_of_two(x, f.WIDEST)) for x in (f.D, f.DV))
-        extras = sum((f.MASK != 0, f.DROPOUT, f.SOFTCAP, f.ALIBI))
+        dim = max(padded(f.D, f.WIDEST), padded(f.DV, f.WIDEST))
+        extras = (f.MASK != 0) + f.DROPOUT + f.SOFTCAP + f.ALIBI
         return tile_for(kernel, architecture(self.device), self.dtype.itemsize * 8, dim, extras)
 
     def longest_walk(self, tile: Tile) -> int:
@@ -144,13 +145,13 @@ def attention_bwd(
     dmask = q.new_empty(mask.shape if need_dmask and mask is not None else 0, dtype=torch.float32)
     strides = [dout.stride(n) // f.ALIGN for n in (0, 2, 1)]
     PAD = backward.PAD.value
-    Tp = triton.cdiv(Tq + (problem.batches * PAD if f.VARLEN else 0), PAD) * PAD
+    Tp = cdiv(Tq + (problem.batches * PAD if f.VARLEN else 0), PAD) * PAD
     statistics = q.new_zeros(B, heads, Tp, backward.WIDTH.value, dtype=torch.float32)
     statistics[..., 0] = math.inf
 
     with torch.cuda.device_of(q):
         tile = Tile(32, 0, 4, 1)
-        tiles = triton.cdiv(problem.max_q, PAD) * (PAD // tile.BM)
+        tiles = cdiv(problem.max_q, PAD) * (PAD // tile.BM)
         launch(
             backward.attention_statistics, problem.batches * heads * tiles, tile,
             out, dout, lse, dlse if dlse is None else dlse.contiguous(), cu_q, statistics,
@@ -159,7 +160,7 @@ def attention_bwd(
         gradient = (*problem.arguments, dout, statistics, *strides, scale, Tp)
 
         tile = problem.tile(DKDV)
-        tiles = triton.cdiv(problem.max_k, tile.BN)
+        tiles = cdiv(problem.max_k, tile.BN)
         splits = group_splits(problem.batches * key_heads * tiles, group, multiprocessors(q.device))
         parts = dk, dv
         if splits > 1:
@@ -174,14 +175,14 @@ def attention_bwd(
                 total.copy_(part.sum(0))
 
         tile = problem.tile(DQ)
-        tiles = triton.cdiv(problem.max_q, tile.BM)
+        tiles = cdiv(problem.max_q, tile.BM)
         launch(backward.attention_dq, problem.batches * heads * tiles, tile, *gradient, dq, tiles, F=f)
 
         if dmask.numel():
             tile = problem.tile(TILES)
             mask_b, mask_h, rows, cols = mask.shape
             sum_q, sum_k = rows == 1 != Tq, cols == 1 != Tk  # over no rows too
-            own = (1 if sum_q else triton.cdiv(Tq, tile.BM)) * (1 if sum_k else triton.cdiv(Tk, tile.BN))
+            own = (1 if sum_q else cdiv(Tq, tile.BM)) * (1 if sum_k else cdiv(Tk, tile.BN))
             launch(
                 backward.attention_dmask, mask_b * mask_h * own, tile,
                 *gradient, dmask, mask_h, B // mask_b, heads // mask_h, rows, cols,
@@ -220,7 +221,7 @@ def attention_weights(
     average = heads if mean else 1
     p = q.new_empty((B, Tq, Tk) if mean else (B, heads, Tq, Tk))
     tile = problem.tile(TILES)
-    programs = B * (heads // average) * triton.cdiv(Tq, tile.BM) * triton.cdiv(Tk, tile.BN)
+    programs = B * (heads // average) * cdiv(Tq, tile.BM) * cdiv(Tk, tile.BN)
     with torch.cuda.device_of(q):
         launch(
             weights.attention_weights, programs, tile,
@@ -236,15 +237,15 @@ def prepare(
     """Refuses what these kernels cannot do; sorts the rest into what is compiled in and what is passed."""
     batches = q.size(0) if cu_q is None else cu_q.numel() - 1
     check(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng, *others, batches=batches, paged=page > 0)
-    D, DV = q.size(3), v.size(3)
-    heads, group = q.size(1), q.size(1) // max(k.size(1), 1)
+    (_, heads, Tq, D), (_, key_heads, Tk, DV) = q.shape, v.shape
+    group = heads // max(key_heads, 1)
     q, k, v = rows_of(q), rows_of(k, page), rows_of(v, page)
     align = common_divisor(16 // q.itemsize, q, k, v, *others)
 
     kind, mask_strides, mask_align, mask_unit = 0, (0, 0, 0, 0), 1, False
     if mask is not None:
         kind = (BOOL if mask.dtype == torch.bool else FLOAT).value
-        mask = mask.detach().expand(q.size(0), heads, q.size(2), k.size(2))
+        mask = mask.detach().expand(q.size(0), heads, Tq, Tk)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         mask_align = common_divisor(16 // mask.itemsize, mask)
         mask_unit = mask.stride(3) == 1
@@ -274,21 +275,23 @@ def prepare(
         FOLD=scale >= 0 and mask is None and alibi is None and softcap == 0,
         ALIGN=align,
         PRECISION=float32_precision() if q.dtype == torch.float32 else "ieee",
-        UPCAST=triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )
     # For 0 a scale that leaves nothing of any product: 0 times the -inf of a hidden key would be NaN.
     to_log2 = 1 / softcap if softcap > 0 else LOG2E.value
     arguments = (
         q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng,
-        *(s // align for x in (q, k, v) for s in x.stride()[:3]), *mask_strides,
+        *[s // align for x in (q, k, v) for s in x.stride()[:3]], *mask_strides,
         heads if alibi is not None and alibi.numel() > heads else 0,
-        heads, group, q.size(2), max_k if page else k.size(2),
+        heads, group, Tq, max_k if page else Tk,
         max(min(left, FAR), -FAR), max(min(right, FAR), -FAR),
         float(scale * to_log2) or 1e-30, float(softcap * LOG2E.value),
         min(round(dropout * 2**32), 2**32 - 1), 0.0 if dropout >= 1 else 1 / (1 - dropout),
     )  # fmt: skip
-    longest = (q.size(2) if cu_q is None else max_q or q.size(2), max_k or k.size(2))
-    return Problem(f, arguments, batches, heads, group, *longest, sinks, left + right, q.dtype, q.device)
+    max_q = Tq if cu_q is None else max_q or Tq
+    return Problem(
+        f, arguments, batches, heads, group, max_q, max_k or Tk, sinks, left + right, q.dtype, q.device
+    )
 
 
 def check(
@@ -300,18 +303,19 @@ def check(
             f"attention on GPUs: expected q, k and v of one dtype, float16, bfloat16 or float32, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
-    dims, limit = (q.size(3), v.size(3)), max_dim(q.dtype)
-    if not all(0 < dim <= limit for dim in dims):
+    (B, heads, _, D), (_, key_heads, _, DV) = q.shape, v.shape
+    dims, limit = (D, DV), max_dim(q.dtype)
+    if not (0 < D <= limit and 0 < DV <= limit):
         raise RuntimeError(
             f"attention on GPUs: expected head dims from 1 to {limit} in {q.dtype}, got {dims}"
         )
-    small = (cu_q, cu_k, len_k, alibi, sinks)
-    if any(x is not None and x.device != q.device for x in (k, v, mask, *small, *others)):
-        raise RuntimeError(f"attention on GPUs: expected all tensors on {q.device}, where q is")
-    heads = q.size(1)
-    fits = k.shape[:3] == v.shape[:3] and k.size(3) == q.size(3) and (paged or k.size(0) == q.size(0))
-    fits = fits and (cu_q is None) == (cu_k is None) and (cu_q is None or q.size(0) == 1)
-    if not fits or (heads % k.size(1) if k.size(1) else heads):
+    small, device = (cu_q, cu_k, len_k, alibi, sinks), q.device
+    for x in (k, v, mask, *small, *others):
+        if x is not None and x.device != device:
+            raise RuntimeError(f"attention on GPUs: expected all tensors on {device}, where q is")
+    fits = k.shape == (*v.shape[:3], D) and (paged or k.size(0) == B)
+    fits = fits and (cu_q is None) == (cu_k is None) and (cu_q is None or B == 1)
+    if not fits or (heads % key_heads if key_heads else heads):
         raise RuntimeError(
             "attention on GPUs: expected q [B,Hq,Tq,D], k [B,Hk,Tk,D] and v [B,Hk,Tk,Dv], Hq a multiple of "
             f"Hk, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
@@ -320,8 +324,8 @@ def check(
         raise RuntimeError(
             f"attention on GPUs: expected a mask of bool, float32 or {q.dtype}, got {mask.dtype}"
         )
-    sizes = {"cu_q": batches + 1, "cu_k": batches + 1, "len_k": batches, "alibi": heads, "sinks": heads}
-    for (name, size), x in zip(sizes.items(), small, strict=True):
+    sizes = batches + 1, batches + 1, batches, heads, heads
+    for name, size, x in zip(("cu_q", "cu_k", "len_k", "alibi", "sinks"), sizes, small, strict=True):
         if (
             x is not None
             and x.shape != (size,)
@@ -345,7 +349,7 @@ def run_forward(
     if pack:
         rows, tiled_heads = rows * problem.group, heads // problem.group
         tile = decode.packed_tile(tile, rows)
-    tiles = triton.cdiv(rows, tile.BM)
+    tiles = cdiv(rows, tile.BM)
     programs = problem.batches * tiled_heads * tiles
     splits = decode.key_splits(programs, problem.longest_walk(tile), multiprocessors(q.device))
     f = problem.features._replace(PACK=pack, SPLIT=splits > 1)
@@ -364,18 +368,49 @@ def run_forward(
             tiles, splits, part, F=f,
         )  # fmt: skip
         if splits > 1 and part:
-            width = triton.next_power_of_2(DV)
-            decode.combine[(part,)](
+            width = 1 << (DV - 1).bit_length()
+            launch(
+                decode.combine, part, Tile(0, 0, 1 if width <= 128 else 4, 3),
                 *parts, problem.sinks, out, lse, heads, Tq, splits, part,
-                SINKS=f.SINKS, DV=DV, WIDTH=width, CHUNK=16, num_warps=1 if width <= 128 else 4,
+                SINKS=f.SINKS, DV=DV, WIDTH=width, CHUNK=16,
             )  # fmt: skip
     return out, lse
 
 
 def launch(kernel, programs: int, tile: Tile, *arguments, **constants) -> None:
-    if programs:
-        blocks = {"BM": tile.BM, "BN": tile.BN} if tile.BN else {"BM": tile.BM}
-        kernel[(programs,)](*arguments, **constants, **blocks, num_warps=tile.warps, num_stages=tile.stages)
+    """Runs a kernel on the device of its first argument, a tensor, which is the current device.
+
+    Triton takes 50 us to find which of its compiled kernels fits arguments like ours. Those of one kernel
+    differ in constants and in pointers: which there are, to what, and whether 16 bytes divide them.
+    """
+    if not programs:
+        return
+    if tile.BM:
+        constants["BM"] = tile.BM
+    if tile.BN:
+        constants["BN"] = tile.BN
+    pointers, compiled = known(kernel)
+    device = arguments[0].get_device()
+    key, values = [device, tile.warps, tile.stages, *constants.values()], list(arguments)
+    for n in pointers:
+        if (x := arguments[n]) is not None:
+            values[n] = address = x.data_ptr()
+            key += n, x.dtype, address % 16 == 0
+    found = compiled.get(key := tuple(key))
+    if found is None or launches_are_watched():  # under the interpreter nothing is ever found
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled[key] = kernel[(programs,)](*arguments, **constants, **options)
+    else:
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        which = found.function, found.packed_metadata, None, None, None
+        found.run(programs, 1, 1, stream, *which, *values, *constants.values())
+
+
+@functools.cache
+def known(kernel) -> tuple[list[int], dict]:
+    """Places of a kernel's pointers, which alone are specialised; what has been compiled, by key."""
+    parameters = getattr(kernel, "params", ())  # the interpreter's have none
+    return [p.num for p in parameters if not (p.is_constexpr or p.do_not_specialize)], {}
 
 
 def group_splits(programs: int, group: int, multiprocessors: int) -> int:
@@ -386,8 +421,26 @@ def group_splits(programs: int, group: int, multiprocessors: int) -> int:
 
 def common_divisor(largest: int, *tensors: Tensor) -> int:
     """The largest power of two up to `largest` that divides all strides but the last: loads are that wide."""
-    strides = (s for x in tensors for s, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    strides = [s for x in tensors for s in x.stride()[:-1]]
+    if math.gcd(largest, *strides) < largest:  # maybe for a dimension of one row, where none is used
+        strides = [s for x in tensors for s, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
     return math.gcd(largest, *strides)
+
+
+def launches_are_watched() -> bool:
+    """By a profiler, who is to be told more than we know."""
+    before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+
+
+def cdiv(a: int, b: int) -> int:
+    """triton.cdiv, which takes 3 us outside a kernel."""
+    return -(-a // b)
+
+
+@functools.cache
+def padded(dim: int, widest: int) -> int:
+    return sum(powers_of_two(dim, widest))
 
 
 def float32_precision() -> str:
