@@ -73,10 +73,13 @@ FORWARD = ["attention_fwd"]
         ({}, {"dropout_p": 0.5}, []),
         ({"dtype": torch.float32}, {}, []),
         ({"dtype": torch.float32, "Hk": 2}, {"enable_gqa": True}, FORWARD),  # torch has no fused kernel
-        ({"Tq": 8, "Tk": 2048}, {}, FORWARD),
+        ({"Tq": 8, "Tk": 2048}, {}, []),
+        ({"Tq": 8, "Tk": 2048, "B": 128}, {}, FORWARD),  # many rows
+        ({"Tq": 8, "Tk": 16_384}, {}, FORWARD),
         ({"Tq": 8}, {}, []),
         ({"Tq": 1, "Tk": 2048}, {}, []),
-        ({"Tq": 20, "Tk": 8192, "B": 1}, {}, FORWARD),  # one tile of queries a head
+        ({"Tq": 20, "Tk": 8192, "B": 1}, {}, []),
+        ({"Tq": 20, "Tk": 16_384, "B": 1}, {}, FORWARD),  # one tile of queries a head
         ({"Dv": 8}, {}, FORWARD),
         ({"Tq": 20, "Tk": 20, "D": 320}, {}, FORWARD),
         ({}, {"window": (8, 0)}, FORWARD),
@@ -90,6 +93,18 @@ FORWARD = ["attention_fwd"]
 )
 def test_sdpa(shape, options, ours):
     assert ran(sdpa, *qkv(**shape), **options) == ours
+
+
+def test_values_of_another_width_are_cudnns_on_hopper(monkeypatch):
+    monkeypatch.setattr(choice, "_major", lambda device: 9)
+    q, k, v = qkv(Dv=8)
+    assert ran(sdpa, q, k, v) == []
+    assert ran(sdpa, q, k, v, is_causal=True) == []
+    assert ran(sdpa, *qkv(Dv=12)) == FORWARD
+    assert ran(sdpa, *qkv(Dv=8, dtype=torch.float32)) == FORWARD
+    mask = torch.ones(100, 100, dtype=torch.bool)
+    assert ran(sdpa, q, k, v, mask) == FORWARD
+    assert ran(sdpa, q.requires_grad_(), k, v) == FORWARD
 
 
 def test_results_are_the_same_whoever_attends(monkeypatch):
@@ -181,7 +196,7 @@ def test_multihead_attention_with_masks_in_training():
 
 def test_multihead_attention_with_dropout():
     module, x = seqkernels.MultiheadAttention(64, 4, dropout=0.5), torch.randn(8, 2, 64)
-    keys = torch.randn(1024, 2, 64)
+    keys = torch.randn(16_384, 2, 64)
     assert ran(module, x, keys, keys, need_weights=False) == FORWARD
     assert ran(module, x, x, x, need_weights=False) == []
     assert ran(module, x, x, x) == [*FORWARD, "attention_weights"]
@@ -255,7 +270,7 @@ def test_a_choice_is_no_fallback(monkeypatch):
 def test_reasons_of_the_choice():
     q, k, v = qkv()
     assert "cuDNN and FlashAttention" in choice.why_torch(q, k, v)
-    assert "nobody has measured" in choice.why_torch(q.float(), k.float(), v.float())
+    assert "dense float32" in choice.why_torch(q.float(), k.float(), v.float())
 
 
 def test_explain():
@@ -269,7 +284,8 @@ def test_explain():
 
     assert said() == "on cuda, bfloat16, Triton kernels, or torch's where those are faster"
     assert said(x[:, :99], x, x) == "on cuda, bfloat16, Triton kernels"
-    assert said(x[:, :8], x, x, need_weights=False) == "on cuda, bfloat16, Triton kernels"
+    many = x.repeat(1, 16, 1)
+    assert said(x[:, :8], many, many, need_weights=False) == "on cuda, bfloat16, Triton kernels"
     assert said(x[:, :99], x, x, need_weights=False) == (
         "on cuda, bfloat16, torch's attention kernels (cuDNN and FlashAttention are faster at dense bfloat16 "
         "with head dims up to 256)"
