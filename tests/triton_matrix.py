@@ -258,7 +258,7 @@ def set_grid(kind: str) -> None:
     from seqkernels.triton import decode, launch
 
     launch.multiprocessors = lambda device: 10**6 if kind == "split" else 1
-    launch.decode.key_splits = lambda programs, keys, multiprocessors: 3 if kind == "split" else 1
+    launch.decode.key_splits = lambda *_: 3 if kind == "split" else 1
     decode.is_packed = lambda queries, group: kind == "packed" or (kind == "split" and group > 1)
 
 

@@ -24,11 +24,15 @@ def packed_tile(tile: Tile, rows: int) -> Tile:
     return Tile(BM, tile.BN, 4 if BM <= 64 and BM < tile.BM else tile.warps, tile.stages)
 
 
-def key_splits(programs: int, keys: int, multiprocessors: int) -> int:
-    """Two programs for each multiprocessor, of at least 256 keys; 1 where there are tiles enough anyway."""
+def key_splits(programs: int, keys: int, multiprocessors: int, least: int = 512) -> int:
+    """Two programs for each multiprocessor, of at least so many keys; 1 where there are tiles enough anyway.
+
+    On an H100 one row of 8,192 keys took 0.045 ms in 16 parts and 0.069 ms in 32; a row of 131,072 keys takes
+    3 % longer with two programs a multiprocessor than with one, 8 rows of 8 queries 3 % less.
+    """
     if programs == 0 or programs >= multiprocessors:
         return 1
-    return max(1, min(2 * multiprocessors // programs, keys // 256, 128))
+    return max(1, min(2 * multiprocessors // programs, keys // least, 128))
 
 
 @triton.jit(do_not_specialize=["heads", "Tq", "splits", "part"])

@@ -140,7 +140,7 @@ def prepare(q, k, v, w, mask, len_k, dout: Tensor | None = None, dweights: Tenso
         Tq, Tk, D // align, Dv // align,
     )  # fmt: skip
     programs = B * triton.cdiv(Tq, tile.BM)
-    splits = decode.key_splits(programs, Tk, launch.multiprocessors(q.device))
+    splits = decode.key_splits(programs, Tk, launch.multiprocessors(q.device), 256)
     return Problem(f, arguments, tile, B, Tq, Tk, splits)
 
 
