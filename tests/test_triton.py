@@ -85,7 +85,8 @@ def test_import_brings_no_triton():
 def test_splits_and_packs_by_shape_alone():
     """What decides is the same in every call, so the same bits come out."""
     assert decode.key_splits(programs=8, keys=131_072, multiprocessors=132) == 33
-    assert decode.key_splits(programs=8, keys=500, multiprocessors=132) == 1
+    assert decode.key_splits(programs=8, keys=8192, multiprocessors=132) == 16
+    assert decode.key_splits(programs=8, keys=1000, multiprocessors=132) == 1
     assert decode.key_splits(programs=132, keys=131_072, multiprocessors=132) == 1
     assert decode.key_splits(programs=0, keys=131_072, multiprocessors=132) == 1
     assert decode.is_packed(queries=1, group=1)
@@ -125,16 +126,20 @@ def test_float32_precision_follows_torch():
 # Registers, spills and shared memory of the rows of the tables, compiled for GPUs that are not there.
 # SEQKERNELS_TEST_CUBINS=all compiles every row with several flag sets, head dims and precisions (minutes).
 ALL = os.environ.get("SEQKERNELS_TEST_CUBINS") == "all"
-FEW = 32  # spill instructions a block: lost among the thousands that float32 products take
+# Spill instructions a block of float32: lost among the thousands that products take. On an H100 exact dQ of 64
+# features with 36 was 1.6 times as fast as the best without.
+FEW, FEW_EXACT = 32, 64
 
 
 def gate_cases() -> Iterator[tuple[str, tuple]]:
     """ALL, or two tiers of every row of Hopper in 16 bit, which ships to most, and a ninth of the rest."""
     rows = [(kernel, arch, "bf16", row) for (kernel, arch), rows in tables.HALF.items() for row in rows]
     rows += [(kernel, 80, "fp32", row) for kernel, rows in tables.FLOAT32.items() for row in rows]
+    exact = ((kernel, row) for kernel, rows in tables.EXACT.items() for row in rows if row.dim == 64)
+    rows += [(kernel, 80, "exact", row) for kernel, row in exact]
     for n, (kernel, arch, dtype, row) in enumerate(rows):
         for m, tier in enumerate(triton_cubin.TIERS):
-            cases = [*row_cases(kernel, arch, dtype, row.dim, tier, getattr(row, tier))]
+            cases = [*row_cases(kernel, arch, dtype, row, tier)]
             most_used = (arch, dtype) == (90, "bf16")
             if ALL:
                 yield from cases
@@ -142,7 +147,9 @@ def gate_cases() -> Iterator[tuple[str, tuple]]:
                 yield cases[n % 3]
 
 
-def row_cases(kernel: str, arch: int, dtype: str, dim: int, tier: str, tile: tables.Tile):
+def row_cases(kernel: str, arch: int, dtype: str, row: tables.Row, tier: str):
+    dim, tile = row.dim, getattr(row, tier)
+    narrow = {"DV": row.total - dim} if row.total else {}
     sets = {
         name: flags
         for name, flags in triton_cubin.TIERS[tier].items()
@@ -154,8 +161,13 @@ def row_cases(kernel: str, arch: int, dtype: str, dim: int, tier: str, tile: tab
         others = [(dtype, a, dim, {"PRECISION": p}) for a, p in ((80, "tf32"), (90, "tf32"), (80, "tf32x3"))]
     if arch == 80:
         others += [(dtype, a, dim, {}) for a in (89, 120)]  # which have less shared memory
-    cases = [(name, dtype, arch, dim, flags) for name, flags in sets.items()]
-    cases += [("-".join(extra.values()), dtype, a, d, first | extra) for dtype, a, d, extra in others]
+    if dtype == "exact":
+        dtype, others = "fp32", [("fp32", 90, dim, {})]
+    cases = [(name, dtype, arch, dim, flags | narrow) for name, flags in sets.items()]
+    cases += [
+        ("-".join(extra.values()), dtype, a, d, first | extra | (narrow if d == dim else {}))
+        for dtype, a, d, extra in others
+    ]
     for name, dtype, a, d, flags in cases:
         for k in (kernel, "weights") if kernel == tables.TILES else (kernel,):
             yield f"{k}-sm{a}-{dtype}-{d}-{tier}-{name}".rstrip("-"), (k, a, dtype, d, tile, flags)
@@ -190,7 +202,8 @@ def test_resources(cubin: str, cubins: dict):
     kernel, arch, dtype, dim, tile, flags = GATE[cubin]
     found = cubins[cubin]
     known = kernel in (tables.TILES, "weights") and dim == 256 and "PRECISION" in flags
-    assert known or found.spills_in_loops <= (FEW if dtype == "fp32" else 0), found
+    few = 0 if dtype != "fp32" else FEW if "PRECISION" in flags else FEW_EXACT
+    assert known or found.spills_in_loops <= few, found
     assert found.shared <= tables.SHARED_LIMIT.get(arch, tables.SHARED_LIMIT[80])
     assert found.tensor_memory <= tables.TENSOR_MEMORY_LIMIT
     rows = tile.BN if kernel == tables.DKDV else tile.BM
@@ -208,7 +221,7 @@ def test_the_gate_sees_too_much_tensor_memory():
     found = resources((tables.FORWARD, 100, "bf16", 512, tables.Tile(64, 16, 8, 2), {}))
     assert found.tensor_memory > tables.TENSOR_MEMORY_LIMIT
     for extras in range(3):
-        tile = tables.tile_for(tables.FORWARD, 100, 16, 512, extras)
+        tile = tables.tile_for(tables.FORWARD, 100, 16, (512, 512), extras)
         flags = next(iter([*triton_cubin.TIERS.values()][extras].values()))
         found = resources((tables.FORWARD, 100, "bf16", 512, tile, flags))
         assert found.tensor_memory <= tables.TENSOR_MEMORY_LIMIT

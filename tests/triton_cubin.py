@@ -68,6 +68,7 @@ TIERS: dict[str, dict[str, dict]] = {
         "all": {},
         "causal": {"RIGHT": True},
         "ragged": {"VARLEN": True, "RIGHT": True},
+        "band": {"LEFT": True, "RIGHT": True, "BOTTOM_RIGHT": True},
     },
     "one": {
         "mask": MASK,
@@ -156,12 +157,15 @@ def resource_table() -> Iterator[str]:
     for kernel in (FORWARD, DKDV, DQ, TILES):
         columns = [(arch, "bf16", tables.HALF[kernel, arch]) for arch in (80, 90, 100)]
         columns.append((80, "fp32", tables.FLOAT32[kernel]))
-        for dim in sorted({row.dim for _, _, rows in columns for row in rows}):
-            cells = [kernel, str(dim)]
+        for dim, total in sorted({(row.dim, row.total or 1024) for _, _, rows in columns for row in rows}):
+            narrow = {"DV": total - dim} if total < 1024 else {}
+            cells = [kernel, f"{dim}, {total - dim}" if narrow else str(dim)]
             for arch, dtype, rows in columns:
-                row = next((row for row in rows if row.dim == dim), None)
+                row = next((row for row in rows if (row.dim, row.total or 1024) == (dim, total)), None)
                 found = [
-                    compile_for(kernel, features(dim, dtype, **flags), dtype, getattr(row, tier), arch)
+                    compile_for(
+                        kernel, features(dim, dtype, **flags, **narrow), dtype, getattr(row, tier), arch
+                    )
                     for tier, (flags, *_) in ((tier, [*sets.values()]) for tier, sets in TIERS.items() if row)
                 ]
                 cells.append(", ".join(f"{x.registers} / {x.shared / 1024:.0f}" for x in found) or "–")

@@ -37,9 +37,10 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: str) -> Tile:
         f = self.features
-        dim = max(padded(f.D, f.WIDEST), padded(f.DV, f.WIDEST))
+        dims = padded(f.D, f.WIDEST), padded(f.DV, f.WIDEST)
         extras = (f.MASK != 0) + f.DROPOUT + f.SOFTCAP + f.ALIBI
-        return tile_for(kernel, architecture(self.device), self.dtype.itemsize * 8, dim, extras)
+        bits, exact = self.dtype.itemsize * 8, f.PRECISION == "ieee"
+        return tile_for(kernel, architecture(self.device), bits, dims, extras, exact)
 
     def longest_walk(self, tile: Tile) -> int:
         """The most keys a tile of queries may see."""

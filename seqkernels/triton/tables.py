@@ -1,8 +1,10 @@
 """Shipped configurations: tile of queries x keys, warps, pipeline stages by architecture, dtype, head dim.
 
-None has been timed: they are the first, from large to small, that compile without spills in loops within the
-shared memory of the architecture (docs/attention-gpu.md). Rows of sm_80 also serve what is neither Hopper nor
-data-centre Blackwell, so they keep to the 99 KB of sm_86, sm_89 and sm_120; float32 has one table for all.
+Timed, on an H100, are the plain tiles of sm_90 for head dims 64 to 256 and of EXACT for 64: the fastest of 5
+to 11 candidates (docs/attention-gpu.md). Those with extras beside them follow their pattern, untimed. All
+others are the first, from large to small, that compile without spills in loops within the shared memory of
+the architecture. Rows of sm_80 also serve what is neither Hopper nor data-centre Blackwell, so they keep to
+the 99 KB of sm_86, sm_89 and sm_120, as float32 does, which has one table for all.
 """
 
 from typing import NamedTuple
@@ -17,12 +19,14 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """For head dims up to `dim`. A mask, dropout, a softcap and ALiBi need registers of their own."""
+    """For head dims up to `dim`, of keys and values together up to `total`, if given. A mask, dropout, a
+    softcap and ALiBi need registers of their own."""
 
     dim: int
     plain: Tile  # none of these
     one: Tile
     rich: Tile  # several
+    total: int = 0
 
 
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
@@ -41,9 +45,11 @@ HALF: dict[tuple[str, int], tuple[Row, ...]] = {
     ),
     (FORWARD, 90): (
         Row(32, Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
-        Row(64, Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-        Row(128, Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        Row(256, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        Row(64, Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        Row(80, Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        Row(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        Row(192, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
+        Row(256, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         Row(512, Tile(64, 16, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     ),
     (FORWARD, 100): (
@@ -63,9 +69,12 @@ HALF: dict[tuple[str, int], tuple[Row, ...]] = {
     ),
     (DKDV, 90): (
         Row(32, Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 3)),
-        Row(64, Tile(64, 128, 8, 3), Tile(32, 128, 8, 3), Tile(32, 128, 8, 3, True)),
-        Row(128, Tile(32, 128, 8, 2), Tile(32, 128, 8, 2, True), Tile(16, 64, 8, 2)),
-        Row(256, Tile(32, 64, 8, 2, True), Tile(32, 64, 8, 2, True), Tile(16, 64, 8, 2, True)),
+        Row(64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 128, 8, 3)),
+        Row(80, Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 2, True)),
+        Row(128, Tile(32, 64, 4, 3), Tile(32, 128, 8, 3), Tile(32, 128, 8, 2, True)),
+        Row(192, Tile(32, 128, 8, 2), Tile(32, 128, 8, 2, True), Tile(16, 128, 8, 2, True), 192 + 128),
+        Row(192, Tile(64, 128, 8, 2, True), Tile(32, 128, 8, 2, True), Tile(16, 128, 8, 2, True)),
+        Row(256, Tile(32, 128, 8, 2, True), Tile(32, 128, 8, 2, True), Tile(16, 128, 8, 2, True)),
         Row(512, Tile(32, 32, 8, 2), Tile(32, 16, 8, 1, True), Tile(16, 16, 8, 2, True)),
     ),
     (DKDV, 100): (
@@ -73,7 +82,7 @@ HALF: dict[tuple[str, int], tuple[Row, ...]] = {
         Row(64, Tile(32, 128, 8, 3), Tile(32, 128, 8, 3), Tile(32, 64, 8, 3, True)),
         Row(128, Tile(32, 64, 8, 2, True), Tile(16, 64, 8, 2, True), Tile(32, 128, 8, 1, True)),
         Row(256, Tile(64, 64, 8, 1, True), Tile(32, 64, 8, 1, True), Tile(32, 64, 8, 1, True)),
-        Row(512, Tile(32, 32, 8, 2), Tile(32, 16, 8, 1, True), Tile(16, 16, 8, 2, True)),
+        Row(512, Tile(32, 32, 8, 2), Tile(32, 16, 8, 1, True), Tile(32, 16, 8, 1, True)),
     ),
     (DQ, 80): (
         Row(32, Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3)),
@@ -84,8 +93,11 @@ HALF: dict[tuple[str, int], tuple[Row, ...]] = {
     ),
     (DQ, 90): (
         Row(32, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-        Row(64, Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
-        Row(128, Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        Row(64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
+        Row(80, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
+        Row(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
+        Row(192, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), 192 + 128),
+        Row(192, Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         Row(256, Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         Row(512, Tile(64, 16, 8, 2), Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
     ),
@@ -94,7 +106,7 @@ HALF: dict[tuple[str, int], tuple[Row, ...]] = {
         Row(64, Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
         Row(128, Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         Row(256, Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-        Row(512, Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 16, 8, 2)),
+        Row(512, Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
     ),
     (TILES, 80): (
         Row(64, Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 32, 4, 1)),
@@ -140,10 +152,23 @@ FLOAT32: dict[str, tuple[Row, ...]] = {
 }
 
 
-def tile_for(kernel: str, arch: int, bits: int, dim: int, extras: int) -> Tile:
-    """`extras`: how many of mask, dropout, softcap and ALiBi there are."""
-    rows = FLOAT32[kernel] if bits == 32 else HALF[kernel, arch]
-    row = next(row for row in rows if dim <= row.dim)
+# The same for exact products (precision highest): three of TF32 spill in these tiles.
+EXACT = FLOAT32 | {
+    kernel: tuple(Row(64, plain, *row[2:]) if row.dim == 64 else row for row in FLOAT32[kernel])
+    for kernel, plain in (
+        (FORWARD, Tile(64, 64, 4, 2)),
+        (DKDV, Tile(32, 64, 8, 2)),
+        (DQ, Tile(64, 64, 4, 2)),
+    )
+}
+
+
+def tile_for(
+    kernel: str, arch: int, bits: int, dims: tuple[int, int], extras: int, exact: bool = False
+) -> Tile:
+    """dims: of keys and values. extras: how many of mask, dropout, softcap and ALiBi there are."""
+    rows = HALF[kernel, arch] if bits != 32 else EXACT[kernel] if exact else FLOAT32[kernel]
+    row = next(row for row in rows if max(dims) <= row.dim and sum(dims) <= (row.total or 2 * row.dim))
     return (row.plain, row.one, row.rich)[min(extras, 2)]
 
 
