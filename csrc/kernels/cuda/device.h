@@ -82,6 +82,17 @@ __device__ __forceinline__ void look_again(const void* from, uint4& packet) {
       : "l"(from)
       : "memory");
 }
+// A counter in global memory. Release and acquire at GPU scope: with a block barrier before arrive() and
+// after await(), all that the arriving blocks wrote is seen by ordinary loads of the waiting one.
+__device__ __forceinline__ void arrive(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void await(unsigned* counter, unsigned count) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < count);
+}
 // What this thread gave and saw before comes before what it gives and sees from now on.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 

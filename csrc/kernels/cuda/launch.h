@@ -43,9 +43,9 @@ void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t wo
 template <class Args>
 void launch_together(void (*kernel)(Args), const char* name, const Args& args, Stream stream) {
   const Plan& plan = args.plan;
-  if (plan.exchange_bytes > 0)  // all packets empty
-    check(cudaMemsetAsync(args.exchange, 0xff, plan.exchange_bytes, static_cast<cudaStream_t>(stream)), name,
-          plan.grid, plan.shared);
+  if (plan.exchange_bytes > 0)
+    check(cudaMemsetAsync(args.exchange, plan.fill, plan.exchange_bytes, static_cast<cudaStream_t>(stream)),
+          name, plan.grid, plan.shared);
   void* arguments[] = {const_cast<Args*>(&args)};
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.grid), dim3(kThreads),
                                     arguments, plan.shared, static_cast<cudaStream_t>(stream)),

@@ -8,18 +8,20 @@
 // in fixed order, and each thread does the gates of its unit in some rows. Cell states, and backward the
 // gradients that bypass the product, stay in shared memory in float.
 //
-// Exchange: through global memory (L2), in packets of 16 bytes that say themselves whether they are there:
-// the last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet looks at
-// it until it is full, so that a step waits for one way to L2 and back and for no fence, counter or flag.
-// Steps take `slots` slots in turn. Who gives packets of step s has seen all of step s - 1, given by blocks
-// that had read all of step s - 2, and empties its own packets of that. They are written again at step
+// Exchange: through global memory (L2). Forward in packets of 16 bytes that say themselves whether they are
+// there: the last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet
+// looks at it until it is full, so that a step waits for one way to L2 and back and for no fence, counter or
+// flag. Steps take `slots` slots in turn. Who gives packets of step s has seen all of step s - 1, given by
+// blocks that had read all of step s - 2, and empties its own packets of that. They are written again at step
 // s + slots - 2; until then everybody passes two fences, one in every slots / 4 steps: the first puts the
 // emptying before a packet that all look at, the second that look before the next into the slot.
-// A group of one block
-// exchanges through two slots in its own shared memory, with block barriers alone. Groups never meet.
-// Whatever else a step reads of memory is loaded before it looks; what it writes to y, dG and the saved
-// activations it writes after it has given. Limit: a hop through L2 a step, or 128 bytes of weights per clock
-// from shared memory (plan.h).
+// Backward, where a row is as many times as long as there are gates, looks would take longer than a counter:
+// a multiprocessor has 16 bytes a clock of them (an H100), and several times as many of ordinary loads. Two
+// slots in turn, and a counter per group that each block raises once a step; a slot is written again only
+// after every member has announced the step that read it.
+// A group of one block exchanges through two slots in its own shared memory, with block barriers alone.
+// Groups never meet. Whatever else a step reads of memory is loaded before it waits; what it writes to y, dG
+// and the saved activations it writes after it has given. Limit: a hop through L2 a step (plan.h).
 //
 // A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles
 // (GRU's last quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the
@@ -48,15 +50,16 @@ __device__ __forceinline__ int exponent(int power_of_two) {
   return e;
 }
 
-// The packets at at(0), at(1), ..., `count` but N at most, all on their way at once, when all are full.
-template <int N, class At>
+// The packets at at(0), at(1), ..., `count` but N at most, all on their way at once; kLook: when all are
+// full.
+template <bool kLook, int N, class At>
 __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At& at) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
     packets[n].w = 0;
-    if (n < count) packets[n] = look(at(n));
+    if (n < count) packets[n] = kLook ? look(at(n)) : *reinterpret_cast<const uint4*>(at(n));
   }
-  for (;;) {
+  while (kLook) {
     bool missing = false;
 #pragma unroll
     for (int n = 0; n < N; n++) missing |= packets[n].w == kEmpty;
@@ -107,6 +110,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
   }
 
   // mine: hold() was given these weights.
+  template <bool kLook>
   __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool mine, const E* weights, const E* rows,
                                            int pitch, int begin, int end, uint4*) const {
     float odd[kTiles][4] = {};  // a second sum, as an instruction waits for the one before on its sum
@@ -114,7 +118,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
     for (int first = begin; first < end; first += kAtOnce) {
       uint4 h[kAtOnce];
       const E* from = b + first * kChunk;
-      receive(h, end - first, [&](int n) { return from + n * kChunk; });
+      receive<kLook>(h, end - first, [&](int n) { return from + n * kChunk; });
       const bool in_registers = mine && first == begin;
 #pragma unroll
       for (int n = 0; n < kAtOnce; n++) {
@@ -149,6 +153,7 @@ struct Tile<float, kTiles> {
 
   __device__ void hold(const float*, int, int) {}  // FFMA is no faster than shared memory
 
+  template <bool kLook>
   static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool, const float* weights,
                                                   const float* rows, int pitch, int begin, int end,
                                                   uint4* passed) {
@@ -158,7 +163,7 @@ struct Tile<float, kTiles> {
     for (int first = begin; first < end; first += kAtOnce) {
       uint4 packets[kAtOnce / 2];  // of every other chunk, a row's part
       const float* from = rows + row * pitch + (first + odd) * kChunk + part * 4;
-      receive(packets, (end - first - odd + 1) / 2, [&](int n) { return from + n * 2 * kChunk; });
+      receive<kLook>(packets, (end - first - odd + 1) / 2, [&](int n) { return from + n * 2 * kChunk; });
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < kAtOnce / 2; n++) passed[(n * 2 + odd) * 16 + part * 8 + row] = packets[n];
@@ -181,9 +186,9 @@ struct Tile<float, kTiles> {
 };
 
 // A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
-// per unit; segments: of an exchanged row. What a step needs is computed once: its instructions are few and
-// wait for each other, 4 clocks each.
-template <class E, int kGates, int kSegments>
+// per unit; segments: of an exchanged row; packets: else counters. What a step needs is computed once: its
+// instructions are few and wait for each other, 4 clocks each.
+template <class E, int kGates, int kSegments, bool kPackets>
 struct Block {
   static constexpr int kTiles = tiles(kGates), kUnits = tile_units(kGates), kRows = 16 * kTiles;
   static constexpr int kStride = kRows + 4;  // of a column of partial sums: no bank conflicts
@@ -204,7 +209,8 @@ struct Block {
   uint4* passed;  // a warp's
   E* slots;
   int slot_size, slots_mask;
-  E* outgoing;  // where the thread puts its unit of its first row; of a single block into a slot
+  unsigned* counter = nullptr;
+  E* outgoing;  // where the thread puts its unit of its first row; but for packets into a slot
   int row_apart, segment_apart;
   // What all have put: packets in lines of `units` elements, of which a thread gives its part.
   const E* lines;
@@ -226,7 +232,7 @@ struct Block {
     part = warp % plan.parts, item = warp / plan.parts, items_apart = kWarps / plan.parts;
     items = plan.rows / 8 << tiles_exponent;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
-    const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>);
+    const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>, kPackets);
     char* memory = shared_memory();
     weights = reinterpret_cast<E*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
@@ -241,13 +247,16 @@ struct Block {
     lines = exchanged + line * plan.units + column;
     line_to = line * padded() + static_cast<int>(unit0) + column;
     slot_size = plan.rows * plan.pitch;
-    if (alone) {
-      slots = exchanged, slots_mask = 1, segment_apart = padded();
-      outgoing = slots + row * plan.pitch + u, row_apart = gap * plan.pitch;
+    const int64_t place = d * plan.groups + group, places = int64_t(p.D) * plan.groups;
+    slots = alone ? exchanged : static_cast<E*>(p.exchange) + place * plan.slots * slot_size;
+    slots_mask = alone ? 1 : plan.slots - 1;
+    if (in_slots()) {
+      counter =
+          reinterpret_cast<unsigned*>(static_cast<E*>(p.exchange) + places * 2 * slot_size) + place * 32;
+      outgoing = slots + row * plan.pitch + unit0 + u, row_apart = gap * plan.pitch, segment_apart = padded();
       return;
     }
-    slots = static_cast<E*>(p.exchange) + (d * plan.groups + group) * int64_t(plan.slots) * slot_size;
-    slots_mask = plan.slots - 1, segment_apart = plan.units;
+    segment_apart = plan.units;
     outgoing = exchanged + row * kSegments * plan.units + u, row_apart = kThreads * kSegments;
     // Where units end before a row of the exchange does, the last block fills it up, once for all.
     if (member == plan.members - 1)
@@ -276,12 +285,13 @@ struct Block {
   }
 
   __device__ int padded() const { return p.plan.pitch / kSegments; }
+  __device__ bool in_slots() const { return alone || !kPackets; }
   __device__ E* slot(int64_t s) const { return slots + (static_cast<int>(s) & slots_mask) * slot_size; }
 
   // The thread's n-th row of step s, for the group.
   __device__ __forceinline__ void put(float a, int64_t s, int n, int segment) const {
     E* to = outgoing + n * row_apart + segment * segment_apart;
-    narrow_to_give(a, alone ? to[(static_cast<int>(s) & 1) * slot_size] : *to);
+    narrow_to_give(a, in_slots() ? to[(static_cast<int>(s) & 1) * slot_size] : *to);
   }
   // What all threads have put goes to the group.
   __device__ __forceinline__ void exchange(int64_t s) const {
@@ -289,6 +299,10 @@ struct Block {
     const E* from = lines;
     __syncthreads();
     if (alone) return;
+    if (!kPackets) {
+      if (threadIdx.x == 0) arrive(counter);
+      return;
+    }
     for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
       give(*reinterpret_cast<const uint4*>(from), to);
       if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old);
@@ -304,12 +318,16 @@ struct Block {
   // Partial sums of weights times the rows of step s. A lane has row g of each 8 rows of its tile: the gates
   // of a unit, or units g and g + 8.
   __device__ void multiply(int64_t s) const {
+    if (!kPackets && !alone) {
+      if (threadIdx.x == 0) await(counter, static_cast<unsigned>(s) * p.plan.members);
+      __syncthreads();
+    }
     const int lane = threadIdx.x % 32, tiles = (1 << tiles_exponent) - 1;
     for (int i = item; i < items; i += items_apart) {
       float c[kTiles][4] = {};
       const E* from = slot(s) + (i >> tiles_exponent) * 8 * p.plan.pitch;
-      product.multiply(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from, p.plan.pitch, begin, end,
-                       passed);
+      product.template multiply<kPackets>(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from,
+                                          p.plan.pitch, begin, end, passed);
       float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride + lane / 4 * 2 * kTiles;
 #pragma unroll
       for (int column = 0; column < 2; column++) {
@@ -357,7 +375,7 @@ template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
   using S = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, G, 1> block(p, 0);
+  Block<E, G, 1, true> block(p, 0);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.template load_weights<false>([&](int gate, int64_t unit, int k) {
@@ -439,7 +457,7 @@ template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLayer p) {
   using S = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, 1, G> block(p, 1 + Cell::kCellState);
+  Block<E, 1, G, false> block(p, 1 + Cell::kCellState);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int padded = block.padded();
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
@@ -536,10 +554,10 @@ auto with_product_type(const Layer& p, const F& of) {
 }
 
 template <class E, class Args>
-Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int states) {
+Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int states, bool packets) {
   if (p.P != p.H || p.dtype == DType::f64) return {};
   return make_plan(machine_for(kernel),
-                   {p.B, p.H, K, p.D, gates, int(sizeof(E)), states, std::is_same_v<E, float>});
+                   {p.B, p.H, K, p.D, gates, int(sizeof(E)), states, std::is_same_v<E, float>, packets});
 }
 
 template <class Cell>
@@ -558,14 +576,14 @@ template <class Cell>
 Plan Recurrence<Cell>::plan_fwd(const Layer& p) {
   return with_product_type(p, [&](auto e) {
     using E = decltype(e);
-    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, Cell::kGates, 0);
+    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, Cell::kGates, 0, true);
   });
 }
 template <class Cell>
 Plan Recurrence<Cell>::plan_bwd(const Layer& p) {
   return with_product_type(p, [&](auto e) {
     using E = decltype(e);
-    return plan_for<E>(persistent_bwd_kernel<Cell, E>, p, Cell::kGates * p.H, 1, 1 + Cell::kCellState);
+    return plan_for<E>(persistent_bwd_kernel<Cell, E>, p, Cell::kGates * p.H, 1, 1 + Cell::kCellState, false);
   });
 }
 

@@ -26,6 +26,7 @@ struct Plan {
   int grid = 0;        // blocks, all resident at the same time
   int64_t shared = 0;  // bytes per block
   int64_t exchange_bytes = 0;
+  int fill = 0;       // of its bytes at first: all packets empty, or all counters zero
   double clocks = 0;  // of a step, estimated
 };
 
@@ -38,9 +39,10 @@ struct Machine {
 struct Work {
   int64_t B, H, K;  // K: H forward, G * H backward
   int D;
-  int gates;            // rows of weights per unit: G forward, 1 backward
-  int element, states;  // bytes of an element; floats per unit and row
-  bool ffma = false;    // instead of the matrix instruction
+  int gates;             // rows of weights per unit: G forward, 1 backward
+  int element, states;   // bytes of an element; floats per unit and row
+  bool ffma = false;     // instead of the matrix instruction
+  bool packets = false;  // instead of counters
 };
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -54,12 +56,15 @@ constexpr int held_words(int tiles) { return tiles == 1 ? 56 : 64; }
 struct Layout {
   int64_t partial, state, exchange, passed, end;
 
-  constexpr Layout(const Plan& p, int gates, int element, int states, bool ffma)
+  constexpr Layout(const Plan& p, int gates, int element, int states, bool ffma, bool packets)
       : partial(int64_t(p.units / tile_units(gates)) * tiles(gates) * 16 * p.pitch * element),
         state(partial + int64_t(p.units / tile_units(gates)) * (p.rows / 8) * p.parts * 8 *
                             (tiles(gates) * 16 + 4) * 4),
         exchange(state + int64_t(states) * p.rows * p.units * 4),
-        passed(exchange + p.rows * element * (p.members == 1 ? 2 * int64_t(p.pitch) : p.segments * p.units)),
+        passed(exchange + p.rows * element *
+                              (p.members == 1 ? 2 * int64_t(p.pitch)
+                               : packets      ? p.segments * p.units
+                                              : 0)),
         end(passed + (ffma ? kWarps * kFfmaChunks * 256 : 0)) {}
 };
 
@@ -88,13 +93,15 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
         p.pitch = static_cast<int>(p.segments * up(w.H, 32));
         p.members = static_cast<int>(members), p.groups = static_cast<int>(groups),
         p.grid = static_cast<int>(grid);
-        const Layout layout(p, w.gates, w.element, w.states, w.ffma);
+        const Layout layout(p, w.gates, w.element, w.states, w.ffma, w.packets);
         p.shared = layout.end;
         if (p.shared > machine.shared) continue;
-        if (members > 1) {
-          const int64_t slot = int64_t(rows) * p.pitch * w.element;
+        const int64_t slot = int64_t(rows) * p.pitch * w.element;
+        if (members > 1 && w.packets) {
           p.slots = slot * kMostSlots > kSlotsBytes ? kLeastSlots : kMostSlots;
-          p.exchange_bytes = groups * w.D * p.slots * slot;
+          p.exchange_bytes = groups * w.D * p.slots * slot, p.fill = 0xff;
+        } else if (members > 1) {
+          p.exchange_bytes = groups * w.D * (p.slots * slot + 128);  // a counter has a line of its own
         }
         const double received = double(rows) * p.pitch * w.element * (units / unit);
         const int64_t turns = (units * rows + kThreads - 1) / kThreads;
