@@ -126,8 +126,8 @@ def test_float32_precision_follows_torch():
 # Registers, spills and shared memory of the rows of the tables, compiled for GPUs that are not there.
 # SEQKERNELS_TEST_CUBINS=all compiles every row with several flag sets, head dims and precisions (minutes).
 ALL = os.environ.get("SEQKERNELS_TEST_CUBINS") == "all"
-# Spill instructions a block of float32: lost among the thousands that products take. On an H100 exact dQ of 64
-# features with 36 was 1.6 times as fast as the best without.
+# Spill instructions a block of float32: lost among the thousands that products take. On an H100 exact dQ of
+# 64 features with 36 was 1.6 times as fast as the best without.
 FEW, FEW_EXACT = 32, 64
 
 
