@@ -19,7 +19,7 @@ FORMS = ("blocks, 1 to a group", "to a group", "stepwise")
 def sizes(device: str) -> dict[str, tuple[int, int]]:
     """B and H for each form; more rows than all multiprocessors can hold at a time go step by step."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return dict(zip(FORMS, ((9, 20), (9, 264), (64 * multiprocessors + 1, 9)), strict=True))
+    return dict(zip(FORMS, ((9, 8), (9, 264), (64 * multiprocessors + 1, 9)), strict=True))
 
 
 def calls(kind: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, torch.nn.Module, tuple, dict]]:
@@ -37,7 +37,7 @@ def calls(kind: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, tor
         projected = seqkernels.LSTM(I, 20, proj_size=7, **options)
         yield "stepwise", projected, (torch.randn(T, 9, I, dtype=dtype, device=device),), {}
     if kind != "RNN":
-        module = getattr(seqkernels, kind)(I, 20, **options)
+        module = getattr(seqkernels, kind)(I, 8, **options)
         module.recompute = True
         form = "stepwise" if dtype == torch.float64 else FORMS[0]
         yield form, module, (torch.randn(T, 9, I, dtype=dtype, device=device),), {}

@@ -299,16 +299,16 @@ struct Block {
     const E* from = lines;
     __syncthreads();
     if (alone) return;
-    if (!kPackets) {
-      if (threadIdx.x == 0) arrive(counter);
-      return;
+    if constexpr (kPackets) {
+      for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
+        give(*reinterpret_cast<const uint4*>(from), to);
+        if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old);
+        from += lines_apart * p.plan.units, to += lines_apart * padded(), old += lines_apart * padded();
+      }
+      if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
+    } else if (threadIdx.x == 0) {
+      arrive(counter);
     }
-    for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
-      give(*reinterpret_cast<const uint4*>(from), to);
-      if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old);
-      from += lines_apart * p.plan.units, to += lines_apart * padded(), old += lines_apart * padded();
-    }
-    if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
   }
 
   __device__ const E* weights_of(int tile) const { return weights + tile * kRows * p.plan.pitch; }
