@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SIZES = [(1, 1, 1), (20, 3, 33), (50, 8, 128), (30, 32, 512), (12, 70, 200), (10, 16, 1024)]
 # Of 4 rows in both directions, bfloat16: one block a direction, several, step by step.
-FORMS = {64: "2 blocks, 1 to a group", 768: r"[0-9]{2} to a group", 4096: "forward stepwise"}
+FORMS = {8: "2 blocks, 1 to a group", 768: r"[0-9]{2} to a group", 4096: "forward stepwise"}
 forms = pytest.mark.parametrize("H", FORMS)
 
 
