@@ -7,8 +7,8 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
-# Forward in bfloat16; in brackets torch's time over ours (bench/results/h100). The queries were the last ones,
-# causally, which torch gives FlashAttention: cuDNN, which takes them if they see all keys, was not measured.
+# Forward in bfloat16; in brackets torch's time over ours (bench/results/h100). Queries were the last ones and
+# causal, which torch gives FlashAttention: cuDNN, which takes them if they see all keys, was not measured.
 FEW_QUERIES = 16  # as many were measured
 GROUP = 4  # query heads a key head, or 8. torch's time doubles from 4 to 8 (0.407, 0.794 ms), ours does not
 HEADS = 256  # batches x heads, from SOME keys on (1.54 to 1.79); 64 lose with 8,192 keys (0.62)
