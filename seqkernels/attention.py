@@ -124,13 +124,13 @@ def scaled_dot_product_attention(
         dense = _four_dims(*autocast(query, key, value, attn_mask), enable_gqa)
         reason = reason or (MISFIT if dense is None else None)
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
-    faster = not (reason or forbidden or extras or bottom_right) and support.why_torch_is_faster(*dense[:4])
+    faster = not (reason or forbidden or extras) and support.why_torch_is_faster(*dense[:4])
     both = plain and attn_mask is not None and is_causal
     refused = dropout_p is None or not 0 <= dropout_p <= 1  # by torch, as much as the next
     refused = refused or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))
     if not extras and (reason or forbidden or faster or refused):
-        if bottom_right:
-            attn_mask, is_causal = bias._materialize(query.device), False
+        if bottom_right:  # torch has a fused kernel for the bias itself, on GPUs
+            attn_mask, is_causal = bias if faster else bias._materialize(query.device), False
         with torchs_kernels():
             result = _torchs(
                 query,
@@ -308,6 +308,7 @@ def attend_with_lengths(
     q, k, v, mask, _ = dense
     reason = support.why_torch_attends(q, q.size(3), v.size(3))
     torch_can = lengths is window is softcap is alibi_slopes is sinks is None
+    is_causal = is_causal and not (bottom_right and q.size(2) == 1)  # which sees all
     torch_can = torch_can and not (
         is_causal and (mask is not None or (bottom_right and q.size(2) != k.size(2)))
     )

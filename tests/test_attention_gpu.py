@@ -93,7 +93,7 @@ FORWARD = ["attention_fwd"]
         ({}, {"window": (8, 0)}, FORWARD),
         ({}, {"softcap": 3.0}, FORWARD),
         ({}, {"return_lse": True}, FORWARD),
-        ({"Tq": 50}, {"attn_mask": causal_lower_right(50, 100)}, FORWARD),
+        ({"Tq": 50}, {"attn_mask": causal_lower_right(50, 100)}, []),
         ({}, {"attn_mask": causal_lower_right(100, 100)}, []),  # plainly causal
         ({}, {"attn_mask": torch.ones(100, 100, dtype=torch.bool)}, []),
         ({"Hk": 2}, {"attn_mask": torch.ones(100, 100, dtype=torch.bool), "enable_gqa": True}, FORWARD),
@@ -303,7 +303,7 @@ def test_the_choice_is_never_the_slower_one_of_those_measured(monkeypatch):
         ratio = float(row["ratio"])
         if choice.why_torch(q, k, v) is None:
             assert ratio > 0.95, row["name"]
-        elif Tq in (1, Tk):  # others align causally at the last key: such calls ask nobody
+        else:
             assert ratio < 1.05, row["name"]
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 # Forward in bfloat16; in brackets torch's time over ours (bench/results/h100). Queries were the last ones and
-# causal, which torch gives FlashAttention: cuDNN, which takes them if they see all keys, was not measured.
+# causal, which torch gives FlashAttention; cuDNN, which takes them if they see all keys, was not measured.
 FEW_QUERIES = 16  # as many were measured
 GROUP = 4  # query heads a key head, or 8. torch's time doubles from 4 to 8 (0.407, 0.794 ms), ours does not
 HEADS = 256  # batches x heads, from SOME keys on (1.54 to 1.79); 64 lose with 8,192 keys (0.62)
-SOME = 4096  # keys; 2,048 are unclear (1.03 to 1.69), 1,024 lose (0.59 to 0.64)
+SOME = 2048  # keys (1.03 to 1.69); 1,024 lose (0.59 to 0.64)
 LONG = 32_768  # keys, with 8 heads of 512 queries (1.16); 8,192 tie (1.02). 131,072, 64 heads of 8: 3.16
-FEW_TILES = 32  # batches x heads x tiles of 128 queries: those 8 heads. More fill a GPU even unsplit
+FEW_TILES = 128  # batches x heads x tiles of 128 queries: 64 heads of 256 (1.73). More fill a GPU unsplit
 
 
 def why_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
