@@ -20,7 +20,7 @@ if has xdist; then parallel="-n 14 --maxfail=60"; else parallel="--maxfail=20"; 
 run() { # name, seconds at most, command; an interrupt lets pytest and the benchmark say what they have
   name=$1 limit=$2 began=$(date +%s)
   shift 2
-  timeout -s INT -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  timeout -s INT -k 25 "$limit" "$@" >"$OUT/$name.log" 2>&1
   echo "== $name: exit status $?, $(($(date +%s) - began)) s"
   tail -n 25 "$OUT/$name.log"
 }
