@@ -112,6 +112,14 @@ def test_more_steps_than_slots(kind):
     )
 
 
+def test_no_number_looks_like_an_empty_packet():
+    """Blocks would wait for it for ever: a NaN of all ones, in the state."""
+    ours, _ = twins("LSTM", 5, 17)
+    x, ones = torch.randn(3, 2, 5), torch.full((1, 2, 17), -1, dtype=torch.int32).view(torch.float32)
+    with emulated_gpu(120, too_little_for_one_block("LSTM", 2, 17, 1, torch.float32)), torch.no_grad():
+        assert ours(x, (ones, torch.zeros(1, 2, 17)))[0].isnan().all()
+
+
 @kinds
 @pytest.mark.parametrize("gpu", [STEPWISE, ALONE])
 def test_tensors_of_any_strides(kind, gpu):

@@ -5,8 +5,8 @@
 // instruction. Every step it multiplies the slice with what its group exchanged (states h forward, gate
 // gradients dG backward: `rows` rows of `pitch` elements), its warps sharing tiles and, where tiles are few,
 // parts of K, each with the first fragments of its share in registers; the partial sums meet in shared memory
-// in fixed order, and each thread does the gates of its unit in some rows. Cell states, and backward the
-// gradients that bypass the product, stay in shared memory in float.
+// in fixed order, and each thread does the gates of its unit in up to kAhead rows. States, and backward the
+// gradients that bypass the product, stay in its registers in float.
 //
 // Exchange: through global memory (L2). Forward in packets of 16 bytes that say themselves whether they are
 // there: the last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet
@@ -69,10 +69,10 @@ __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At
   }
 }
 
-// An element to give: any NaN but the one that marks what is empty.
+// An element to give: any NaN but the one that marks what is empty, which no half type is rounded to.
 template <class E>
 __device__ __forceinline__ void narrow_to_give(float a, E& to) {
-  narrow(std::is_same_v<E, float> && a != a ? nanf("") : a, to);
+  narrow(sizeof(E) == 4 && a != a ? nanf("") : a, to);
 }
 
 // Where an element of a tile's weights lies, and the product of a tile with 8 rows. `kChunk` elements of K
@@ -187,7 +187,7 @@ struct Tile<float, kTiles> {
 
 // A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
 // per unit; segments: of an exchanged row; packets: else counters. What a step needs is computed once: its
-// instructions are few and wait for each other, 4 clocks each.
+// instructions are few, and wait for each other 5 clocks each.
 template <class E, int kGates, int kSegments, bool kPackets>
 struct Block {
   static constexpr int kTiles = tiles(kGates), kUnits = tile_units(kGates), kRows = 16 * kTiles;
@@ -358,7 +358,7 @@ struct Block {
     }
   }
 
-  // work(how many rows a thread has at most)
+  // work(N): a loop of its own for each number of rows that a thread has at most.
   template <class Work>
   __device__ __forceinline__ void with_rows(const Work& work) const {
     const int most = p.plan.rows / gap;  // 0 where threads are more than rows
