@@ -37,7 +37,8 @@ struct Exact {
   static SEQKERNELS_CELL float tanh(float a) { return tanhf(a); }
   static SEQKERNELS_CELL double tanh(double a) { return ::tanh(a); }
 };
-// For half types, which round to 2^-9 and 2^-12: errors up to 2^-22, in four and five instructions.
+// For half types, which round to 2^-9 and 2^-12: errors up to 2^-22 (computed), in four and five
+// instructions.
 struct Quick {
   static SEQKERNELS_CELL float sigmoid(float a) { return reciprocal(1.0f + power_of_two(-1.44269504f * a)); }
   static SEQKERNELS_CELL float tanh(float a) {

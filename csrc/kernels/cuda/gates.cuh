@@ -1,25 +1,15 @@
 // One unit of one token: what both forms of the recurrence do once the products are there.
 #pragma once
 
+#include <type_traits>
+
 #include "cells.h"
 #include "sequence.cuh"
 
 namespace seqkernels::cuda {
 
 template <class S>
-struct ArithmeticOf {
-  using type = Quick;
-};
-template <>
-struct ArithmeticOf<float> {
-  using type = Exact;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = Exact;
-};
-template <class S>
-using Arithmetic = typename ArithmeticOf<S>::type;
+using Arithmetic = std::conditional_t<sizeof(S) == 2, Quick, Exact>;
 
 // h_t, c_t and the saved activations to y, cells and gates; `at` is the place of the unit in y.
 template <class Cell, class S>

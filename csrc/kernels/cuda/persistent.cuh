@@ -16,8 +16,8 @@
 // s + slots - 2; until then everybody passes two fences, one in every slots / 4 steps: the first puts the
 // emptying before a packet that all look at, the second that look before the next into the slot.
 // Backward, where a row is as many times as long as there are gates, looks would take longer than a counter:
-// a multiprocessor has 16 bytes a clock of them (an H100), and several times as many of ordinary loads. Two
-// slots in turn, and a counter per group that each block raises once a step; a slot is written again only
+// a multiprocessor of an H100 has some 16 bytes a clock of them, and kernels with ordinary loads were faster.
+// Two slots in turn, and a counter per group that each block raises once a step; a slot is written again only
 // after every member has announced the step that read it.
 // A group of one block exchanges through two slots in its own shared memory, with block barriers alone.
 // Groups never meet. Whatever else a step reads of memory is loaded before it waits; what it writes to y, dG
