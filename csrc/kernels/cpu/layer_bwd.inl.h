@@ -2,10 +2,11 @@
 //
 // Time is walked back in chunks of 256 to 1024 tokens. Within a chunk each thread owns rows and units as in
 // forward: the cell's epilogue turns dh into the gate gradients dG, then dh = dG W_hh for the step before. A
-// chunk done, dG is still in cache and all threads of the direction share the rest by tokens (dx = dG W_ih)
-// and by gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk). So dG never exists for
-// the whole sequence, each weight gradient has one owner (no atomics, no copies: same bits every time), and
-// all threads of a direction meet twice a chunk.
+// chunk done, dG is still in cache, and the rest is two thirds of all products: blocks of tokens (dx = dG
+// W_ih) and of gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk), which the
+// threads of the direction take from one queue, so that a core that is slower, or shared, holds up nobody. So
+// dG never exists for the whole sequence, a block is the work of one thread (no copies: same bits every time,
+// whoever takes it), and all threads of a direction meet twice a chunk.
 #pragma once
 
 #include "layer_fwd.inl.h"
@@ -45,7 +46,7 @@ struct LayerBwd {
   using O = Operand<S>;
   using Params = typename Cell::BwdParams;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
-  static constexpr int64_t kRebuildTokens = 48, kInPlaceTokens = 8, kGradientRows = 48;
+  static constexpr int64_t kRebuildTokens = 48, kInPlaceTokens = 8, kGradientRows = 48, kTaskRows = 96;
 
   const Params& p;
   Sequence seq;
@@ -55,7 +56,7 @@ struct LayerBwd {
   const bool rebuild, projected;
   const int team;               // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
-  int64_t gate_rows;            // of dW that a thread works on at a time
+  int64_t dx_tokens, dw_rows;   // of a task
   const int64_t ldG, ldh, ldcell;
 
   // Shared, one of each per direction. x and h panels hold one chunk; dw_* are sums in the layout [rows,
@@ -65,6 +66,7 @@ struct LayerBwd {
   T *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
   T* dx_reverse;
   Barrier *everyone, *direction_barriers, *row_barriers;
+  Queue *tasks[2], *once_blocks;  // of each chunk; of the recurrent product where it packs block by block
   // One of each per thread: a panel of products; a share of dG, transposed; tokens of x and h to rebuild
   // gates from.
   PerThread<T> local;
@@ -85,7 +87,8 @@ struct LayerBwd {
         team(team_size(seq, 3 * G)),  // three products of the size of forward's
         steps(1),
         chunk_tokens(0),
-        gate_rows(0),
+        dx_tokens(0),
+        dw_rows(0),
         ldG(p.H * (kSlots - G) + round_up(G * p.H, 32) + kLanes<T>),
         ldh(round_up(p.P, 32) + kLanes<T>),
         ldcell(round_up(p.H, 32) + kLanes<T>) {}
@@ -139,10 +142,15 @@ struct LayerBwd {
     everyone = a.take_zeros<Barrier>(1);
     direction_barriers = a.take_zeros<Barrier>(2);
     row_barriers = a.take_zeros<Barrier>(2 * team);
-    const int64_t rebuilt = rebuild ? kRebuildTokens : 0, share = divide_up(G * H * D, team);
-    gate_rows = least(share, H);
+    // Some for every thread of dx, which comes first; many of dW, which fill the gaps.
+    const int64_t threads = most(1, team / D), tile = kDepth<O> == 32 ? 32 : MR;
+    dx_tokens = round_up(most(2 * tile, divide_up(chunk_tokens, 2 * threads)), tile);
+    dw_rows = round_up(least(kTaskRows, divide_up(G * H, 8 * threads)), tile);
+    for (int d = 0; d < D; d++) tasks[d] = a.take_zeros<Queue>(divide_up(p.T, steps));
+    once_blocks = a.take_zeros<Queue>(D);
+    const int64_t rebuilt = rebuild ? kRebuildTokens : 0;
     const int64_t local_rows = most(most(chunk_tokens, kGradientRows), (G + 3) * rebuilt);
-    int64_t operand_size = (projected ? most(H, P) + NR<T> : gate_rows) * depth_of(chunk_tokens);
+    int64_t operand_size = (projected ? most(H, P) + NR<T> : dw_rows) * depth_of(chunk_tokens);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
     operand_size = most(operand_size, rebuild_size);
     if (weights.once) operand_size = most(operand_size, weights.kBlockSize);
@@ -187,7 +195,7 @@ struct LayerBwd {
     const int64_t r0, r1;  // rows
     const int64_t j0, j1;  // unit blocks
     const int64_t k0, k1;  // blocks of P: the units unless projected
-    const int64_t n0, n1;  // gate rows of the weight gradients
+    const int64_t n0, n1;  // gate rows of the sums that become the caller's
     const int64_t q0, q1;  // rows of dW_hr
     const int sharing;
     Barrier *direction, *rows_barrier;
@@ -260,8 +268,8 @@ struct LayerBwd {
         if (owner)
           for (int64_t s = end - 1; s >= begin; s--) step(s);
         direction->wait(group);
-        input_gradient();
-        weight_gradients();
+        products(f.tasks[d][begin / f.steps]);
+        if (f.projected && q0 < q1) projection_gradient();
         first_chunk = false;
         direction->wait(group);
       }
@@ -384,9 +392,16 @@ struct LayerBwd {
         }
       rows_barrier->wait(sharing);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
-      if (n > 0)
-        f.weights.recurrent_product(d, k0, k1, s % 2, n, dG, f.ldG, Cell::kBypass, dh + r0 * f.ldh, f.ldh,
+      const auto product = [&](int64_t from, int64_t to) {
+        f.weights.recurrent_product(d, from, to, s % 2, n, dG, f.ldG, Cell::kBypass, dh + r0 * f.ldh, f.ldh,
                                     local_operand);
+      };
+      if (f.weights.once) {
+        for (int64_t k; n > 0 && (k = f.once_blocks[d].take()) < blocks(f.P);) product(k, k + 1);
+        rows_barrier->wait(sharing);
+      } else if (n > 0) {
+        product(k0, k1);
+      }
       if (p.resets) reset(t, n);
       if (f.projected) rows_barrier->wait(sharing);
     }
@@ -458,16 +473,25 @@ struct LayerBwd {
       });
     }
 
-    // dx = dG W_ih for this thread's tokens of the chunk; where weights are packed block by block, for its
-    // columns.
-    void input_gradient() const {
-      if (!p.dx) return;
-      const bool by_columns = f.weights.once;
-      const int64_t m = chunk_size(), m0 = by_columns ? 0 : m * rank / group;
-      const int64_t n = by_columns ? m : m * (rank + 1) / group - m0;
-      const int64_t i0 = by_columns ? blocks(f.I) * rank / group : 0,
-                    i1 = by_columns ? blocks(f.I) * (rank + 1) / group : blocks(f.I);
-      if (n == 0) return;
+    // What of the chunk does not depend on its order: dx by blocks of tokens (by blocks of columns where
+    // weights are packed block by block), then dW and db by blocks of gate rows.
+    void products(Queue& tasks) const {
+      const int64_t m = chunk_size(), row_blocks = divide_up(f.H, f.dw_rows);
+      const int64_t of_dx = !p.dx ? 0 : f.weights.once ? blocks(f.I) : divide_up(m, f.dx_tokens);
+      for (int64_t task; (task = tasks.take()) < of_dx + G * row_blocks;) {
+        if (task >= of_dx) {
+          const int64_t g = (task - of_dx) / row_blocks, u = (task - of_dx) % row_blocks * f.dw_rows;
+          weight_gradients(g, u, least(f.dw_rows, f.H - u));
+        } else if (f.weights.once) {
+          input_gradient(0, m, task, task + 1);
+        } else {
+          const int64_t m0 = task * f.dx_tokens;
+          input_gradient(m0, least(f.dx_tokens, m - m0), 0, blocks(f.I));
+        }
+      }
+    }
+    // dx = dG W_ih for n tokens of the chunk and blocks [i0, i1) of columns.
+    void input_gradient(int64_t m0, int64_t n, int64_t i0, int64_t i1) const {
       const O* dG = f.dG[d] + m0 * f.ldG;
       const int64_t token = seq.token(lo) + m0;
       if (d == 1)
@@ -491,20 +515,15 @@ struct LayerBwd {
       }
     }
 
-    // dW += dG^T [x | h_{t-1}] and db += dG summed over tokens, for this thread's gate rows.
-    void weight_gradients() const {
-      for (int64_t n = n0, end; n < n1; n = end) {
-        const int64_t g = n / f.H, u = n % f.H;
-        end = least((g + 1) * f.H, n1);
-        if (end > n + f.gate_rows) end = n + f.gate_rows;
-        const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
-        transpose_gate(in, u, end - n);
-        const Weights<void*>& out = p.dw[d];
-        outer(n, end - n, f.x_panels[d], f.I, f.dw_ih[d], static_cast<S*>(out.w_ih));
-        if (rec != in) transpose_gate(rec, u, end - n);
-        outer(n, end - n, f.h_panels[d], f.P, f.dw_hh[d], static_cast<S*>(out.w_hh));
-      }
-      if (f.projected && q0 < q1) projection_gradient();
+    // dW += dG^T [x | h_{t-1}] and db += dG summed over tokens, for rows [u, u + n) of gate g.
+    void weight_gradients(int64_t g, int64_t u, int64_t n) const {
+      const int in = Cell::kInputSlot[g], rec = Cell::kRecurrentSlot[g];
+      const int64_t row = g * f.H + u;
+      const Weights<void*>& out = p.dw[d];
+      transpose_gate(in, u, n);
+      outer(row, n, f.x_panels[d], f.I, f.dw_ih[d], static_cast<S*>(out.w_ih));
+      if (rec != in) transpose_gate(rec, u, n);
+      outer(row, n, f.h_panels[d], f.P, f.dw_hh[d], static_cast<S*>(out.w_hh));
     }
     // Columns of dG become rows of tokens, as tiles want A; their sums are the bias gradient.
     void transpose_gate(int slot, int64_t u, int64_t n) const {

@@ -71,6 +71,7 @@ struct LayerFwd {
   O *state[2], *m[2];
   T* cell[2];
   Barrier *everyone, *row_barriers;
+  Queue* once_blocks;
   PerThread<T> C, Q;
   PerThread<O> X, block;
   int64_t c_size, state_size;  // state_size: of one of the two buffers
@@ -113,6 +114,7 @@ struct LayerFwd {
     }
     everyone = a.take_zeros<Barrier>(1);
     row_barriers = a.take_zeros<Barrier>(2 * team);
+    once_blocks = a.take_zeros<Queue>(p.D);
     // Each chunk reads all input weights once. Where a thread's share of them comes from L3 or memory, C is
     // half as large: H = 1024 +4 to 6 %.
     const int64_t half = G * weights.in.size() * int64_t(sizeof(O)) / (2 * team) / kChunkBytes,
@@ -308,47 +310,49 @@ struct LayerFwd {
     }
 
     // Weights that do not fit the cache are walked to and fro: what the last step read last, this one reads
-    // first.
+    // first. Where there is only one step, threads take blocks in turn: a core may be slower than another.
     void step(int64_t s, int64_t n, T* c_rows) {
       const int64_t t = time(s);
-      if (n > 0) {
-        const O* h = state(s) + r0 * f.ldh;
-        for (int64_t i = j0; i < j1; i++) {
-          const int64_t j = s % 2 ? j0 + j1 - 1 - i : i;
-          if (f.direct) {
-            direct_block(s, t, n, j);
-            epilogue(s, t, n, j, C);
-            continue;
-          }
-          for (int g = 0; f.once && g < G; g++)
-            weights.pack_block(d, g, j, packed_block + g * weights.in.depth() * NR<T>,
-                               packed_block + (G * weights.in.depth() + g * weights.rec.depth()) * NR<T>);
-          if (by_block) project(t, t + 1, j, j + 1);
-          T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
-          if (!weights.projected)  // y comes while the products run: RNN +2 %
-            for (int64_t b = 0; b < n; b++)
-              for (int64_t v = 0; v < NR<T>; v += kLanes<T>)
-                __builtin_prefetch(y(t, j) + b * p.D * f.P + v, 1);
-          const int64_t w = weights.rec.width(j);
-          for (int k = 0; k < G; k++) {
-            const int g = s % 2 ? G - 1 - k : k;
-            const O *panel = recurrent_panel(g, j), *next = next_panel(s, g, j);
-            if (g == Cell::kSplitGate)
-              gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q,
-                         NR<T>, next);
-            else
-              gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, block + g * gate, ldc,
-                         block + g * gate, ldc, next);
-          }
-          epilogue(s, t, n, j, block);
-        }
-      }
+      if (f.once)
+        for (int64_t j; n > 0 && (j = f.once_blocks[d].take()) < weights.in.count();)
+          unit_block(s, t, n, j, c_rows);
+      else
+        for (int64_t i = j0; n > 0 && i < j1; i++) unit_block(s, t, n, s % 2 ? j0 + j1 - 1 - i : i, c_rows);
       if (weights.projected) {
         barrier->wait(sharing);
         if (n > 0) project_state(s, t, n);
       }
       if (p.resets && s + 1 < p.T) reset(s + 1);
       barrier->wait(sharing);
+    }
+
+    // Pre-activations and epilogue of one block of units.
+    void unit_block(int64_t s, int64_t t, int64_t n, int64_t j, T* c_rows) {
+      if (f.direct) {
+        direct_block(s, t, n, j);
+        return epilogue(s, t, n, j, C);
+      }
+      for (int g = 0; f.once && g < G; g++)
+        weights.pack_block(d, g, j, packed_block + g * weights.in.depth() * NR<T>,
+                           packed_block + (G * weights.in.depth() + g * weights.rec.depth()) * NR<T>);
+      if (by_block) project(t, t + 1, j, j + 1);
+      T* block = c_rows + (by_block ? 0 : (j - j0) * NR<T>);
+      if (!weights.projected)  // y comes while the products run: RNN +2 %
+        for (int64_t b = 0; b < n; b++)
+          for (int64_t v = 0; v < NR<T>; v += kLanes<T>) __builtin_prefetch(y(t, j) + b * p.D * f.P + v, 1);
+      const O* h = state(s) + r0 * f.ldh;
+      const int64_t w = weights.rec.width(j);
+      for (int k = 0; k < G; k++) {
+        const int g = s % 2 ? G - 1 - k : k;
+        const O *panel = recurrent_panel(g, j), *next = next_panel(s, g, j);
+        if (g == Cell::kSplitGate)
+          gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, weights.q_bias[d] + j * NR<T>, 0, Q,
+                     NR<T>, next);
+        else
+          gemm_panel(n, w, weights.rec.depth(), h, f.ldh, panel, w, block + g * gate, ldc, block + g * gate,
+                     ldc, next);
+      }
+      epilogue(s, t, n, j, block);
     }
 
     // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them; Q keeps
