@@ -61,91 +61,6 @@ SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// On Intel another thread of the core leaves three instructions a cycle, and a step of 12 rows, which takes
-// 12 cycles, would have 45 of them. So two rows in three let their FMAs broadcast A from memory (an
-// instruction less, a load more), and steps come in fours with constant offsets: 32 instructions and 22 loads
-// of 24 possible. 5 to 18 % faster there, the same where the core is ours. AMD's decoders are wider. GCC
-// would make registers of all addresses, hence assembly.
-#if defined(__AVX512F__) && (!defined(__AVX512BF16__) || defined(__AMX_BF16__))
-template <class D>
-constexpr bool kFromMemory = std::is_same_v<D, float>;
-// First the rows whose address needs no index, then those at + lda; as many as keep a load free.
-template <class D>
-constexpr bool from_memory(int row, int rows, bool fetch) {
-  return row % 3 < 2 && row % 3 * ((rows + 2) / 3) + row / 3 < rows - 3 - 2 * fetch;
-}
-// acc += A B, A at base + row % 3 * lda + k; lda in bytes.
-template <int k>
-SEQ_INLINE void multiply_add_memory(Vec<float>& acc, const float* base, int64_t lda, int row, Vec<float> b) {
-  if (row % 3 == 0)
-    __asm__("vfmadd231ps %c3(%2)%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "r"(base), "i"(4 * k));
-  else
-    __asm__("vfmadd231ps %c4(%2,%3)%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "r"(base), "r"(lda), "i"(4 * k));
-}
-template <int k>
-SEQ_INLINE Vec<float> broadcast_row(const float* base, int64_t lda, int row) {
-  Vec<float> a;
-  if (row % 3 == 0)
-    __asm__("vbroadcastss %c2(%1), %0" : "=v"(a) : "r"(base), "i"(4 * k));
-  else if (row % 3 == 1)
-    __asm__("vbroadcastss %c3(%1,%2), %0" : "=v"(a) : "r"(base), "r"(lda), "i"(4 * k));
-  else
-    __asm__("vbroadcastss %c3(%1,%2,2), %0" : "=v"(a) : "r"(base), "r"(lda), "i"(4 * k));
-  return a;
-}
-#else
-template <class D>
-constexpr bool kFromMemory = false;
-#endif
-// The assembly does not say which memory it reads, nor do GCC's tile intrinsics.
-SEQ_INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
-
-// A register tile at work: sums of `rows` x NV vectors, where A and B are read next.
-template <class D, int rows, int NV, bool fetch>
-struct Tile {
-  using T = Acc<D>;
-  static constexpr int W = kLanes<T>, KU = sets_of(rows), pair = kPair<D>, kBases = (rows + 2) / 3;
-  static constexpr bool kMemory = kFromMemory<D> && NV == 2;
-  static constexpr int kSteps = kMemory ? 4 : KU;  // at a time
-
-  Vec<T> acc[KU][rows][NV];
-  const D* base[kBases];  // three rows share one: x86 addresses base, base + lda and base + 2 lda for free
-  int64_t lda, ldb;
-  const D *b, *ahead;
-
-  // Step u from where the pointers are; the sets take turns.
-  template <int u>
-  SEQ_MEMBER void step() {
-    if constexpr (fetch) {
-      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * W * pair);
-      ahead += ldb * pair;
-    }
-    SEQ_UNROLL for (int r = 0; r < rows; r++) {
-      if constexpr (kMemory) {
-        const int64_t bytes = lda * int64_t(sizeof(D));
-        if (from_memory<D>(r, rows, fetch)) {
-          SEQ_UNROLL for (int v = 0; v < NV; v++)
-              multiply_add_memory<u>(acc[u % KU][r][v], base[r / 3], bytes, r, load(b + v * W));
-        } else {
-          const Vec<T> row = broadcast_row<u>(base[r / 3], bytes, r);
-          SEQ_UNROLL for (int v = 0; v < NV; v++) acc[u % KU][r][v] += row * load(b + v * W);
-        }
-      } else {
-        SEQ_UNROLL for (int v = 0; v < NV; v++)
-            multiply_add(acc[u % KU][r][v], base[r / 3] + (r % 3) * lda, b + v * W * pair);
-      }
-    }
-    b += ldb * pair;
-    if constexpr (!kMemory) advance(pair);
-  }
-  template <int... u>
-  SEQ_MEMBER void steps(std::integer_sequence<int, u...>) {
-    (step<u>(), ...);
-    if constexpr (kMemory) advance(sizeof...(u));
-  }
-  SEQ_MEMBER void advance(int64_t n) { SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += n; }
-};
-
 // `first`: the first tile that reads a panel brings it to L1 for the others. `several`: each brings the rows
 // of the next: projections 8 % faster, layers 1 to 3 %.
 template <class D, int rows, int NV, bool first, bool several>
@@ -153,47 +68,50 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]]
                  const D* __restrict b, int64_t ldb, const D* next, const Acc<D>* init, int64_t ldi,
                  Acc<D>* c, int64_t ldc) {
   using T = Acc<D>;
-  constexpr bool fetch = first && rows >= 5;  // with fewer rows the loads themselves run ahead
-  using Registers = Tile<D, rows, NV, fetch>;
-  constexpr int W = kLanes<T>, pair = kPair<D>, kSteps = Registers::kSteps;
-  if constexpr (Registers::kMemory) memory_barrier();
-  Registers t;
+  constexpr int W = kLanes<T>, KU = sets_of(rows), kBases = (rows + 2) / 3, pair = kPair<D>;
   // From zero, init joins at the end: a long sum is made of sums of KC, not of one chain.
-  SEQ_UNROLL for (int u = 0; u < Registers::KU; u++) SEQ_UNROLL for (int r = 0; r < rows; r++)
-      SEQ_UNROLL for (int v = 0; v < NV; v++) t.acc[u][r][v] = Vec<T>{};
-  SEQ_UNROLL for (int i = 0; i < Registers::kBases; i++) t.base[i] = a + 3 * i * lda;
-  t.lda = lda, t.ldb = ldb, t.b = b, t.ahead = b + kAhead * ldb * pair;
-  // A line of each row of the next tile in as many steps as a line has.
-  constexpr int kTurns = 64 / int(sizeof(D)) / pair / kSteps, kRowsEach = (rows + kTurns - 1) / kTurns;
+  Vec<T> acc[KU][rows][NV] = {};
+  // Three rows share one base pointer: x86 addresses base, base + lda and base + 2 lda for free.
+  const D* base[kBases];
+  SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * lda;
+  constexpr bool fetch = first && rows >= 5;  // with fewer rows the loads themselves run ahead
+  const D* ahead = b + kAhead * ldb * pair;
   [[maybe_unused]] const D* row_ahead = next_rows;
-  [[maybe_unused]] int turn = 0;
-  auto fetch_rows = [&]() __attribute__((always_inline)) {
-    if (kRowsEach > 1 || turn < rows) {
-      SEQ_UNROLL for (int i = 0; i < kRowsEach; i++) __builtin_prefetch(row_ahead + i * lda);
-      row_ahead += kRowsEach * lda;
+  [[maybe_unused]] int row = 0;
+  auto step = [&](int u) __attribute__((always_inline)) {
+    if constexpr (several) {  // a line of one row with each step
+      if (row < rows) __builtin_prefetch(row_ahead), row_ahead += lda;
+      if (++row == 64 / int(sizeof(D)) / pair) row = 0, row_ahead = next_rows += 64 / sizeof(D);
     }
-    if (++turn == kTurns) turn = 0, row_ahead = next_rows += 64 / sizeof(D);
+    if constexpr (fetch) {
+      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * W * pair);
+      ahead += ldb * pair;
+    }
+    SEQ_UNROLL for (int r = 0; r < rows; r++) {
+      SEQ_UNROLL for (int v = 0; v < NV; v++)
+          multiply_add(acc[u][r][v], base[r / 3] + (r % 3) * lda, b + v * W * pair);
+    }
+    b += ldb * pair;
+    SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += pair;
   };
   if (init && ldi) {  // large projections have left L2 by the time the recurrence adds to them
     SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++)
         __builtin_prefetch(init + r * ldi + v * W);
   }
   int64_t k = 0;
-  if constexpr (fetch) {
-    _Pragma("GCC unroll 1") for (; k + kSteps * pair <= K - kAhead * pair; k += kSteps * pair) {
-      if constexpr (several) fetch_rows();
-      t.steps(std::make_integer_sequence<int, kSteps>{});
+  if constexpr (KU > 1) {
+    for (; k + KU * pair <= K; k += KU * pair) {
+      SEQ_UNROLL for (int u = 0; u < KU; u++) step(u);
     }
-    t.ahead = next;
   }
-  _Pragma("GCC unroll 1") for (; k + kSteps * pair <= K; k += kSteps * pair) {
-    if constexpr (several) fetch_rows();
-    t.steps(std::make_integer_sequence<int, kSteps>{});
+  if constexpr (fetch) {
+    _Pragma("GCC unroll 1") for (; k < K - kAhead * pair; k += pair) step(0);
+    ahead = next;
   }
-  _Pragma("GCC unroll 1") for (; k < K; k += pair) t.steps(std::make_integer_sequence<int, 1>{});
+  _Pragma("GCC unroll 1") for (; k < K; k += pair) step(0);
   SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++) {
-    Vec<T> sum = t.acc[0][r][v];
-    SEQ_UNROLL for (int u = 1; u < Registers::KU; u++) sum += t.acc[u][r][v];
+    Vec<T> sum = acc[0][r][v];
+    SEQ_UNROLL for (int u = 1; u < KU; u++) sum += acc[u][r][v];
     if (init) sum += load(init + r * ldi + v * W);
     store(c + r * ldc + v * W, sum);
   }
@@ -219,6 +137,9 @@ struct TileShapes {
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {};
 };
+// GCC's tile intrinsics do not say which memory they touch.
+SEQ_INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+
 static thread_local int64_t tile_rows = -1;  // what is configured now
 
 static void shape_tiles(int64_t upper, int64_t lower) {

@@ -15,7 +15,6 @@ template <class T>
 constexpr int kLanes = SEQKERNELS_VEC_BYTES / sizeof(T);
 
 #define SEQ_INLINE static inline __attribute__((always_inline))
-#define SEQ_MEMBER inline __attribute__((always_inline))
 #define SEQ_UNROLL _Pragma("GCC unroll 32")
 
 struct bf16 {
