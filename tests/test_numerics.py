@@ -94,6 +94,8 @@ def test_any_number_of_threads(kind, count, threads):
         (6, 2, 70, True),
         (5, 40, 96, True),
         (20, 7, 128, False),
+        (1, 40, 230, True),  # one step: blocks in turn, whoever asks
+        (9, 70, 100, False),  # several chunks of backward
     ):
         pair = twins(kind, 48, H, bidirectional=bidirectional)
         check(pair, torch.randn(T, B, 48), states(pair[0], B))
@@ -108,8 +110,8 @@ def test_any_number_of_threads(kind, count, threads):
 def test_same_bits_every_time(kind, count, dtype, threads):
     threads(count)
     module = getattr(seqkernels, kind)(40, 72, 2, bidirectional=True).to(dtype)
-    for B in (1, 3, 33):
-        x, hx = torch.randn(12, B, 40).to(dtype), states(module, B)
+    for T, B in (12, 1), (12, 3), (12, 33), (1, 33):
+        x, hx = torch.randn(T, B, 40).to(dtype), states(module, B)
         first = run(module, x, hx, True)
         for _ in range(8):
             again = run(module, x, hx, True)
