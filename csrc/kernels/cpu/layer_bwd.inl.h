@@ -2,7 +2,7 @@
 //
 // Time is walked back in chunks of 256 to 1024 tokens. Within a chunk each thread owns rows and units as in
 // forward: the cell's epilogue turns dh into the gate gradients dG, then dh = dG W_hh for the step before. A
-// chunk done, dG is still in cache, and the rest is two thirds of all products: blocks of tokens (dx = dG
+// chunk done, dG is still in cache, and the rest is three quarters of the products: blocks of tokens (dx = dG
 // W_ih) and of gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk), which the
 // threads of the direction take from one queue, so that a core that is slower, or shared, holds up nobody. So
 // dG never exists for the whole sequence, a block is the work of one thread (no copies: same bits every time,
