@@ -117,6 +117,7 @@ def _record(stream: cuda.Stream, *tensors: Tensor | None) -> None:
             t.record_stream(stream)
 
 
+POOL = 32  # streams of a GPU that torch hands out in turn
 _families: dict[cuda.Stream, list[cuda.Stream]] = {}
 
 
@@ -124,10 +125,15 @@ def _streams_beside(current: cuda.Stream, count: int) -> list[cuda.Stream]:
     """The same ones for every call on the current stream, so that they use their memory again.
 
     A checkpoint computes forward again on one of them, amid backward: it gets the family that this one is
-    of, and backward finds each tensor on the stream that uses it.
+    of, and backward finds each tensor on the stream that uses it. So no stream is of two families; where
+    torch has no more of its own, there are fewer than asked for, or the current one alone.
     """
     family = _families.setdefault(current, [])
-    while len(family) < count:
-        family.append(cuda.Stream(current.device))
-        _families.setdefault(family[-1], family)
-    return family[:count]
+    for _ in range(POOL):
+        if len(family) >= count:
+            break
+        stream = cuda.Stream(current.device)
+        if stream not in _families:
+            _families[stream] = family
+            family.append(stream)
+    return family[:count] or [current]

@@ -403,6 +403,20 @@ def test_pipelined_layers_on_two_streams_in_checkpoints(kind):
         assert_close(result, expected[i % 3], rtol=0, atol=0)
 
 
+@kinds
+def test_pipelined_layers_in_checkpoints_on_more_streams_than_torch_has(kind):
+    """It hands out 32 in turn: one that layers and a user share must not mix two pipelines up."""
+    module, (x, *_), (dy, *_), _ = deep(kind, 128)
+    expected = outcome(module, x, dy, None)[1:]
+    for _ in range(40):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            leaf = x.detach().requires_grad_()
+            y = checkpoint(lambda x: module(x)[0], leaf, use_reentrant=False)
+            result = torch.autograd.grad(y, [leaf, *module.parameters()], dy)
+        torch.cuda.synchronize()
+        assert_close(result, expected, rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------------------------- many and large
 
 

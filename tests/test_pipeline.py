@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from types import SimpleNamespace
 from unittest import mock
 
@@ -48,11 +49,15 @@ class Gpu(TorchDispatchMode):
     """Stands in for torch.cuda and looks at every op of torch and ours: what it reads must have been written
     before, and memory that another stream uses than that which allocated it must be recorded there.
 
-    deaf_to: the number of a wait that is forgotten; forgetful_of: the number of a recorded use.
+    deaf_to: the number of a wait that is forgotten; forgetful_of: the number of a recorded use; pool: so many
+    streams are handed out in turn.
     """
 
-    def __init__(self, multiprocessors: int = 24, deaf_to: int = 0, forgetful_of: int = 0) -> None:
+    def __init__(
+        self, multiprocessors: int = 24, deaf_to: int = 0, forgetful_of: int = 0, pool: int = 1000
+    ) -> None:
         super().__init__()
+        self.pool = cycle([Stream(self, torch.device("cpu")) for _ in range(pool)])
         self.multiprocessors, self.deaf_to, self.forgetful_of = multiprocessors, deaf_to, forgetful_of
         self.current = self.main = Stream(self, torch.device("cpu"))
         self.waits, self.work, self.alive = 0, 0, []
@@ -63,7 +68,7 @@ class Gpu(TorchDispatchMode):
         self.streams: dict[Stream, int] = defaultdict(int)
 
     def Stream(self, device: torch.device) -> Stream:
-        return Stream(self, device)
+        return next(self.pool)
 
     def current_stream(self, device: torch.device) -> Stream:
         return self.current
@@ -225,6 +230,21 @@ def test_streams_are_those_of_the_current_stream():
         assert pipeline._streams_beside(of_b[1], 3) == of_b
 
 
+def test_no_stream_is_of_two_families():
+    """Or a checkpoint on it might compute on the other one's streams, which backward does not wait for."""
+    gpu = Gpu(pool=8)
+    with pipelined(gpu):
+        a, b, c, d = gpu.main, *(gpu.Stream(gpu.main.device) for _ in range(3))
+        of_a, of_b, of_c, of_d = (pipeline._streams_beside(user, 3) for user in (a, b, c, d))
+        assert (len(of_a), len(of_b)) == (3, 3)
+        assert not {a, *of_a} & {b, *of_b}
+        assert c in of_b, "torch had nothing else left"
+        assert of_c == of_b
+        assert of_d == [d]
+        for user, family in ((a, of_a), (b, of_b), (d, of_d)):
+            assert all(pipeline._streams_beside(stream, 3) == family for stream in (user, *family))
+
+
 # --------------------------------------------------------------------------------------------- numbers
 
 
@@ -329,7 +349,7 @@ def test_who_is_not():
 
 def test_with_gradients_both_ways_have_to_fit():
     x, sizes = torch.empty(0, dtype=torch.bfloat16), (4, 4096, 16, 512, 2)
-    for multiprocessors, forward, training in ((132, None, None), (256, 2, 2)):
+    for multiprocessors, forward, training in ((120, None, None), (132, 2, 2)):
         with pipelined(Gpu(multiprocessors)):
             plans = [pipeline.fit(x, *sizes, gradients) for gradients in (False, True)]
         assert [p and p.streams for p in plans] == [forward, training]

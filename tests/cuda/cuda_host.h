@@ -1,6 +1,6 @@
 // CUDA kernels on the CPU: every thread of every block is a fiber of one operating-system thread, so that
-// block and warp barriers, packets and counters between blocks and the matrix instruction run as the kernels'
-// source has them. Fibers take turns in random order and some blocks are slower than others: what a missing
+// block and warp barriers, packets between blocks and the matrix instruction run as the kernels' source has
+// them. Fibers take turns in random order and some blocks are slower than others: what a missing
 // barrier would allow happens here too. If all wait, that is a deadlock and an error. Shared memory starts as
 // NaN.
 #pragma once
@@ -93,16 +93,16 @@ struct Block {
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
 };
 
-// Why a fiber waits: until *word has left, or has reached, a value.
+// Why a fiber waits: until *word has left a value.
 struct Fiber {
   ucontext_t context;
   unsigned block = 0, thread = 0;
   const unsigned* word = nullptr;
   unsigned value = 0;
-  bool reach = false, done = false;
+  bool done = false;
   unsigned turn = 0;  // which buffer of the warp the next matrix instruction uses
 
-  bool waits() const { return word && (reach ? *word < value : *word == value); }
+  bool waits() const { return word && *word == value; }
 };
 
 struct Grid {
@@ -182,9 +182,9 @@ struct Grid {
     running() = nullptr;
   }
 
-  void wait(const unsigned* word, unsigned value, bool reach = false) {
+  void wait(const unsigned* word, unsigned value) {
     Fiber& f = *current;
-    f.word = word, f.value = value, f.reach = reach;
+    f.word = word, f.value = value;
     if (f.waits()) {
       swapcontext(&f.context, &scheduler);
     } else {
@@ -212,6 +212,16 @@ inline Machine& machine() {
 }  // namespace host
 
 inline char* shared_memory() { return host::block().shared.get(); }
+template <class S>
+using OnItsWay = S;
+template <class S>
+S send_for(const void* from, int64_t i) {
+  return static_cast<const S*>(from)[i];
+}
+template <class S>
+S arrived(S a) {
+  return a;
+}
 inline void give(const uint4& packet, void* to) { std::memcpy(to, &packet, 16); }
 inline uint4 look(const void* from) {  // not before there is something to see
   const uint32_t* last = static_cast<const uint32_t*>(from) + 3;
@@ -221,8 +231,6 @@ inline uint4 look(const void* from) {  // not before there is something to see
   return packet;
 }
 inline void look_again(const void*, uint4&) {}
-inline void arrive(unsigned* counter) { ++*counter; }
-inline void await(unsigned* counter, unsigned count) { host::grid().wait(counter, count, true); }
 inline void fence() {}
 
 // With n elements to a word, lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns n q, n q, n (q + 4),
@@ -264,7 +272,7 @@ template <class Args>
 void launch_together(void (*kernel)(Args), const char*, const Args& args, Stream) {
   static void (*body)(Args);
   body = kernel;
-  if (args.plan.exchange_bytes > 0) std::memset(args.exchange, args.plan.fill, args.plan.exchange_bytes);
+  if (args.plan.exchange_bytes > 0) std::memset(args.exchange, 0xff, args.plan.exchange_bytes);
   host::Grid grid;
   gridDim.x = args.plan.grid, blockDim.x = kThreads;
   grid.body = [](const void* arguments) { body(*static_cast<const Args*>(arguments)); };

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "kernels/types.h"
 
 #if defined(__CUDACC__)
@@ -82,19 +84,32 @@ __device__ __forceinline__ void look_again(const void* from, uint4& packet) {
       : "l"(from)
       : "memory");
 }
-// A counter in global memory. Release and acquire at GPU scope: with a block barrier before arrive() and
-// after await(), all that the arriving blocks wrote is seen by ordinary loads of the waiting one.
-__device__ __forceinline__ void arrive(unsigned* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-__device__ __forceinline__ void await(unsigned* counter, unsigned count) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < count);
-}
 // What this thread gave and saw before comes before what it gives and sees from now on.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// An element on its way from memory, in a register of its own: of two halves that share one the first would
+// be waited for where the second is loaded.
+template <class S>
+using OnItsWay = std::conditional_t<sizeof(S) == 2, uint32_t, S>;
+template <class S>
+__device__ __forceinline__ OnItsWay<S> send_for(const void* from, int64_t i) {
+  if constexpr (sizeof(S) == 2) {
+    uint32_t bits;
+    asm volatile("ld.global.u16 %0, [%1];" : "=r"(bits) : "l"(static_cast<const S*>(from) + i));
+    return bits;
+  } else {
+    return static_cast<const S*>(from)[i];
+  }
+}
+template <class S>
+__device__ __forceinline__ S arrived(OnItsWay<S> a) {
+  if constexpr (sizeof(S) == 2) {
+    const uint16_t bits = static_cast<uint16_t>(a);
+    return reinterpret_cast<const S&>(bits);
+  } else {
+    return a;
+  }
+}
 
 }  // namespace seqkernels::cuda
 

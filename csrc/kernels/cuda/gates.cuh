@@ -24,8 +24,8 @@ __device__ __forceinline__ void keep(const FwdLayer& p, int64_t at, int64_t u, A
 // What a step backward reads of memory, as it lies there. Nothing in it depends on other steps' gradients.
 template <class Cell, class S>
 struct Saved {
-  S gates[Cell::kSaved + 1];
-  S h;                   // GRU h_{t-1}, RNN y
+  OnItsWay<S> gates[Cell::kSaved + 1];
+  OnItsWay<S> h;         // GRU h_{t-1}, RNN y
   Acc<S> c, c_prev, dc;  // LSTM
 };
 
@@ -35,14 +35,14 @@ __device__ __forceinline__ Saved<Cell, S> load_saved(const BwdLayer& p, int d, i
   const int64_t token = first_token(p, t) + b, at = (token * p.D + d) * p.H + u;
   Saved<Cell, S> saved{};
   for (int s = 0; s < Cell::kSaved; s++)
-    saved.gates[s] = element<S>(p.gates, (at - u) * Cell::kSaved + s * p.H + u);
+    saved.gates[s] = send_for<S>(p.gates, (at - u) * Cell::kSaved + s * p.H + u);
   if (Cell::kCellState) {
     saved.c = load<Acc<S>>(p.cells, at);
     saved.c_prev = cell_before<S>(p, p.cells, d, t, b, u);
     if (p.dcells) saved.dc = load<Acc<S>>(p.dcells, at);
   }
-  if (Cell::kNeedsPreviousH) saved.h = element<S>(p.h_prev[d], token * p.H + u);
-  if (Cell::kSaved == 0) saved.h = element<S>(p.y, at);
+  if (Cell::kNeedsPreviousH) saved.h = send_for<S>(p.h_prev[d], token * p.H + u);
+  if (Cell::kSaved == 0) saved.h = send_for<S>(p.y, at);
   return saved;
 }
 
@@ -51,8 +51,9 @@ template <class Cell, class S>
 __device__ __forceinline__ void backward_unit(const BwdLayer& p, const Saved<Cell, S>& saved, Acc<S>& dh,
                                               Acc<S>& dc, Acc<S>* slots) {
   Acc<S> gates[Cell::kSaved + 1];
-  for (int s = 0; s < Cell::kSaved; s++) gates[s] = widen(saved.gates[s]);
-  const Past<Acc<S>> past{saved.c, saved.c_prev, widen(saved.h), widen(saved.h)};
+  for (int s = 0; s < Cell::kSaved; s++) gates[s] = widen(arrived<S>(saved.gates[s]));
+  const Acc<S> h = widen(arrived<S>(saved.h));
+  const Past<Acc<S>> past{saved.c, saved.c_prev, h, h};
   dc += saved.dc;
   Cell::template backward<Arithmetic<S>>(gates, past, dh, dc, slots, p.relu);
 }

@@ -44,8 +44,8 @@ template <class Args>
 void launch_together(void (*kernel)(Args), const char* name, const Args& args, Stream stream) {
   const Plan& plan = args.plan;
   if (plan.exchange_bytes > 0)
-    check(cudaMemsetAsync(args.exchange, plan.fill, plan.exchange_bytes, static_cast<cudaStream_t>(stream)),
-          name, plan.grid, plan.shared);
+    check(cudaMemsetAsync(args.exchange, 0xff, plan.exchange_bytes, static_cast<cudaStream_t>(stream)), name,
+          plan.grid, plan.shared);
   void* arguments[] = {const_cast<Args*>(&args)};
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.grid), dim3(kThreads),
                                     arguments, plan.shared, static_cast<cudaStream_t>(stream)),

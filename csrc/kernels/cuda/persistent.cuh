@@ -50,16 +50,15 @@ __device__ __forceinline__ int exponent(int power_of_two) {
   return e;
 }
 
-// The packets at at(0), at(1), ..., `count` but N at most, all on their way at once; kLook: when all are
-// full.
-template <bool kLook, int N, class At>
+// The packets at at(0), at(1), ..., `count` but N at most, all on their way at once, when all are full.
+template <int N, class At>
 __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At& at) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
     packets[n].w = 0;
-    if (n < count) packets[n] = kLook ? look(at(n)) : *reinterpret_cast<const uint4*>(at(n));
+    if (n < count) packets[n] = look(at(n));
   }
-  while (kLook) {
+  while (true) {
     bool missing = false;
 #pragma unroll
     for (int n = 0; n < N; n++) missing |= packets[n].w == kEmpty;
@@ -93,7 +92,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
 
   // The first chunks of a warp's weights stay in registers: shared memory feeds the instruction 8 rows at
   // 40 % of its rate.
-  static constexpr int kHeld = held_words(kTiles) / (8 * kTiles), kAtOnce = 8;
+  static constexpr int kHeld = held_words(kTiles) / (8 * kTiles);
   Fragment held[kHeld];
 
   static __device__ __forceinline__ Fragment read(const E* weights, int k) {
@@ -109,25 +108,26 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
       if (begin + n < end) held[n] = read(weights, begin + n);
   }
 
-  // mine: hold() was given these weights.
-  template <bool kLook>
+  // kAtOnce: chunks received at once. mine: hold() was given these weights.
+  template <int kAtOnce, bool kHolds>
   __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool mine, const E* weights, const E* rows,
-                                           int pitch, int begin, int end, uint4*) const {
-    float odd[kTiles][4] = {};  // a second sum, as an instruction waits for the one before on its sum
-    const E* b = rows + threadIdx.x % 32 / 4 * pitch + threadIdx.x % 4 * kPiece;
+                                           int begin, int end, uint4*) const {
+    constexpr int kSums = kTiles < 4 ? 2 : 1;  // as an instruction waits for the one before on its sum
+    float sums[kSums][kTiles][4] = {};
+    const E* b = rows + threadIdx.x % 32 * kPiece;
     for (int first = begin; first < end; first += kAtOnce) {
       uint4 h[kAtOnce];
-      const E* from = b + first * kChunk;
-      receive<kLook>(h, end - first, [&](int n) { return from + n * kChunk; });
-      const bool in_registers = mine && first == begin;
+      const E* from = b + first * 8 * kChunk;
+      receive(h, end - first, [&](int n) { return from + n * 8 * kChunk; });
+      const bool in_registers = kHolds && mine && first == begin;
 #pragma unroll
       for (int n = 0; n < kAtOnce; n++) {
         if (first + n >= end) break;
         const auto add = [&](const Fragment& a) {
 #pragma unroll
           for (int t = 0; t < kTiles; t++) {
-            mma(c[t], a.of[t][0], h[n].x, h[n].y, E());
-            mma(odd[t], a.of[t][1], h[n].z, h[n].w, E());
+            mma(sums[0][t], a.of[t][0], h[n].x, h[n].y, E());
+            mma(sums[kSums - 1][t], a.of[t][1], h[n].z, h[n].w, E());
           }
         };
         if (n < kHeld && in_registers)
@@ -137,7 +137,10 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] += odd[i / 4][i % 4];
+    for (int i = 0; i < 4 * kTiles; i++) {
+      c[i / 4][i % 4] = sums[0][i / 4][i % 4];
+      if (kSums == 2) c[i / 4][i % 4] += sums[kSums - 1][i / 4][i % 4];
+    }
   }
 };
 
@@ -153,17 +156,16 @@ struct Tile<float, kTiles> {
 
   __device__ void hold(const float*, int, int) {}  // FFMA is no faster than shared memory
 
-  template <bool kLook>
+  template <int, bool>
   static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool, const float* weights,
-                                                  const float* rows, int pitch, int begin, int end,
-                                                  uint4* passed) {
+                                                  const float* rows, int begin, int end, uint4* passed) {
     const int lane = threadIdx.x % 32, row = lane % 16 / 2, part = lane % 2, odd = lane / 16;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
     const float4* b = reinterpret_cast<const float4*>(passed) + lane % 4 * 2;  // [chunk][part][row]
     for (int first = begin; first < end; first += kAtOnce) {
       uint4 packets[kAtOnce / 2];  // of every other chunk, a row's part
-      const float* from = rows + row * pitch + (first + odd) * kChunk + part * 4;
-      receive<kLook>(packets, (end - first - odd + 1) / 2, [&](int n) { return from + n * 2 * kChunk; });
+      const float* from = rows + first * 8 * kChunk + lane * 4;
+      receive(packets, (end - first - odd + 1) / 2, [&](int n) { return from + n * 16 * kChunk; });
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < kAtOnce / 2; n++) passed[(n * 2 + odd) * 16 + part * 8 + row] = packets[n];
@@ -173,25 +175,30 @@ struct Tile<float, kTiles> {
         if (first + n / 2 < end) {
           const float4 b0 = b[n * 8], b1 = b[n * 8 + 1];
 #pragma unroll
-          for (int t = 0; t < kTiles; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-              const float4 w = a[((((first + n / 2) * kTiles + t) * 2 + half) * 2 + n % 2) * 8];
-              c[t][half * 2] += w.x * b0.x + w.y * b0.y + w.z * b0.z + w.w * b0.w;
-              c[t][half * 2 + 1] += w.x * b1.x + w.y * b1.y + w.z * b1.z + w.w * b1.w;
-            }
+          for (int i = 0; i < 2 * kTiles; i++) {
+            const int t = i / 2, half = i % 2;
+            const float4 w = a[((((first + n / 2) * kTiles + t) * 2 + half) * 2 + n % 2) * 8];
+            c[t][half * 2] += w.x * b0.x + w.y * b0.y + w.z * b0.z + w.w * b0.w;
+            c[t][half * 2 + 1] += w.x * b1.x + w.y * b1.y + w.z * b1.z + w.w * b1.w;
+          }
         }
     }
   }
 };
 
+// Forward gates of 16 units, one a tile, or by FFMA, which waits for the weights it reads, those of 8 in two.
+template <class E>
+constexpr int tiles_fwd(int gates) {
+  return std::is_same_v<E, float> && gates > 1 ? 2 : gates;
+}
+
 // A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
-// per unit; segments: of an exchanged row; packets: else counters. What a step needs is computed once: its
-// instructions are few, and wait for each other 5 clocks each.
-template <class E, int kGates, int kSegments, bool kPackets>
+// per unit; segments: of an exchanged row. What a step needs is computed once: its instructions are few, and
+// wait for each other 5 clocks each.
+template <class E, int kGates, int kSegments, int kTiles>
 struct Block {
-  static constexpr int kTiles = tiles(kGates), kUnits = tile_units(kGates), kRows = 16 * kTiles;
-  static constexpr int kStride = kRows + 4;  // of a column of partial sums: no bank conflicts
+  static constexpr int kUnits = tile_units(kGates, kTiles), kRows = 16 * kTiles;
+  static constexpr int kStride = sums_stride(kGates, kTiles);
   static constexpr int kPiece = 16 / sizeof(E);
   using Product = Tile<E, kTiles>;
 
@@ -209,12 +216,10 @@ struct Block {
   uint4* passed;  // a warp's
   E* slots;
   int slot_size, slots_mask;
-  unsigned* counter = nullptr;
-  E* outgoing;  // where the thread puts its unit of its first row; but for packets into a slot
-  int row_apart, segment_apart;
+  E* outgoing;  // where the thread puts its unit of its first row, but for slots
   // What all have put: packets in lines of `units` elements, of which a thread gives its part.
   const E* lines;
-  int line, lines_apart, line_to;
+  int line, lines_apart, column, line_to;
 
   __device__ Block(const Layer& layer, int states)
       : p(layer),
@@ -232,7 +237,7 @@ struct Block {
     part = warp % plan.parts, item = warp / plan.parts, items_apart = kWarps / plan.parts;
     items = plan.rows / 8 << tiles_exponent;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
-    const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>, kPackets);
+    const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>);
     char* memory = shared_memory();
     weights = reinterpret_cast<E*>(memory);
     partial = reinterpret_cast<float*>(memory + at.partial);
@@ -241,27 +246,25 @@ struct Block {
     E* exchanged = reinterpret_cast<E*>(memory + at.exchange);
     for (int64_t i = threadIdx.x; i < (at.passed - at.exchange) / int64_t(sizeof(E)); i += kThreads)
       narrow(0.0f, exchanged[i]);
-    const int packets = plan.units / kPiece, column = threadIdx.x % packets * kPiece;
+    const int packets = plan.units / kPiece;
+    column = threadIdx.x % packets * kPiece;
     line = unit0 + column < padded() ? threadIdx.x / packets : plan.rows * kSegments;
     lines_apart = kThreads / packets;
     lines = exchanged + line * plan.units + column;
-    line_to = line * padded() + static_cast<int>(unit0) + column;
+    line_to = place_of_line(line);
     slot_size = plan.rows * plan.pitch;
-    const int64_t place = d * plan.groups + group, places = int64_t(p.D) * plan.groups;
-    slots = alone ? exchanged : static_cast<E*>(p.exchange) + place * plan.slots * slot_size;
-    slots_mask = alone ? 1 : plan.slots - 1;
-    if (in_slots()) {
-      counter =
-          reinterpret_cast<unsigned*>(static_cast<E*>(p.exchange) + places * 2 * slot_size) + place * 32;
-      outgoing = slots + row * plan.pitch + unit0 + u, row_apart = gap * plan.pitch, segment_apart = padded();
-      return;
-    }
-    segment_apart = plan.units;
-    outgoing = exchanged + row * kSegments * plan.units + u, row_apart = kThreads * kSegments;
+    slots = alone ? exchanged
+                  : static_cast<E*>(p.exchange) + (int64_t(d) * plan.groups + group) * plan.slots * slot_size;
+    slots_mask = plan.slots - 1;
+    if (alone) return;
+    outgoing = exchanged + row * kSegments * plan.units + u;
     // Where units end before a row of the exchange does, the last block fills it up, once for all.
     if (member == plan.members - 1)
-      for (int i = threadIdx.x; i < plan.slots * plan.rows * kSegments; i += kThreads)
-        for (int64_t u = unit0 + plan.units; u < padded(); u += kPiece) give({}, slots + i * padded() + u);
+      for (int i = threadIdx.x; i < plan.slots * plan.rows * kSegments; i += kThreads) {
+        const int line = i % (plan.rows * kSegments), slot = i / (plan.rows * kSegments);
+        for (int u = first_unit() + plan.units; u < padded(); u += kPiece)
+          give({}, slots + slot * slot_size + place(line / kSegments, line % kSegments * padded() + u));
+      }
   }
 
   // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end. Neighbouring lanes take
@@ -285,76 +288,88 @@ struct Block {
   }
 
   __device__ int padded() const { return p.plan.pitch / kSegments; }
-  __device__ bool in_slots() const { return alone || !kPackets; }
+  __device__ int first_unit() const { return static_cast<int>(unit0); }
+  // Of a row's element k in a slot.
+  __device__ __forceinline__ int place(int row, int k) const {
+    constexpr int kChunk = Product::kChunk;
+    return row / 8 * 8 * p.plan.pitch + (k / kChunk * 8 + row % 8) * kChunk + k % kChunk;
+  }
+  __device__ __forceinline__ int place_of_line(int line) const {
+    return place(line / kSegments, line % kSegments * padded() + first_unit() + column);
+  }
   __device__ E* slot(int64_t s) const { return slots + (static_cast<int>(s) & slots_mask) * slot_size; }
 
   // The thread's n-th row of step s, for the group.
   __device__ __forceinline__ void put(float a, int64_t s, int n, int segment) const {
-    E* to = outgoing + n * row_apart + segment * segment_apart;
-    narrow_to_give(a, in_slots() ? to[(static_cast<int>(s) & 1) * slot_size] : *to);
+    E* to = alone ? slot(s) + place(row + n * gap, segment * padded() + first_unit() + u)
+                  : outgoing + n * kThreads * kSegments + segment * p.plan.units;
+    narrow_to_give(a, *to);
   }
   // What all threads have put goes to the group.
   __device__ __forceinline__ void exchange(int64_t s) const {
-    E *to = slot(s) + line_to, *old = slot(s - 2) + line_to;
+    E *to = slot(s), *old = slot(s - 2);
     const E* from = lines;
     __syncthreads();
     if (alone) return;
-    if constexpr (kPackets) {
-      for (int i = line; i < p.plan.rows * kSegments; i += lines_apart) {
-        give(*reinterpret_cast<const uint4*>(from), to);
-        if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old);
-        from += lines_apart * p.plan.units, to += lines_apart * padded(), old += lines_apart * padded();
-      }
-      if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
-    } else if (threadIdx.x == 0) {
-      arrive(counter);
+    for (int i = line, at = line_to; i < p.plan.rows * kSegments;) {  // once, but for wide rows
+      give(*reinterpret_cast<const uint4*>(from), to + at);
+      if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old + at);
+      if ((i += lines_apart) >= p.plan.rows * kSegments) break;
+      from += lines_apart * p.plan.units, at = place_of_line(i);
     }
+    if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
   }
 
   __device__ const E* weights_of(int tile) const { return weights + tile * kRows * p.plan.pitch; }
+  // Where a thread has more rows, their states need the registers.
+  static constexpr bool holds(int N) { return N <= 2; }
   // Once, when all weights are there.
   __device__ void hold() { product.hold(weights_of(item & ((1 << tiles_exponent) - 1)), begin, end); }
 
-  // Partial sums of weights times the rows of step s. A lane has row g of each 8 rows of its tile: the gates
-  // of a unit, or units g and g + 8.
-  __device__ void multiply(int64_t s) const {
-    if (!kPackets && !alone) {
-      if (threadIdx.x == 0) await(counter, static_cast<unsigned>(s) * p.plan.members);
-      __syncthreads();
-    }
-    const int lane = threadIdx.x % 32, tiles = (1 << tiles_exponent) - 1;
+  // Partial sums of weights times the rows of step s.
+  template <int N>
+  __device__ __forceinline__ void multiply(int64_t s) const {
+    // Of the longer rows backward all that a warp takes of eight, as a rule.
+    constexpr int kAtOnce = kSegments == 1 || (kTiles == 2 && N > 1) ? 8 : 12;
+    const int lane = threadIdx.x % 32, g = lane / 4, tiles = (1 << tiles_exponent) - 1;
     for (int i = item; i < items; i += items_apart) {
       float c[kTiles][4] = {};
       const E* from = slot(s) + (i >> tiles_exponent) * 8 * p.plan.pitch;
-      product.template multiply<kPackets>(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from,
-                                          p.plan.pitch, begin, end, passed);
-      float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride + lane / 4 * 2 * kTiles;
+      product.template multiply<kAtOnce, holds(N)>(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from,
+                                                   begin, end, passed);
+      float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride;
 #pragma unroll
-      for (int column = 0; column < 2; column++) {
-        Floats<2 * kTiles> sums;
+      for (int column = 0; column < 2; column++, to += kStride)
+        if constexpr (kGates == 1) {  // units g, g + 8, ...
+          Floats<2 * kTiles> sums;
 #pragma unroll
-        for (int g = 0; g < 2 * kTiles; g++) sums.of[g] = c[g / 2][g % 2 * 2 + column];
-        *reinterpret_cast<Floats<2 * kTiles>*>(to + column * kStride) = sums;
-      }
+          for (int n = 0; n < 2 * kTiles; n++) sums.of[n] = c[n / 2][n % 2 * 2 + column];
+          *reinterpret_cast<Floats<2 * kTiles>*>(to + g * 2 * kTiles) = sums;
+        } else {  // the gates of units g and, where a tile has 16, g + 8
+#pragma unroll
+          for (int half = 0; half < kUnits / 8; half++) {
+            Floats<4> sums{};
+#pragma unroll
+            for (int n = 0; n < kGates; n++)
+              sums.of[n] = kUnits == 16 ? c[n % kTiles][half * 2 + column] : c[n / 2][n % 2 * 2 + column];
+            *reinterpret_cast<Floats<4>*>(to + (g + half * 8) * 4) = sums;
+          }
+        }
     }
     __syncthreads();
   }
   // The products for the gates of the thread's unit and its n-th row.
   __device__ __forceinline__ void sums(int n, float (&of)[kGates]) const {
     const int r = row + n * gap, i = (r / 8 << tiles_exponent) + u / kUnits;
-    const float* from = partial + (i * p.plan.parts * 8 + r % 8) * kStride + u % 8 * 2 * kTiles;
-    if (kTiles == 1) from += u % kUnits / 8;
+    const float* from = partial + (i * p.plan.parts * 8 + r % 8) * kStride +
+                        (kGates == 1 ? u % 8 * 2 * kTiles + u % kUnits / 8 : u % kUnits * 4);
 #pragma unroll
     for (int g = 0; g < kGates; g++) of[g] = 0;
 #pragma unroll 4
     for (int i = 0; i < p.plan.parts; i++) {
-      if constexpr (kTiles == 1) {
-        of[0] += from[i * 8 * kStride];
-      } else {
-        const Floats<4> some = *reinterpret_cast<const Floats<4>*>(from + i * 8 * kStride);
+      const auto some = *reinterpret_cast<const Floats<kGates == 1 ? 1 : 4>*>(from + i * 8 * kStride);
 #pragma unroll
-        for (int g = 0; g < kGates; g++) of[g] += some.of[g];
-      }
+      for (int g = 0; g < kGates; g++) of[g] += some.of[g];
     }
   }
 
@@ -373,53 +388,68 @@ struct Block {
 
 template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
-  using S = Stored<E>;
+  using T = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, G, 1, true> block(p, 0);
+  Block<E, G, 1, tiles_fwd<E>(G)> block(p, 0);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.template load_weights<false>([&](int gate, int64_t unit, int k) {
-    return k < H ? load<S>(p.w_hh[d], (gate * H + unit) * H + k) : 0.0f;
+    return k < H ? load<T>(p.w_hh[d], (gate * H + unit) * H + k) : 0.0f;
   });
   float b_ih[G] = {}, b_hh[G] = {};
   if (p.b_ih[d] && u < p.H)
     for (int g = 0; g < G; g++)
-      b_ih[g] = load<S>(p.b_ih[d], g * p.H + u), b_hh[g] = load<S>(p.b_hh[d], g * p.H + u);
+      b_ih[g] = load<T>(p.b_ih[d], g * p.H + u), b_hh[g] = load<T>(p.b_hh[d], g * p.H + u);
   __syncthreads();  // the weights are there, and what is exchanged zero
-  block.hold();
-  block.with_rows([&](auto count) {
-    constexpr int N = decltype(count)::value;
+  block.with_rows([&](auto most) {
+    constexpr int N = decltype(most)::value;
+    if (block.holds(N)) block.hold();
     const int64_t first_state = (d * p.B + row0 + row) * H + u;
     float h[N] = {}, c[N] = {};  // the latter of an LSTM
     const auto start = [&](int n) {
-      h[n] = load<S>(p.h0, first_state + n * gap * H);
-      if (Cell::kCellState) c[n] = load<S>(p.c0, first_state + n * gap * H);
+      h[n] = load<T>(p.h0, first_state + n * gap * H);
+      if (Cell::kCellState) c[n] = load<T>(p.c0, first_state + n * gap * H);
     };
 #pragma unroll
     for (int n = 0; n < N; n++)
       if (row + n * gap < rows) start(n), block.put(h[n], 0, n, 0);
     block.exchange(0);
     const int64_t steps = steps_of(p, row0);
-    for (int64_t s = 0; s < steps; s++) {
-      const int64_t t = d ? steps - 1 - s : s;
-      const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+    const auto time = [&](int64_t s) { return d ? steps - 1 - s : s; };
+    // What a step reads of memory does not depend on the exchange: where registers allow it is loaded a step
+    // ahead, else before the look at that.
+    struct Inputs {
+      OnItsWay<T> x[G];
+      uint8_t reset;
+    };
+    const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
+      const int64_t t = time(s), left = rows_at(p, t) - row0;
       const int active = left < rows ? static_cast<int>(left) : rows;
-      // What a step reads of memory does not depend on the exchange: it is loaded before the look at that.
-      struct {
-        S x[G];
-        uint8_t reset;
-      } ahead[N] = {};
-      const S* x = static_cast<const S*>(p.xw[d]) + token * (G * H) + u;
+      const int64_t x = (first_token(p, t) + row0 + row) * (G * H) + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < active)
-          for (int g = 0; g < G; g++) ahead[n].x[g] = x[(n * gap * G + g) * H];
+          for (int g = 0; g < G; g++) to[n].x[g] = send_for<T>(p.xw[d], x + (n * gap * G + g) * H);
       if (p.resets && s + 1 < steps)
 #pragma unroll
         for (int n = 0; n < N; n++)
-          if (row + n * gap < rows)
-            ahead[n].reset = p.resets[(d ? t - 1 : t + 1) * p.B + row0 + row + n * gap];
-      block.multiply(s);
+          if (row + n * gap < rows) to[n].reset = p.resets[time(s + 1) * p.B + row0 + row + n * gap];
+    };
+    constexpr bool kEarly = N == 1;
+    Inputs next[N] = {};
+    if (kEarly && steps > 0) load_inputs(0, next);
+    for (int64_t s = 0; s < steps; s++) {
+      const int64_t t = time(s), token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+      const int active = left < rows ? static_cast<int>(left) : rows;
+      Inputs now[N] = {};
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        if (kEarly) now[n] = next[n], next[n] = {};
+      if (!kEarly)
+        load_inputs(s, now);
+      else if (s + 1 < steps)
+        load_inputs(s + 1, next);
+      block.template multiply<N>(s);
       float saved[N][Cell::kSaved + 1] = {}, h_now[N] = {}, c_now[N] = {};
       if (row < p.plan.rows)
 #pragma unroll
@@ -427,48 +457,49 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
           float x_gates[G], h_gates[G];
           block.sums(n, h_gates);
 #pragma unroll
-          for (int g = 0; g < G; g++) x_gates[g] = widen(ahead[n].x[g]) + b_ih[g], h_gates[g] += b_hh[g];
+          for (int g = 0; g < G; g++)
+            x_gates[g] = widen(arrived<T>(now[n].x[g])) + b_ih[g], h_gates[g] += b_hh[g];
           h_now[n] = h[n], c_now[n] = c[n];
-          Cell::template forward<Arithmetic<S>>(x_gates, h_gates, h_now[n], c_now[n], saved[n], p.relu);
-          h_now[n] = rounded<S>(h_now[n]);
+          Cell::template forward<Arithmetic<T>>(x_gates, h_gates, h_now[n], c_now[n], saved[n], p.relu);
+          h_now[n] = rounded<T>(h_now[n]);
         }
 #pragma unroll
       for (int n = 0; n < N; n++) {
         if (row + n * gap < active) h[n] = h_now[n], c[n] = c_now[n];
-        if (ahead[n].reset) start(n);
+        if (now[n].reset) start(n);
         if (row + n * gap < rows) block.put(h[n], s + 1, n, 0);
       }
       block.exchange(s + 1);
       const int64_t at = (token * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) keep<Cell, S>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
+        if (row + n * gap < active) keep<Cell, T>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
     }
 #pragma unroll
     for (int n = 0; n < N; n++)
       if (row + n * gap < rows) {
-        store<S>(h[n], p.hn, first_state + n * gap * H);
-        if (Cell::kCellState) store<S>(c[n], p.cn, first_state + n * gap * H);
+        store<T>(h[n], p.hn, first_state + n * gap * H);
+        if (Cell::kCellState) store<T>(c[n], p.cn, first_state + n * gap * H);
       }
   });
 }
 
-template <class Cell, class E>
+template <class Cell, class E, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLayer p) {
-  using S = Stored<E>;
+  using T = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, 1, G, false> block(p, 1 + Cell::kCellState);
+  Block<E, 1, G, kTiles> block(p, 1 + Cell::kCellState);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int padded = block.padded();
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.template load_weights<true>([&](int, int64_t unit, int k) {
     const int gate = k / padded, row = k - gate * padded;
-    return row < H ? load<S>(p.w_hh[d], int64_t(gate * H + row) * H + unit) : 0.0f;
+    return row < H ? load<T>(p.w_hh[d], int64_t(gate * H + row) * H + unit) : 0.0f;
   });
   __syncthreads();  // the weights are there, and what is exchanged zero
-  block.hold();
-  block.with_rows([&](auto count) {
-    constexpr int N = decltype(count)::value;
+  block.with_rows([&](auto most) {
+    constexpr int N = decltype(most)::value;
+    if (block.holds(N)) block.hold();
     const int64_t first_state = (d * p.B + row0 + row) * H + u;
     float dh[N] = {}, dc[N] = {};  // on their way past the product; the latter of an LSTM
     // What resets have sent to the initial state.
@@ -476,34 +507,41 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
 #pragma unroll
     for (int n = 0; n < N; n++)
       if (row + n * gap < rows) {
-        if (p.dhn) dh[n] = load<S>(p.dhn, first_state + n * gap * H);
-        if (Cell::kCellState && p.dcn) dc[n] = load<S>(p.dcn, first_state + n * gap * H);
+        if (p.dhn) dh[n] = load<T>(p.dhn, first_state + n * gap * H);
+        if (Cell::kCellState && p.dcn) dc[n] = load<T>(p.dcn, first_state + n * gap * H);
         dh_reset[n * kThreads] = 0.0f;
         if (Cell::kCellState) dc_reset[n * kThreads] = 0.0f;
       }
     const int64_t steps = steps_of(p, row0);
-    for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
-      const int64_t t = d ? s : steps - 1 - s;
-      const int64_t token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
+    const auto time = [&](int64_t s) { return d ? s : steps - 1 - s; };
+    struct Inputs {
+      Saved<Cell, T> saved;
+      OnItsWay<T> dy;
+      uint8_t reset;
+    };
+    const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
+      const int64_t t = time(s), left = rows_at(p, t) - row0;
       const int active = left < rows ? static_cast<int>(left) : rows;
-      const int64_t at = (token * p.D + d) * H + u;
-      struct {
-        Saved<Cell, S> saved;
-        S dy;
-        uint8_t reset;
-      } ahead[N] = {};
+      const int64_t at = ((first_token(p, t) + row0 + row) * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < active) {
-          ahead[n].saved = load_saved<Cell, S>(p, d, t, row0 + row + n * gap, u);
-          if (p.dy) ahead[n].dy = element<S>(p.dy, at + n * gap * p.D * H);
+          to[n].saved = load_saved<Cell, T>(p, d, t, row0 + row + n * gap, u);
+          if (p.dy) to[n].dy = send_for<T>(p.dy, at + n * gap * p.D * H);
         }
       if (p.resets && s > 0)
 #pragma unroll
         for (int n = 0; n < N; n++)
-          if (row + n * gap < rows)
-            ahead[n].reset = p.resets[(d ? t - 1 : t + 1) * p.B + row0 + row + n * gap];
-      if (s > 0) block.multiply(s);
+          if (row + n * gap < rows) to[n].reset = p.resets[time(s - 1) * p.B + row0 + row + n * gap];
+    };
+    constexpr bool kEarly = N == 1;
+    Inputs now[N] = {}, next[N] = {};
+    if (steps > 0) load_inputs(0, now);
+    if (kEarly && steps > 1) load_inputs(1, next);
+    for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
+      const int64_t t = time(s), left = rows_at(p, t) - row0;
+      const int active = left < rows ? static_cast<int>(left) : rows;
+      const int64_t at = ((first_token(p, t) + row0 + row) * p.D + d) * H + u;
       float slots[N][Cell::kSlots] = {};
       if (row < p.plan.rows)
 #pragma unroll
@@ -511,12 +549,12 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
           float product[1] = {};
           if (s > 0) block.sums(n, product);
           dh[n] += product[0];
-          if (ahead[n].reset) {
+          if (now[n].reset) {
             dh_reset[n * kThreads] += dh[n], dh[n] = 0.0f;
             if (Cell::kCellState) dc_reset[n * kThreads] += dc[n], dc[n] = 0.0f;
           }
-          float dh_after = dh[n] + widen(ahead[n].dy), dc_after = dc[n];
-          backward_unit<Cell, S>(p, ahead[n].saved, dh_after, dc_after, slots[n]);
+          float dh_after = dh[n] + widen(arrived<T>(now[n].dy)), dc_after = dc[n];
+          backward_unit<Cell, T>(p, now[n].saved, dh_after, dc_after, slots[n]);
           const bool live = row + n * gap < active;
           dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
 #pragma unroll
@@ -530,16 +568,20 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       block.exchange(s + 1);
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) keep<Cell, S>(p, at + n * gap * p.D * H, u, slots[n]);
+        if (row + n * gap < active) keep<Cell, T>(p, at + n * gap * p.D * H, u, slots[n]);
+#pragma unroll
+      for (int n = 0; n < N; n++) now[n] = next[n], next[n] = {};
+      if (kEarly && s + 2 < steps) load_inputs(s + 2, next);
+      if (!kEarly && s + 1 < steps) load_inputs(s + 1, now);
+      block.template multiply<N>(s + 1);
     }
-    if (steps > 0) block.multiply(steps);
 #pragma unroll
     for (int n = 0; n < N; n++)
       if (row + n * gap < rows) {
         float product[1] = {};
         if (steps > 0) block.sums(n, product);
-        store<S>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
-        if (Cell::kCellState) store<S>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
+        store<T>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
+        if (Cell::kCellState) store<T>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
       }
   });
 }
@@ -554,10 +596,10 @@ auto with_product_type(const Layer& p, const F& of) {
 }
 
 template <class E, class Args>
-Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int states, bool packets) {
+Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int tiles, int states) {
   if (p.P != p.H || p.dtype == DType::f64) return {};
   return make_plan(machine_for(kernel),
-                   {p.B, p.H, K, p.D, gates, int(sizeof(E)), states, std::is_same_v<E, float>, packets});
+                   {p.B, p.H, K, p.D, gates, tiles, int(sizeof(E)), states, std::is_same_v<E, float>});
 }
 
 template <class Cell>
@@ -569,21 +611,27 @@ void Recurrence<Cell>::fwd(const FwdLayer& p, Stream stream) {
 template <class Cell>
 void Recurrence<Cell>::bwd(const BwdLayer& p, Stream stream) {
   with_product_type(p, [&](auto e) {
-    launch_together(persistent_bwd_kernel<Cell, decltype(e)>, "persistent_bwd", p, stream);
+    using E = decltype(e);
+    launch_together(p.plan.tiles == 1 ? persistent_bwd_kernel<Cell, E, 1> : persistent_bwd_kernel<Cell, E, 2>,
+                    "persistent_bwd", p, stream);
   });
 }
 template <class Cell>
 Plan Recurrence<Cell>::plan_fwd(const Layer& p) {
   return with_product_type(p, [&](auto e) {
     using E = decltype(e);
-    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, Cell::kGates, 0, true);
+    constexpr int G = Cell::kGates;
+    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, G, tiles_fwd<E>(G), 0);
   });
 }
 template <class Cell>
 Plan Recurrence<Cell>::plan_bwd(const Layer& p) {
   return with_product_type(p, [&](auto e) {
     using E = decltype(e);
-    return plan_for<E>(persistent_bwd_kernel<Cell, E>, p, Cell::kGates * p.H, 1, 1 + Cell::kCellState, false);
+    const int64_t K = Cell::kGates * p.H;
+    const Plan one = plan_for<E>(persistent_bwd_kernel<Cell, E, 1>, p, K, 1, 1, 1 + Cell::kCellState);
+    const Plan two = plan_for<E>(persistent_bwd_kernel<Cell, E, 2>, p, K, 1, 2, 1 + Cell::kCellState);
+    return one.members == 0 || (two.members > 0 && two.clocks < one.clocks) ? two : one;
   });
 }
 

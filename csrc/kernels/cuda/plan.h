@@ -12,13 +12,14 @@ constexpr int kAhead = 4;  // rows of a thread, at most
 
 constexpr int kFfmaChunks = 8;                    // of K, 8 elements each, that a warp receives at once
 constexpr int kLeastSlots = 16, kMostSlots = 64;  // of exchanged rows, written in turn
-constexpr int64_t kSlotsBytes = 1 << 20;          // a group has more than the least up to here
+constexpr int64_t kSlotsBytes = 4 << 20;          // all groups together have more than the least up to here
 constexpr uint32_t kEmpty = ~0u;                  // last word of a packet that nobody has given yet
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
   int groups = 0;   // per direction
   int units = 0, rows = 0;
+  int tiles = 1;     // of 16 rows of weights, that a warp takes at once
   int parts = 1;     // of K, among the warps of a block
   int segments = 1;  // of an exchanged row: forward 1, backward one for each gate
   int pitch = 0;     // elements of an exchanged row
@@ -26,7 +27,6 @@ struct Plan {
   int grid = 0;        // blocks, all resident at the same time
   int64_t shared = 0;  // bytes per block
   int64_t exchange_bytes = 0;
-  int fill = 0;       // of its bytes at first: all packets empty, or all counters zero
   double clocks = 0;  // of a step, estimated
 };
 
@@ -39,32 +39,30 @@ struct Machine {
 struct Work {
   int64_t B, H, K;  // K: H forward, G * H backward
   int D;
-  int gates;             // rows of weights per unit: G forward, 1 backward
-  int element, states;   // bytes of an element; floats per unit and row
-  bool ffma = false;     // instead of the matrix instruction
-  bool packets = false;  // instead of counters
+  int gates, tiles;  // rows of weights per unit: G forward, 1 backward; times 16 of them a warp takes at once
+  int element, states;  // bytes of an element; floats per unit and row
+  bool ffma = false;    // instead of the matrix instruction
 };
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int tile_units(int gates) { return gates > 1 ? 8 : 16; }  // of a tile of one or two times 16 rows
-constexpr int tiles(int gates) { return gates > 2 ? 2 : 1; }
+// Units whose weights a warp takes at once: of several gates one in each of as many tiles, or all in two.
+constexpr int tile_units(int gates, int tiles) { return gates == 1 ? 16 * tiles : tiles == gates ? 16 : 8; }
+// Floats from a row's partial sums to the next one's: no bank conflicts.
+constexpr int sums_stride(int gates, int tiles) { return tile_units(gates, tiles) * (gates > 1 ? 4 : 1) + 4; }
 // Of weights, in a thread's registers: what 255 of them leave.
-constexpr int held_words(int tiles) { return tiles == 1 ? 56 : 64; }
+constexpr int held_words(int tiles) { return tiles == 1 ? 56 : tiles == 4 ? 64 : 48; }
 
 // Shared memory of a block, in this order; each part is a multiple of 16 bytes. Exchange: both slots of a
 // single block, else what the block gives to others in a step. Passed: packets that lanes share, for FFMA.
 struct Layout {
   int64_t partial, state, exchange, passed, end;
 
-  constexpr Layout(const Plan& p, int gates, int element, int states, bool ffma, bool packets)
-      : partial(int64_t(p.units / tile_units(gates)) * tiles(gates) * 16 * p.pitch * element),
-        state(partial + int64_t(p.units / tile_units(gates)) * (p.rows / 8) * p.parts * 8 *
-                            (tiles(gates) * 16 + 4) * 4),
+  constexpr Layout(const Plan& p, int gates, int element, int states, bool ffma)
+      : partial(int64_t(p.units / tile_units(gates, p.tiles)) * p.tiles * 16 * p.pitch * element),
+        state(partial + int64_t(p.units / tile_units(gates, p.tiles)) * (p.rows / 8) * p.parts * 8 *
+                            sums_stride(gates, p.tiles) * 4),
         exchange(state + int64_t(states) * p.rows * p.units * 4),
-        passed(exchange + p.rows * element *
-                              (p.members == 1 ? 2 * int64_t(p.pitch)
-                               : packets      ? p.segments * p.units
-                                              : 0)),
+        passed(exchange + p.rows * element * (p.members == 1 ? 2 * int64_t(p.pitch) : p.segments * p.units)),
         end(passed + (ffma ? kWarps * kFfmaChunks * 256 : 0)) {}
 };
 
@@ -72,13 +70,13 @@ struct Layout {
 // and 231 in float32 timed on an H100 (mean error 8 and 4 %; what it picks is 1 % slower than the best of
 // them):
 //   hop 300 beside the 600 of all
-//   received rows 10 bytes a clock; every tile's warps receive them
+//   received rows 10 bytes a clock; those of every tile receive them
 //   gates 500 for every 256 units x rows, and 250 for each part of K that they sum
 //   FFMA 22 bytes of weights a clock, once for every 8 rows
 // Warps take groups of 8 rows as well as tiles, or all rows and parts of K: fewer weights for each to hold.
 inline Plan make_plan(const Machine& machine, const Work& w) {
   Plan best;
-  const int unit = tile_units(w.gates);
+  const int unit = tile_units(w.gates, w.tiles);
   for (int64_t units = unit; units < 2 * up(w.H, unit) && units <= kThreads; units *= 2)
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
       const int64_t members = (w.H + units - 1) / units, groups = (w.B + rows - 1) / rows;
@@ -88,24 +86,23 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
       const int most = std::max(1, kWarps / static_cast<int>(units / unit));
       for (int parts = std::max(1, most / (rows / 8)); parts <= most; parts *= 2) {
         Plan p;
-        p.units = static_cast<int>(units), p.rows = rows, p.parts = parts;
+        p.units = static_cast<int>(units), p.rows = rows, p.tiles = w.tiles, p.parts = parts;
         p.segments = static_cast<int>(w.K / w.H);
         p.pitch = static_cast<int>(p.segments * up(w.H, 32));
         p.members = static_cast<int>(members), p.groups = static_cast<int>(groups),
         p.grid = static_cast<int>(grid);
-        const Layout layout(p, w.gates, w.element, w.states, w.ffma, w.packets);
+        const Layout layout(p, w.gates, w.element, w.states, w.ffma);
         p.shared = layout.end;
         if (p.shared > machine.shared) continue;
         const int64_t slot = int64_t(rows) * p.pitch * w.element;
-        if (members > 1 && w.packets) {
-          p.slots = slot * kMostSlots > kSlotsBytes ? kLeastSlots : kMostSlots;
-          p.exchange_bytes = groups * w.D * p.slots * slot, p.fill = 0xff;
-        } else if (members > 1) {
-          p.exchange_bytes = groups * w.D * (p.slots * slot + 128);  // a counter has a line of its own
+        if (members > 1) {
+          p.slots = kMostSlots;
+          while (p.slots > kLeastSlots && groups * w.D * p.slots * slot > kSlotsBytes) p.slots /= 2;
+          p.exchange_bytes = groups * w.D * p.slots * slot;
         }
         const double received = double(rows) * p.pitch * w.element * (units / unit);
         const int64_t turns = (units * rows + kThreads - 1) / kThreads;
-        p.clocks = 600 + (members > 1 ? 300 : 0) + received / 10 + turns * (600 + 100 * parts);
+        p.clocks = 600 + (members > 1 ? 300 : 0) + received / 10 + turns * (600 + 20 * parts);
         if (w.ffma) p.clocks += double(layout.partial) * (rows / 8) / 22;
         if (best.members == 0 || p.clocks < best.clocks) best = p;
       }
