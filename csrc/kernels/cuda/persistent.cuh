@@ -267,6 +267,16 @@ struct Block {
       }
   }
 
+  // Of time t: the token of the thread's first row, and below which rows there are tokens.
+  struct Tokens {
+    int64_t first;
+    int rows;
+  };
+  __device__ __forceinline__ Tokens tokens(int64_t t) const {
+    const int64_t left = rows_at(p, t) - row0;
+    return {first_token(p, t) + row0 + row, left < rows ? static_cast<int>(left) : rows};
+  }
+
   // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end. Neighbouring lanes take
   // neighbouring k or, if kAcross, rows m of a tile: what lies side by side in memory.
   template <bool kAcross, class F>
@@ -423,32 +433,31 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
       uint8_t reset;
     };
     const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
-      const int64_t t = time(s), left = rows_at(p, t) - row0;
-      const int active = left < rows ? static_cast<int>(left) : rows;
-      const int64_t x = (first_token(p, t) + row0 + row) * (G * H) + u;
+      const auto tokens = block.tokens(time(s));
+      const int64_t x = tokens.first * (G * H) + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active)
+        if (row + n * gap < tokens.rows)
           for (int g = 0; g < G; g++) to[n].x[g] = send_for<T>(p.xw[d], x + (n * gap * G + g) * H);
       if (p.resets && s + 1 < steps)
 #pragma unroll
         for (int n = 0; n < N; n++)
           if (row + n * gap < rows) to[n].reset = p.resets[time(s + 1) * p.B + row0 + row + n * gap];
+      return tokens;
     };
     constexpr bool kEarly = N == 1;
     Inputs next[N] = {};
-    if (kEarly && steps > 0) load_inputs(0, next);
+    typename decltype(block)::Tokens later{};
+    if (kEarly && steps > 0) later = load_inputs(0, next);
     for (int64_t s = 0; s < steps; s++) {
-      const int64_t t = time(s), token = first_token(p, t) + row0 + row, left = rows_at(p, t) - row0;
-      const int active = left < rows ? static_cast<int>(left) : rows;
       Inputs now[N] = {};
 #pragma unroll
-      for (int n = 0; n < N; n++)
-        if (kEarly) now[n] = next[n], next[n] = {};
+      for (int n = 0; n < N; n++) now[n] = next[n], next[n] = {};
+      auto tokens = later;
       if (!kEarly)
-        load_inputs(s, now);
+        tokens = load_inputs(s, now);
       else if (s + 1 < steps)
-        load_inputs(s + 1, next);
+        later = load_inputs(s + 1, next);
       block.template multiply<N>(s);
       float saved[N][Cell::kSaved + 1] = {}, h_now[N] = {}, c_now[N] = {};
       if (row < p.plan.rows)
@@ -465,15 +474,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
         }
 #pragma unroll
       for (int n = 0; n < N; n++) {
-        if (row + n * gap < active) h[n] = h_now[n], c[n] = c_now[n];
+        if (row + n * gap < tokens.rows) h[n] = h_now[n], c[n] = c_now[n];
         if (now[n].reset) start(n);
         if (row + n * gap < rows) block.put(h[n], s + 1, n, 0);
       }
       block.exchange(s + 1);
-      const int64_t at = (token * p.D + d) * H + u;
+      const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) keep<Cell, T>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
+        if (row + n * gap < tokens.rows)
+          keep<Cell, T>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
     }
 #pragma unroll
     for (int n = 0; n < N; n++)
@@ -520,12 +530,12 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       uint8_t reset;
     };
     const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
-      const int64_t t = time(s), left = rows_at(p, t) - row0;
-      const int active = left < rows ? static_cast<int>(left) : rows;
-      const int64_t at = ((first_token(p, t) + row0 + row) * p.D + d) * H + u;
+      const int64_t t = time(s);
+      const auto tokens = block.tokens(t);
+      const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) {
+        if (row + n * gap < tokens.rows) {
           to[n].saved = load_saved<Cell, T>(p, d, t, row0 + row + n * gap, u);
           if (p.dy) to[n].dy = send_for<T>(p.dy, at + n * gap * p.D * H);
         }
@@ -533,15 +543,14 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
 #pragma unroll
         for (int n = 0; n < N; n++)
           if (row + n * gap < rows) to[n].reset = p.resets[time(s - 1) * p.B + row0 + row + n * gap];
+      return tokens;
     };
     constexpr bool kEarly = N == 1;
     Inputs now[N] = {}, next[N] = {};
-    if (steps > 0) load_inputs(0, now);
-    if (kEarly && steps > 1) load_inputs(1, next);
+    typename decltype(block)::Tokens tokens{}, later{};
+    if (steps > 0) tokens = load_inputs(0, now);
+    if (kEarly && steps > 1) later = load_inputs(1, next);
     for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
-      const int64_t t = time(s), left = rows_at(p, t) - row0;
-      const int active = left < rows ? static_cast<int>(left) : rows;
-      const int64_t at = ((first_token(p, t) + row0 + row) * p.D + d) * H + u;
       float slots[N][Cell::kSlots] = {};
       if (row < p.plan.rows)
 #pragma unroll
@@ -555,7 +564,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
           }
           float dh_after = dh[n] + widen(arrived<T>(now[n].dy)), dc_after = dc[n];
           backward_unit<Cell, T>(p, now[n].saved, dh_after, dc_after, slots[n]);
-          const bool live = row + n * gap < active;
+          const bool live = row + n * gap < tokens.rows;
           dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
 #pragma unroll
           for (int i = 0; i < Cell::kSlots; i++) slots[n][i] = live ? slots[n][i] : 0.0f;
@@ -566,13 +575,15 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
 #pragma unroll
           for (int g = 0; g < G; g++) block.put(slots[n][Cell::kRecurrentSlot + g], s + 1, n, g);
       block.exchange(s + 1);
+      const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < active) keep<Cell, T>(p, at + n * gap * p.D * H, u, slots[n]);
+        if (row + n * gap < tokens.rows) keep<Cell, T>(p, at + n * gap * p.D * H, u, slots[n]);
 #pragma unroll
       for (int n = 0; n < N; n++) now[n] = next[n], next[n] = {};
-      if (kEarly && s + 2 < steps) load_inputs(s + 2, next);
-      if (!kEarly && s + 1 < steps) load_inputs(s + 1, now);
+      tokens = later;
+      if (kEarly && s + 2 < steps) later = load_inputs(s + 2, next);
+      if (!kEarly && s + 1 < steps) tokens = load_inputs(s + 1, now);
       block.template multiply<N>(s + 1);
     }
 #pragma unroll
