@@ -8,25 +8,25 @@
 // in fixed order, and each thread does the gates of its unit in up to kAhead rows. States, and backward the
 // gradients that bypass the product, stay in its registers in float.
 //
-// Exchange: through global memory (L2). Forward in packets of 16 bytes that say themselves whether they are
-// there: the last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet
-// looks at it until it is full, so that a step waits for one way to L2 and back and for no fence, counter or
-// flag. Steps take `slots` slots in turn. Who gives packets of step s has seen all of step s - 1, given by
-// blocks that had read all of step s - 2, and empties its own packets of that. They are written again at step
-// s + slots - 2; until then everybody passes two fences, one in every slots / 4 steps: the first puts the
-// emptying before a packet that all look at, the second that look before the next into the slot.
-// Backward, where a row is as many times as long as there are gates, looks would take longer than a counter:
-// a multiprocessor of an H100 has some 16 bytes a clock of them, and kernels with ordinary loads were faster.
-// Two slots in turn, and a counter per group that each block raises once a step; a slot is written again only
-// after every member has announced the step that read it.
-// A group of one block exchanges through two slots in its own shared memory, with block barriers alone.
-// Groups never meet. Whatever else a step reads of memory is loaded before it waits; what it writes to y, dG
-// and the saved activations it writes after it has given. Limit: a hop through L2 a step (plan.h).
+// Exchange: through global memory (L2) in packets of 16 bytes that say themselves whether they are there: the
+// last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet looks at it
+// until it is full, so that a step waits for one way to L2 and back and for no fence, counter or flag. They
+// lie as warps look at them, [8 rows][chunk of K][row][16 bytes of a lane]: 24 KB took 700 clocks, rows that
+// lie apart 2,000. Steps take `slots` slots in turn. Who gives packets of step s has seen all of step s - 1,
+// given by blocks that had read all of step s - 2, and empties its own packets of that. They are written
+// again at step s + slots - 2; until then everybody passes two fences, one in every slots / 4 steps: the
+// first puts the emptying before a packet that all look at, the second that look before the next into the
+// slot. A group of one block exchanges through two slots in its own shared memory, with block barriers alone.
+// Groups never meet. Limit: a hop through L2 a step (plan.h).
 //
-// A tile is 16 rows of weights by 8 rows of batch. LSTM and GRU stack the gates of 8 units in two tiles
-// (GRU's last quarter is zero), RNN and every backward take 16 units in one. Lane 4 g + q holds of the
-// product rows g and g + 8, columns 2 q and 2 q + 1 (PTX's mma.m16n8k16, m16n8k8). K may be permuted as long
-// as both operands agree: a lane reads 16 bytes of neighbouring elements at once, and they serve two
+// Memory: what a step reads of it, all but the exchange, is loaded a step ahead where a thread has one row,
+// else before it looks; what it writes, y, dG and the saved activations, after it has given.
+//
+// A tile is 16 rows of weights by 8 rows of batch, and a warp takes some with what it receives once: forward
+// the gates of 16 units, one a tile (by FFMA, which is slowed by weights and not by what is received, those
+// of 8 units in two), of an RNN 16 units in one, backward 16 units in one or 32 in two. Lane 4 g + q holds of
+// the product rows g and g + 8, columns 2 q and 2 q + 1 (PTX's mma.m16n8k16, m16n8k8). K may be permuted as
+// long as both operands agree: a lane reads 16 bytes of neighbouring elements at once, and they serve two
 // instructions. Floats are multiplied in TF32 where torch allows it, else by FFMA.
 #pragma once
 
@@ -186,15 +186,15 @@ struct Tile<float, kTiles> {
   }
 };
 
-// Forward gates of 16 units, one a tile, or by FFMA, which waits for the weights it reads, those of 8 in two.
+// Forward; of several gates.
 template <class E>
 constexpr int tiles_fwd(int gates) {
   return std::is_same_v<E, float> && gates > 1 ? 2 : gates;
 }
 
 // A block: its place, its shared memory and its exchange. E: elements of the product; gates: rows of weights
-// per unit; segments: of an exchanged row. What a step needs is computed once: its instructions are few, and
-// wait for each other 5 clocks each.
+// per unit; segments: of an exchanged row; tiles: that a warp takes at once. What a step needs is computed
+// once: its instructions are few, and wait for each other 5 clocks each.
 template <class E, int kGates, int kSegments, int kTiles>
 struct Block {
   static constexpr int kUnits = tile_units(kGates, kTiles), kRows = 16 * kTiles;
