@@ -135,6 +135,24 @@ def test_tensors_of_any_strides(kind, gpu):
             assert_close(run(ours, x, hx, True), expected, rtol=0, atol=0)
 
 
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("gpu", "H", "rows"), [(16, 64, 8), (16, 128, 16), (8, 128, 32)], ids=str)
+def test_two_tiles_at_once_backward(kind, dtype, gpu, H, rows):
+    """With one, two and four rows a thread, each of which has a loop of its own."""
+    ours, theirs = twins(kind, 5, H, dtype=dtype)
+    x, hx = torch.randn(3, 64, 5).to(dtype), states(theirs, 64)
+
+    def takes_two(kilobytes: int) -> bool:
+        with emulated_gpu(gpu, kilobytes << 10):
+            words = plan(kind, 64, H, 1, dtype)
+        return f"of 32 units x {rows} rows" in words.partition("backward")[2] and "stepwise" not in words
+
+    with emulated_gpu(gpu, next(filter(takes_two, range(227, 0, -4))) << 10):
+        result = run(ours, x, hx, True)
+    assert_as_exact(result, run(theirs, x, hx, True), run_exactly(theirs, x, hx, True), dtype, pooled=True)
+
+
 def test_warps_that_take_all_rows_and_parts_of_k():
     """So that each can hold more of its weights: backward, 16 rows in 8 parts, not twice 8 rows in 4."""
     ours, theirs = twins("LSTM", 5, 576, dtype=torch.bfloat16)
