@@ -13,33 +13,37 @@ import seqkernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 T, I = 4, 5  # noqa: E741
-FORMS = ("blocks, 1 to a group", "to a group", "stepwise")
+ALONE, TOGETHER, STEPWISE = "blocks, 1 to a group", "to a group", "stepwise"
 
 
-def sizes(device: str) -> dict[str, tuple[int, int]]:
-    """B and H for each form; more rows than all multiprocessors can hold at a time go step by step."""
+def sizes(device: str) -> Iterator[tuple[str, int, int]]:
+    """(form, B, H): one block; several, backward with one tile of weights a warp and with two; more rows than
+    all multiprocessors can hold at a time."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return dict(zip(FORMS, ((9, 8), (9, 264), (64 * multiprocessors + 1, 9)), strict=True))
+    yield ALONE, 9, 8
+    yield TOGETHER, 9, 264
+    yield TOGETHER, multiprocessors // 18 * 8, 264  # 9 blocks of 32 units for 8 rows of each direction
+    yield STEPWISE, 64 * multiprocessors + 1, 9
 
 
 def calls(kind: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, torch.nn.Module, tuple, dict]]:
     """(form, module, arguments, keyword arguments)"""
     options = {"bidirectional": True, "dtype": dtype, "device": device}
-    for form, (B, H) in sizes(device).items():
+    for form, B, H in sizes(device):
         module = getattr(seqkernels, kind)(I, H, **options)
         x = torch.randn(T, B, I, dtype=dtype, device=device)
-        form = "stepwise" if dtype == torch.float64 else form
+        form = STEPWISE if dtype == torch.float64 else form
         yield form, module, (x,), {"resets": torch.rand(T, B, device=device) < 0.3}
         lengths = torch.randint(1, T + 1, (B,))
         lengths[0] = T
         yield form, module, (pack_padded_sequence(x, lengths, enforce_sorted=False),), {}
     if kind == "LSTM":
         projected = seqkernels.LSTM(I, 20, proj_size=7, **options)
-        yield "stepwise", projected, (torch.randn(T, 9, I, dtype=dtype, device=device),), {}
+        yield STEPWISE, projected, (torch.randn(T, 9, I, dtype=dtype, device=device),), {}
     if kind != "RNN":
         module = getattr(seqkernels, kind)(I, 8, **options)
         module.recompute = True
-        form = "stepwise" if dtype == torch.float64 else FORMS[0]
+        form = STEPWISE if dtype == torch.float64 else ALONE
         yield form, module, (torch.randn(T, 9, I, dtype=dtype, device=device),), {}
 
 
