@@ -17,8 +17,8 @@ from seqkernels.ops import _autograd as ag
 
 States = Sequence[Tensor]
 
-# While a GPU runs 64 steps, of 1.7 us or more on an H100, the host issues the next chunk of a layer in some
-# 30 us (computed). A chunk of two layers, 128 steps, takes 220 us or more, and reads its weights again.
+# While a GPU runs 64 steps, of 1.4 us or more on an H100, the host issues the next chunk of a layer in some
+# 30 us (computed). A chunk of two layers, 128 steps, takes 180 us or more, and reads its weights again.
 STEPS_PER_LAYER = 64
 # Of two layers 16 take 53 % of the time, where more would end at 50 %; each adds a rounding to the gradients
 # of the weights.
@@ -119,6 +119,7 @@ def _record(stream: cuda.Stream, *tensors: Tensor | None) -> None:
 
 POOL = 32  # streams of a GPU that torch hands out in turn
 _families: dict[cuda.Stream, list[cuda.Stream]] = {}
+_drawn: set[torch.device] = set()  # whose streams are all of a family
 
 
 def _streams_beside(current: cuda.Stream, count: int) -> list[cuda.Stream]:
@@ -129,11 +130,12 @@ def _streams_beside(current: cuda.Stream, count: int) -> list[cuda.Stream]:
     torch has no more of its own, there are fewer than asked for, or the current one alone.
     """
     family = _families.setdefault(current, [])
-    for _ in range(POOL):
-        if len(family) >= count:
-            break
-        stream = cuda.Stream(current.device)
+    tries = 0 if current.device in _drawn else POOL
+    while len(family) < count and tries > 0:
+        stream, tries = cuda.Stream(current.device), tries - 1
         if stream not in _families:
-            _families[stream] = family
+            _families[stream], tries = family, POOL
             family.append(stream)
+        elif tries == 0:
+            _drawn.add(current.device)
     return family[:count] or [current]

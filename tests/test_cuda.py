@@ -146,7 +146,8 @@ def test_two_tiles_at_once_backward(kind, dtype, gpu, H, rows):
     def takes_two(kilobytes: int) -> bool:
         with emulated_gpu(gpu, kilobytes << 10):
             words = plan(kind, 64, H, 1, dtype)
-        return f"of 32 units x {rows} rows" in words.partition("backward")[2] and "stepwise" not in words
+        wanted = f"of 32 units x {rows} rows, 2 tiles a warp"
+        return wanted in words.partition("backward")[2] and "stepwise" not in words
 
     with emulated_gpu(gpu, next(filter(takes_two, range(227, 0, -4))) << 10):
         result = run(ours, x, hx, True)
@@ -505,6 +506,26 @@ def test_inputs_of_a_step_are_loaded_before_the_wait(events):
     for kernel, code in events.items():
         direction, cell = re.search("persistent_(...)_kernel.*(Lstm|Gru|Rnn)", kernel).groups()
         assert len(re.search(r"(D+)L", code)[1]) >= 4 * inputs[direction][cell], kernel
+
+
+@compiled
+def test_halves_loaded_ahead_have_registers_of_their_own(persistent):
+    """Where a thread has one row, in the last loop: sides of x; saved gates, h or y, gradients of y. Nothing
+    reads them before all packets are there. The compiler would put two into one register, and wait for them
+    where they are loaded."""
+    inputs = {"fwd": {"Lstm": 4, "Gru": 3, "Rnn": 1}, "bwd": {"Lstm": 4 + 1, "Gru": 4 + 1 + 1, "Rnn": 1 + 1}}
+    for kernel, code in persistent.items():
+        if not re.search("bfloat16|6__half", kernel):
+            continue
+        looks = [i for i, text in enumerate(code) if re.search(EVENTS["L"], text)]
+        first = next(i for i in looks if looks[-1] - i < 100)
+        ahead = 0
+        for i in range(first - 200, first):
+            if register := re.search(r"LDG\S*\.U16\S* (R\d+),", code[i]):
+                sources = [re.sub(r"^(@\S+ )?\S+ [^,]+", "", text) for text in code[i + 1 : first]]
+                ahead += not any(re.search(rf"\b{register[1]}\b", text) for text in sources)
+        direction, cell = re.search("persistent_(...)_kernel.*(Lstm|Gru|Rnn)", kernel).groups()
+        assert ahead >= inputs[direction][cell], (kernel, ahead)
 
 
 @compiled

@@ -124,6 +124,7 @@ def pipelined(gpu: Gpu, steps_per_layer: int = 2) -> Iterator[None]:
     with (
         patch(pipeline, "cuda", gpu),
         patch(pipeline, "_families", {}),
+        patch(pipeline, "_drawn", set()),
         patch(pipeline, "STEPS_PER_LAYER", steps_per_layer),
         patch(pipeline, "cuda_plan", emulated),
         patch(support, "on_gpu", lambda x: True),
@@ -241,6 +242,9 @@ def test_no_stream_is_of_two_families():
         assert c in of_b, "torch had nothing else left"
         assert of_c == of_b
         assert of_d == [d]
+        before = next(gpu.pool)
+        assert pipeline._streams_beside(d, 3) == [d]
+        assert [next(gpu.pool) for _ in range(8)][-1] is before, "nothing is drawn where there is nothing"
         for user, family in ((a, of_a), (b, of_b), (d, of_d)):
             assert all(pipeline._streams_beside(stream, 3) == family for stream in (user, *family))
 
@@ -388,6 +392,6 @@ def test_explain():
             return seqkernels.explain(module, *args).partition("rows")[2]
 
     x = torch.randn(3, 64, 5)
-    assert explain(x).endswith("rows, pipelined in 2 chunks on 2 streams")
-    assert explain(x, gpu=1).endswith("rows, one layer after the other")
+    assert explain(x).endswith("a warp, pipelined in 2 chunks on 2 streams")
+    assert explain(x, gpu=1).endswith("a warp, one layer after the other")
     assert "pipelined" not in explain(x, bidirectional=True) + explain() + explain(pack_sequence([x[0]]))

@@ -14,15 +14,17 @@ import seqkernels
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 T, I = 4, 5  # noqa: E741
 ALONE, TOGETHER, STEPWISE = "blocks, 1 to a group", "to a group", "stepwise"
+TWO_TILES = {rows: f"of 32 units x {rows} rows, 2 tiles a warp" for rows in (8, 16, 32)}
 
 
 def sizes(device: str) -> Iterator[tuple[str, int, int]]:
-    """(form, B, H): one block; several, backward with one tile of weights a warp and with two; more rows than
-    all multiprocessors can hold at a time."""
+    """(form, B, H): one block; several, backward with one tile of weights a warp, and with two in each loop,
+    of one, two and four rows a thread; more rows than all multiprocessors can hold at a time."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     yield ALONE, 9, 8
     yield TOGETHER, 9, 264
-    yield TOGETHER, multiprocessors // 18 * 8, 264  # 9 blocks of 32 units for 8 rows of each direction
+    for rows in TWO_TILES:  # a group, of 9 blocks of 32 units for each direction
+        yield TOGETHER, multiprocessors // 18 * rows, 264
     yield STEPWISE, 64 * multiprocessors + 1, 9
 
 
@@ -55,7 +57,7 @@ def train(module: torch.nn.Module, *args: object, **kwargs: object) -> None:
 
 
 def main(device: str = "cuda") -> None:
-    count = 0
+    count, backward = 0, ""
     for kind in ("LSTM", "GRU", "RNN"):
         for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
             torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -63,10 +65,12 @@ def main(device: str = "cuda") -> None:
                 if isinstance(args[0], torch.Tensor):
                     plan = seqkernels.explain(module, *args)
                     assert form in plan, f"{module}: expected {form}, got {plan}"
+                    backward += plan.partition("backward")[2]
                 train(module, *args, **kwargs)
                 count += 1
             cell = getattr(seqkernels, f"{kind}Cell")(I, 20, dtype=dtype, device=device)
             cell(torch.randn(3, I, dtype=dtype, device=device))
+    assert all(words in backward for words in TWO_TILES.values()), "no kernel took two tiles in some loop"
     print(f"{count} layers, forward and backward")
 
 

@@ -95,7 +95,9 @@ template <class S>
 __device__ __forceinline__ OnItsWay<S> send_for(const void* from, int64_t i) {
   if constexpr (sizeof(S) == 2) {
     uint32_t bits;
-    asm volatile("ld.global.u16 %0, [%1];" : "=r"(bits) : "l"(static_cast<const S*>(from) + i));
+    asm volatile("ld.global.u16 %0, [%1];"
+                 : "=r"(bits)
+                 : "l"(__cvta_generic_to_global(static_cast<const S*>(from) + i)));
     return bits;
   } else {
     return static_cast<const S*>(from)[i];

@@ -11,7 +11,7 @@
 // Exchange: through global memory (L2) in packets of 16 bytes that say themselves whether they are there: the
 // last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet looks at it
 // until it is full, so that a step waits for one way to L2 and back and for no fence, counter or flag. They
-// lie as warps look at them, [8 rows][chunk of K][row][16 bytes of a lane]: 24 KB took 700 clocks, rows that
+// lie as warps look at them, [8 rows][chunk of K][row][bytes of its lanes]: 24 KB took 700 clocks, rows that
 // lie apart 2,000. Steps take `slots` slots in turn. Who gives packets of step s has seen all of step s - 1,
 // given by blocks that had read all of step s - 2, and empties its own packets of that. They are written
 // again at step s + slots - 2; until then everybody passes two fences, one in every slots / 4 steps: the
@@ -74,10 +74,10 @@ __device__ __forceinline__ void narrow_to_give(float a, E& to) {
   narrow(sizeof(E) == 4 && a != a ? nanf("") : a, to);
 }
 
-// Where an element of a tile's weights lies, and the product of a tile with 8 rows. `kChunk` elements of K
-// make one step; a chunk of weights is 16 * kTiles * kChunk elements.
+// A warp multiplies a stack of tiles with 8 rows at once. Where an element of its weights lies, and the
+// product. `kChunk` elements of K make one step; a chunk of weights is 16 * kTiles * kChunk elements.
 template <class E, int kTiles>
-struct Tile {  // by the matrix instruction: bf16, f16, tf32
+struct Stack {  // by the matrix instruction: bf16, f16, tf32
   static constexpr int kPiece = 16 / sizeof(E), kChunk = 4 * kPiece, kWord = 4 / sizeof(E);
 
   static __device__ int index(int m, int k) {
@@ -147,7 +147,7 @@ struct Tile {  // by the matrix instruction: bf16, f16, tf32
 // By FFMA. Lanes share rows and weights: the warp receives each packet once, and passes it on in shared
 // memory.
 template <int kTiles>
-struct Tile<float, kTiles> {
+struct Stack<float, kTiles> {
   static constexpr int kChunk = 8, kAtOnce = kFfmaChunks;
 
   static __device__ int index(int m, int k) {
@@ -186,7 +186,7 @@ struct Tile<float, kTiles> {
   }
 };
 
-// Forward; of several gates.
+// Forward a tile for each gate; by FFMA all gates of 8 units in two, of a GRU with a last quarter of zeros.
 template <class E>
 constexpr int tiles_fwd(int gates) {
   return std::is_same_v<E, float> && gates > 1 ? 2 : gates;
@@ -197,18 +197,18 @@ constexpr int tiles_fwd(int gates) {
 // once: its instructions are few, and wait for each other 5 clocks each.
 template <class E, int kGates, int kSegments, int kTiles>
 struct Block {
-  static constexpr int kUnits = tile_units(kGates, kTiles), kRows = 16 * kTiles;
+  static constexpr int kUnits = stack_units(kGates, kTiles), kRows = 16 * kTiles;
   static constexpr int kStride = sums_stride(kGates, kTiles);
   static constexpr int kPiece = 16 / sizeof(E);
-  using Product = Tile<E, kTiles>;
+  using Product = Stack<E, kTiles>;
 
   const Layer& p;
   const int d, group, member;
   const int64_t row0, unit0;
   const bool alone;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  // A warp's products of a tile with 8 rows: the first, how far the next; of K `part`, in chunks.
-  int item, items, items_apart, tiles_exponent;
+  // A warp's products of a stack with 8 rows: the first, how far the next; of K `part`, in chunks.
+  int item, items, items_apart, stacks_exponent;
   int part, begin, end;
   Product product;
   E* weights;
@@ -233,9 +233,9 @@ struct Block {
     u = threadIdx.x % plan.units, row = threadIdx.x / plan.units, gap = kThreads / plan.units;
     rows = unit0 + u >= p.H ? 0 : p.B - row0 < plan.rows ? static_cast<int>(p.B - row0) : plan.rows;
     const int chunks = plan.pitch / Product::kChunk, warp = threadIdx.x / 32;
-    tiles_exponent = exponent(plan.units / kUnits);
+    stacks_exponent = exponent(plan.units / kUnits);
     part = warp % plan.parts, item = warp / plan.parts, items_apart = kWarps / plan.parts;
-    items = plan.rows / 8 << tiles_exponent;
+    items = plan.rows / 8 << stacks_exponent;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
     const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>);
     char* memory = shared_memory();
@@ -278,16 +278,16 @@ struct Block {
   }
 
   // weight(gate, unit, k) of the matrix, into fragments; zero beyond its end. Neighbouring lanes take
-  // neighbouring k or, if kAcross, rows m of a tile: what lies side by side in memory.
+  // neighbouring k or, if kAcross, rows m of a stack: what lies side by side in memory.
   template <bool kAcross, class F>
   __device__ __forceinline__ void load_weights(const F& weight) {
     constexpr int kLanes = kAcross ? kRows : 1, kApart = kThreads / kLanes;  // threads that take all of K
     const int pitch = p.plan.pitch, m0 = kAcross ? threadIdx.x % kLanes : 0, k0 = threadIdx.x / kLanes;
-    for (int tile = 0; tile < 1 << tiles_exponent; tile++)
+    for (int stack = 0; stack < 1 << stacks_exponent; stack++)
       for (int m = m0; m < kRows; m += kLanes) {
         const int gate = m / kUnits;
-        const int64_t u = unit0 + tile * kUnits + m % kUnits;
-        E* to = weights + tile * kRows * pitch;
+        const int64_t u = unit0 + stack * kUnits + m % kUnits;
+        E* to = weights + stack * kRows * pitch;
 #pragma unroll 4
         for (int k = k0; k < pitch; k += kApart) {
           E w;
@@ -321,31 +321,31 @@ struct Block {
     const E* from = lines;
     __syncthreads();
     if (alone) return;
-    for (int i = line, at = line_to; i < p.plan.rows * kSegments;) {  // once, but for wide rows
+    for (int i = line; i < p.plan.rows * kSegments; i += lines_apart, from += lines_apart * p.plan.units) {
+      const int at = i == line ? line_to : place_of_line(i);  // the first is the only one, but of long lines
       give(*reinterpret_cast<const uint4*>(from), to + at);
       if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old + at);
-      if ((i += lines_apart) >= p.plan.rows * kSegments) break;
-      from += lines_apart * p.plan.units, at = place_of_line(i);
     }
     if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
   }
 
-  __device__ const E* weights_of(int tile) const { return weights + tile * kRows * p.plan.pitch; }
+  __device__ const E* weights_of(int stack) const { return weights + stack * kRows * p.plan.pitch; }
   // Where a thread has more rows, their states need the registers.
   static constexpr bool holds(int N) { return N <= 2; }
   // Once, when all weights are there.
-  __device__ void hold() { product.hold(weights_of(item & ((1 << tiles_exponent) - 1)), begin, end); }
+  __device__ void hold() { product.hold(weights_of(item & ((1 << stacks_exponent) - 1)), begin, end); }
 
   // Partial sums of weights times the rows of step s.
   template <int N>
   __device__ __forceinline__ void multiply(int64_t s) const {
-    // Of the longer rows backward all that a warp takes of eight, as a rule.
+    // Backward a warp has as many times more chunks as there are gates: of LSTM, H 768, in eight parts, 12.
+    // Two tiles and several rows a thread leave registers for 8.
     constexpr int kAtOnce = kSegments == 1 || (kTiles == 2 && N > 1) ? 8 : 12;
-    const int lane = threadIdx.x % 32, g = lane / 4, tiles = (1 << tiles_exponent) - 1;
+    const int lane = threadIdx.x % 32, g = lane / 4, mask = (1 << stacks_exponent) - 1;
     for (int i = item; i < items; i += items_apart) {
       float c[kTiles][4] = {};
-      const E* from = slot(s) + (i >> tiles_exponent) * 8 * p.plan.pitch;
-      product.template multiply<kAtOnce, holds(N)>(c, ((i ^ item) & tiles) == 0, weights_of(i & tiles), from,
+      const E* from = slot(s) + (i >> stacks_exponent) * 8 * p.plan.pitch;
+      product.template multiply<kAtOnce, holds(N)>(c, ((i ^ item) & mask) == 0, weights_of(i & mask), from,
                                                    begin, end, passed);
       float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride;
 #pragma unroll
@@ -355,7 +355,7 @@ struct Block {
 #pragma unroll
           for (int n = 0; n < 2 * kTiles; n++) sums.of[n] = c[n / 2][n % 2 * 2 + column];
           *reinterpret_cast<Floats<2 * kTiles>*>(to + g * 2 * kTiles) = sums;
-        } else {  // the gates of units g and, where a tile has 16, g + 8
+        } else {  // the gates of units g and, of a stack of 16, g + 8
 #pragma unroll
           for (int half = 0; half < kUnits / 8; half++) {
             Floats<4> sums{};
@@ -370,7 +370,7 @@ struct Block {
   }
   // The products for the gates of the thread's unit and its n-th row.
   __device__ __forceinline__ void sums(int n, float (&of)[kGates]) const {
-    const int r = row + n * gap, i = (r / 8 << tiles_exponent) + u / kUnits;
+    const int r = row + n * gap, i = (r / 8 << stacks_exponent) + u / kUnits;
     const float* from = partial + (i * p.plan.parts * 8 + r % 8) * kStride +
                         (kGates == 1 ? u % 8 * 2 * kTiles + u % kUnits / 8 : u % kUnits * 4);
 #pragma unroll
@@ -398,18 +398,18 @@ struct Block {
 
 template <class Cell, class E>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
-  using T = Stored<E>;
+  using S = Stored<E>;
   constexpr int G = Cell::kGates;
   Block<E, G, 1, tiles_fwd<E>(G)> block(p, 0);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.template load_weights<false>([&](int gate, int64_t unit, int k) {
-    return k < H ? load<T>(p.w_hh[d], (gate * H + unit) * H + k) : 0.0f;
+    return k < H ? load<S>(p.w_hh[d], (gate * H + unit) * H + k) : 0.0f;
   });
   float b_ih[G] = {}, b_hh[G] = {};
   if (p.b_ih[d] && u < p.H)
     for (int g = 0; g < G; g++)
-      b_ih[g] = load<T>(p.b_ih[d], g * p.H + u), b_hh[g] = load<T>(p.b_hh[d], g * p.H + u);
+      b_ih[g] = load<S>(p.b_ih[d], g * p.H + u), b_hh[g] = load<S>(p.b_hh[d], g * p.H + u);
   __syncthreads();  // the weights are there, and what is exchanged zero
   block.with_rows([&](auto most) {
     constexpr int N = decltype(most)::value;
@@ -417,8 +417,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     const int64_t first_state = (d * p.B + row0 + row) * H + u;
     float h[N] = {}, c[N] = {};  // the latter of an LSTM
     const auto start = [&](int n) {
-      h[n] = load<T>(p.h0, first_state + n * gap * H);
-      if (Cell::kCellState) c[n] = load<T>(p.c0, first_state + n * gap * H);
+      h[n] = load<S>(p.h0, first_state + n * gap * H);
+      if (Cell::kCellState) c[n] = load<S>(p.c0, first_state + n * gap * H);
     };
 #pragma unroll
     for (int n = 0; n < N; n++)
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     // What a step reads of memory does not depend on the exchange: where registers allow it is loaded a step
     // ahead, else before the look at that.
     struct Inputs {
-      OnItsWay<T> x[G];
+      OnItsWay<S> x[G];
       uint8_t reset;
     };
     const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < tokens.rows)
-          for (int g = 0; g < G; g++) to[n].x[g] = send_for<T>(p.xw[d], x + (n * gap * G + g) * H);
+          for (int g = 0; g < G; g++) to[n].x[g] = send_for<S>(p.xw[d], x + (n * gap * G + g) * H);
       if (p.resets && s + 1 < steps)
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -447,17 +447,17 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     };
     constexpr bool kEarly = N == 1;
     Inputs next[N] = {};
-    typename decltype(block)::Tokens later{};
-    if (kEarly && steps > 0) later = load_inputs(0, next);
+    typename decltype(block)::Tokens next_tokens{};
+    if (kEarly && steps > 0) next_tokens = load_inputs(0, next);
     for (int64_t s = 0; s < steps; s++) {
       Inputs now[N] = {};
 #pragma unroll
       for (int n = 0; n < N; n++) now[n] = next[n], next[n] = {};
-      auto tokens = later;
+      auto tokens = next_tokens;
       if (!kEarly)
         tokens = load_inputs(s, now);
       else if (s + 1 < steps)
-        later = load_inputs(s + 1, next);
+        next_tokens = load_inputs(s + 1, next);
       block.template multiply<N>(s);
       float saved[N][Cell::kSaved + 1] = {}, h_now[N] = {}, c_now[N] = {};
       if (row < p.plan.rows)
@@ -467,10 +467,10 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
           block.sums(n, h_gates);
 #pragma unroll
           for (int g = 0; g < G; g++)
-            x_gates[g] = widen(arrived<T>(now[n].x[g])) + b_ih[g], h_gates[g] += b_hh[g];
+            x_gates[g] = widen(arrived<S>(now[n].x[g])) + b_ih[g], h_gates[g] += b_hh[g];
           h_now[n] = h[n], c_now[n] = c[n];
-          Cell::template forward<Arithmetic<T>>(x_gates, h_gates, h_now[n], c_now[n], saved[n], p.relu);
-          h_now[n] = rounded<T>(h_now[n]);
+          Cell::template forward<Arithmetic<S>>(x_gates, h_gates, h_now[n], c_now[n], saved[n], p.relu);
+          h_now[n] = rounded<S>(h_now[n]);
         }
 #pragma unroll
       for (int n = 0; n < N; n++) {
@@ -483,20 +483,20 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < tokens.rows)
-          keep<Cell, T>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
+          keep<Cell, S>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
     }
 #pragma unroll
     for (int n = 0; n < N; n++)
       if (row + n * gap < rows) {
-        store<T>(h[n], p.hn, first_state + n * gap * H);
-        if (Cell::kCellState) store<T>(c[n], p.cn, first_state + n * gap * H);
+        store<S>(h[n], p.hn, first_state + n * gap * H);
+        if (Cell::kCellState) store<S>(c[n], p.cn, first_state + n * gap * H);
       }
   });
 }
 
 template <class Cell, class E, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLayer p) {
-  using T = Stored<E>;
+  using S = Stored<E>;
   constexpr int G = Cell::kGates;
   Block<E, 1, G, kTiles> block(p, 1 + Cell::kCellState);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
@@ -504,7 +504,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.template load_weights<true>([&](int, int64_t unit, int k) {
     const int gate = k / padded, row = k - gate * padded;
-    return row < H ? load<T>(p.w_hh[d], int64_t(gate * H + row) * H + unit) : 0.0f;
+    return row < H ? load<S>(p.w_hh[d], int64_t(gate * H + row) * H + unit) : 0.0f;
   });
   __syncthreads();  // the weights are there, and what is exchanged zero
   block.with_rows([&](auto most) {
@@ -517,16 +517,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
 #pragma unroll
     for (int n = 0; n < N; n++)
       if (row + n * gap < rows) {
-        if (p.dhn) dh[n] = load<T>(p.dhn, first_state + n * gap * H);
-        if (Cell::kCellState && p.dcn) dc[n] = load<T>(p.dcn, first_state + n * gap * H);
+        if (p.dhn) dh[n] = load<S>(p.dhn, first_state + n * gap * H);
+        if (Cell::kCellState && p.dcn) dc[n] = load<S>(p.dcn, first_state + n * gap * H);
         dh_reset[n * kThreads] = 0.0f;
         if (Cell::kCellState) dc_reset[n * kThreads] = 0.0f;
       }
     const int64_t steps = steps_of(p, row0);
     const auto time = [&](int64_t s) { return d ? s : steps - 1 - s; };
     struct Inputs {
-      Saved<Cell, T> saved;
-      OnItsWay<T> dy;
+      Saved<Cell, S> saved;
+      OnItsWay<S> dy;
       uint8_t reset;
     };
     const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
@@ -536,8 +536,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < tokens.rows) {
-          to[n].saved = load_saved<Cell, T>(p, d, t, row0 + row + n * gap, u);
-          if (p.dy) to[n].dy = send_for<T>(p.dy, at + n * gap * p.D * H);
+          to[n].saved = load_saved<Cell, S>(p, d, t, row0 + row + n * gap, u);
+          if (p.dy) to[n].dy = send_for<S>(p.dy, at + n * gap * p.D * H);
         }
       if (p.resets && s > 0)
 #pragma unroll
@@ -547,9 +547,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
     };
     constexpr bool kEarly = N == 1;
     Inputs now[N] = {}, next[N] = {};
-    typename decltype(block)::Tokens tokens{}, later{};
+    typename decltype(block)::Tokens tokens{}, next_tokens{};
     if (steps > 0) tokens = load_inputs(0, now);
-    if (kEarly && steps > 1) later = load_inputs(1, next);
+    if (kEarly && steps > 1) next_tokens = load_inputs(1, next);
     for (int64_t s = 0; s < steps; s++) {  // nothing arrives at the first
       float slots[N][Cell::kSlots] = {};
       if (row < p.plan.rows)
@@ -562,8 +562,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
             dh_reset[n * kThreads] += dh[n], dh[n] = 0.0f;
             if (Cell::kCellState) dc_reset[n * kThreads] += dc[n], dc[n] = 0.0f;
           }
-          float dh_after = dh[n] + widen(arrived<T>(now[n].dy)), dc_after = dc[n];
-          backward_unit<Cell, T>(p, now[n].saved, dh_after, dc_after, slots[n]);
+          float dh_after = dh[n] + widen(arrived<S>(now[n].dy)), dc_after = dc[n];
+          backward_unit<Cell, S>(p, now[n].saved, dh_after, dc_after, slots[n]);
           const bool live = row + n * gap < tokens.rows;
           dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
 #pragma unroll
@@ -578,11 +578,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < tokens.rows) keep<Cell, T>(p, at + n * gap * p.D * H, u, slots[n]);
+        if (row + n * gap < tokens.rows) keep<Cell, S>(p, at + n * gap * p.D * H, u, slots[n]);
 #pragma unroll
       for (int n = 0; n < N; n++) now[n] = next[n], next[n] = {};
-      tokens = later;
-      if (kEarly && s + 2 < steps) later = load_inputs(s + 2, next);
+      tokens = next_tokens;
+      if (kEarly && s + 2 < steps) next_tokens = load_inputs(s + 2, next);
       if (!kEarly && s + 1 < steps) tokens = load_inputs(s + 1, now);
       block.template multiply<N>(s + 1);
     }
@@ -591,8 +591,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       if (row + n * gap < rows) {
         float product[1] = {};
         if (steps > 0) block.sums(n, product);
-        store<T>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
-        if (Cell::kCellState) store<T>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
+        store<S>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
+        if (Cell::kCellState) store<S>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
       }
   });
 }

@@ -35,20 +35,23 @@ struct Machine {
   int64_t shared = 0;  // bytes a block may have
 };
 
-// A block multiplies its slice [units * lanes, K] of weights with the rows' K exchanged elements.
+// A block multiplies its slice [units * gates, K] of weights with the rows' K exchanged elements.
 struct Work {
   int64_t B, H, K;  // K: H forward, G * H backward
   int D;
-  int gates, tiles;  // rows of weights per unit: G forward, 1 backward; times 16 of them a warp takes at once
+  int gates;            // rows of weights per unit: G forward, 1 backward
+  int tiles;            // of 16 rows of weights, that a warp takes at once: a stack
   int element, states;  // bytes of an element; floats per unit and row
   bool ffma = false;    // instead of the matrix instruction
 };
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-// Units whose weights a warp takes at once: of several gates one in each of as many tiles, or all in two.
-constexpr int tile_units(int gates, int tiles) { return gates == 1 ? 16 * tiles : tiles == gates ? 16 : 8; }
-// Floats from a row's partial sums to the next one's: no bank conflicts.
-constexpr int sums_stride(int gates, int tiles) { return tile_units(gates, tiles) * (gates > 1 ? 4 : 1) + 4; }
+// Units of a stack: of several gates 16, each gate in a tile of its own, or 8, all gates in two.
+constexpr int stack_units(int gates, int tiles) { return gates == 1 ? 16 * tiles : tiles == gates ? 16 : 8; }
+// Floats from a row's partial sums to the next one's: stores have no bank conflicts.
+constexpr int sums_stride(int gates, int tiles) {
+  return stack_units(gates, tiles) * (gates > 1 ? 4 : 1) + 4;
+}
 // Of weights, in a thread's registers: what 255 of them leave.
 constexpr int held_words(int tiles) { return tiles == 1 ? 56 : tiles == 4 ? 64 : 48; }
 
@@ -58,8 +61,8 @@ struct Layout {
   int64_t partial, state, exchange, passed, end;
 
   constexpr Layout(const Plan& p, int gates, int element, int states, bool ffma)
-      : partial(int64_t(p.units / tile_units(gates, p.tiles)) * p.tiles * 16 * p.pitch * element),
-        state(partial + int64_t(p.units / tile_units(gates, p.tiles)) * (p.rows / 8) * p.parts * 8 *
+      : partial(int64_t(p.units / stack_units(gates, p.tiles)) * p.tiles * 16 * p.pitch * element),
+        state(partial + int64_t(p.units / stack_units(gates, p.tiles)) * (p.rows / 8) * p.parts * 8 *
                             sums_stride(gates, p.tiles) * 4),
         exchange(state + int64_t(states) * p.rows * p.units * 4),
         passed(exchange + p.rows * element * (p.members == 1 ? 2 * int64_t(p.pitch) : p.segments * p.units)),
@@ -69,13 +72,13 @@ struct Layout {
 // The cheapest of all spreads that fit, by clocks of a step. They put 1,100 spreads of 46 layers, timed on an
 // H100 before the last changes of the kernels, in such an order that what is picked was the fastest of all:
 //   hop 300 beside the 600 of all
-//   received rows 10 bytes a clock; those of every tile receive them
+//   received rows 10 bytes a clock; the warps of every stack receive them
 //   gates 600 for every 256 units x rows, and 20 for each part of K that they sum
 //   FFMA 22 bytes of weights a clock, once for every 8 rows
-// Warps take groups of 8 rows as well as tiles, or all rows and parts of K: fewer weights for each to hold.
+// Warps take groups of 8 rows as well as stacks, or all rows and parts of K: fewer weights for each to hold.
 inline Plan make_plan(const Machine& machine, const Work& w) {
   Plan best;
-  const int unit = tile_units(w.gates, w.tiles);
+  const int unit = stack_units(w.gates, w.tiles);
   for (int64_t units = unit; units < 2 * up(w.H, unit) && units <= kThreads; units *= 2)
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
       const int64_t members = (w.H + units - 1) / units, groups = (w.B + rows - 1) / rows;
