@@ -85,6 +85,7 @@ def test_more_tiles_than_warps(kind, dtype):
 @pytest.mark.parametrize(
     ("dtype", "T", "B", "H"),
     [
+        (torch.float32, 1, 1, 17),  # tiles of half types take 16 units forward: 17 are one block or none
         *itertools.product([torch.float32, *HALVES], [1], [1], [35]),
         *itertools.product([torch.float32, *HALVES], [20], [3], [33]),
         *itertools.product([torch.float32, *HALVES], [5], [19], [64]),
@@ -462,7 +463,8 @@ def test_who_uses_the_matrix_instruction(persistent):
 
 EVENTS = {  # what matters of a kernel, in the order of its code, as letters
     "B": r"BAR\.SYNC", "G": r"ST\S*\.128\.STRONG\.GPU", "L": r"LD\S*\.128\.STRONG\.GPU",
-    "F": r"MEMBAR\.ALL\.GPU", "I": r"CCTL\.IVALL", "H": r"HMMA", "S": r"LDS", "D": r"LDG",
+    "R": r"RED\S*\.GPU", "A": r"LDG\S*\.STRONG\.GPU", "F": r"MEMBAR\.ALL\.GPU", "I": r"CCTL\.IVALL",
+    "H": r"HMMA", "S": r"LDS", "D": r"LDG",
 }  # fmt: skip
 
 
@@ -483,17 +485,14 @@ def test_weights_in_registers_are_multiplied_first(events):
     for kernel, code in events.items():
         if "H" in code:
             cell, forward = re.search("Lstm|Gru|Rnn", kernel)[0], "persistent_fwd" in kernel
-            tiles = (
-                {"Lstm": 4, "Gru": 3, "Rnn": 1}[cell] if forward else int(re.search(r"Li(\d)E", kernel)[1])
-            )
+            backward_tiles = re.search(r"Li(\d)E", kernel)
+            tiles = {"Lstm": 4, "Gru": 3, "Rnn": 1}[cell] if forward else int(backward_tiles[1])
             held = {1: 7, 2: 3, 3: 2, 4: 2}[tiles]
-            at_once = (
-                (8, 8, 8) if forward or cell == "Rnn" else {1: (12, 12, 12), 2: (8, 8, 12)}[tiles]
-            )  # of 4, 2 and 1 rows
+            short = forward or cell == "Rnn"  # rows; of threads with 4, 2 and 1 of them
+            at_once = (8, 8, 8) if short else {1: (12, 12, 12), 2: (8, 8, 12)}[tiles]
             found = [product.count("H") for product in re.findall(r"L([SH]*H[SH]*)B", code)]
-            assert found == [2 * tiles * (n + h) for n, h in zip(at_once, (0, held, held), strict=True)], (
-                kernel
-            )
+            expected = [2 * tiles * (n + h) for n, h in zip(at_once, (0, held, held), strict=True)]
+            assert found == expected, kernel
 
 
 @compiled
@@ -531,11 +530,13 @@ def test_halves_loaded_ahead_have_registers_of_their_own(persistent):
 @compiled
 def test_what_blocks_exchange_is_ordered(persistent, events):
     """No load takes what another block writes for constant. Packets are given after a barrier, and no look
-    comes before the fence that follows: of three loops one each, forward once before each of them too."""
+    comes before the fence that follows: of three loops one each, forward once before each of them too. Nobody
+    waits for anything else."""
     for kernel, code in persistent.items():
         assert not any("LDG" in i and "CONSTANT" in i for i in code), kernel
     for kernel, code in events.items():
         steps = code[code.index("B") :]  # before, the last block of a group fills up rows
+        assert not {"R", "A"} & set(code), kernel
         count = 6 if "persistent_fwd" in kernel else 3
         assert len(re.findall("G+", steps)) == len(re.findall("BSG+FI", steps)) == count, (kernel, code)
 
