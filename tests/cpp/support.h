@@ -243,5 +243,6 @@ inline RandomMask random_mask(MaskKind kind, int64_t size, Random& random) {
 void check_additive_attention(const std::vector<const char*>& isas);
 void check_attention(const std::vector<const char*>& isas);
 void check_linear(const std::vector<const char*>& isas);
+void check_shares();
 
 }  // namespace seqkernels::test

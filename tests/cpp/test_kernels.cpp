@@ -493,6 +493,7 @@ int main() {
   check_attention(isas);
   check_additive_attention(isas);
   check_linear(isas);
+  check_shares();
 
   std::printf("%d calls;", calls);
   for (const auto& [what, n] : seen) std::printf(" %s: %d,", what.c_str(), n);

@@ -42,6 +42,13 @@ template <class D>
 constexpr int kDepth = kPair<D>;
 #endif
 
+// From one row of n operands to the next: padded for products, and a vector more, so that rows do not share
+// cache sets.
+template <class D>
+constexpr int64_t row_stride(int64_t n) {
+  return round_up(n, 32) + SEQKERNELS_VEC_BYTES / int64_t(sizeof(D));
+}
+
 // One tile of `rows` x NV vectors. init rows step by ldi (0: the same bias for all rows; null: zero). `next`
 // is read after b and next_rows after a: fetch them.
 template <class D>
@@ -158,13 +165,32 @@ SEQ_INLINE void release_tiles() {
   tile_rows = -1;
 }
 
+// C += A B along K: two by two tiles, or one row or one column of them.
+template <bool lower, bool wide>
+static void multiply_tiles(int64_t K, const bf16* a, int64_t lda, const bf16* b, int64_t ldb) {
+  for (int64_t k = 0; k < K; k += 32, a += 32, b += 32 * ldb) {
+    _tile_loadd(6, b, ldb * 4);
+    _tile_loadd(4, a, lda * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (wide) {
+      _tile_loadd(7, b + 32, ldb * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (lower) {
+      _tile_loadd(5, a + 16 * lda, lda * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
 static void amx_panel(int64_t M, int64_t width, int64_t K, const bf16* a, int64_t lda, const bf16* b,
                       int64_t ldb, const float* init, int64_t ldi, float* c, int64_t ldc) {
   const bool wide = width > 16;
   memory_barrier();
   for (int64_t m = 0; m < M; m += 32) {
     const int64_t upper = least(16, M - m), lower = least(16, M - m - upper);
-    shape_tiles(upper, lower);
+    shape_tiles(upper, lower ? lower : 16);
     const float* from = init + m * ldi;
     if (init) {
       _tile_loadd(0, from, ldi * 4);
@@ -177,21 +203,12 @@ static void amx_panel(int64_t M, int64_t width, int64_t K, const bf16* a, int64_
       _tile_zero(2);
       _tile_zero(3);
     }
-    const bf16 *rows = a + m * lda, *panel = b;
-    for (int64_t k = 0; k < K; k += 32, rows += 32, panel += 32 * ldb) {
-      _tile_loadd(6, panel, ldb * 4);
-      _tile_loadd(4, rows, lda * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      if (wide) {
-        _tile_loadd(7, panel + 32, ldb * 4);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (lower) {
-        _tile_loadd(5, rows + 16 * lda, lda * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (wide) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
+    if (lower)
+      wide ? multiply_tiles<true, true>(K, a + m * lda, lda, b, ldb)
+           : multiply_tiles<true, false>(K, a + m * lda, lda, b, ldb);
+    else
+      wide ? multiply_tiles<false, true>(K, a + m * lda, lda, b, ldb)
+           : multiply_tiles<false, false>(K, a + m * lda, lda, b, ldb);
     float* to = c + m * ldc;
     _tile_stored(0, to, ldc * 4);
     if (wide) _tile_stored(1, to + 16, ldc * 4);

@@ -66,6 +66,8 @@ struct LayerBwd {
   T *dh[2], *dc[2], *dm[2], *c0[2], *dh0[2], *dc0[2], *dw_ih[2], *dw_hh[2], *dw_hr[2], *db[2];
   T* dx_reverse;
   Barrier *everyone, *direction_barriers, *row_barriers;
+  Shares::Busy* busy;  // [directions at once, row groups, unit groups]
+  PerThread<int64_t> shares;
   Queue *tasks[2], *once_blocks;  // of each chunk; of the recurrent product where it packs block by block
   // One of each per thread: a panel of products; a share of dG, transposed; tokens of x and h to rebuild
   // gates from.
@@ -89,9 +91,9 @@ struct LayerBwd {
         chunk_tokens(0),
         dx_tokens(0),
         dw_rows(0),
-        ldG(p.H * (kSlots - G) + round_up(G * p.H, 32) + kLanes<T>),
-        ldh(round_up(p.P, 32) + kLanes<T>),
-        ldcell(round_up(p.H, 32) + kLanes<T>) {}
+        ldG(p.H * (kSlots - G) + row_stride<O>(G * p.H)),
+        ldh(row_stride<O>(p.P)),
+        ldcell(row_stride<O>(p.H)) {}
 
   static constexpr bool kSame = sizeof(S) == sizeof(T);
   int64_t padded(int64_t n) const { return round_up(n, kLanes<T>); }
@@ -142,6 +144,8 @@ struct LayerBwd {
     everyone = a.take_zeros<Barrier>(1);
     direction_barriers = a.take_zeros<Barrier>(2);
     row_barriers = a.take_zeros<Barrier>(2 * team);
+    busy = a.take<Shares::Busy>(2 * team);
+    shares = a.take_each<int64_t>(team, 2 * team + 1);
     // Some for every thread of dx, which comes first; many of dW, which fill the gaps.
     const int64_t threads = most(1, team / D), tile = kDepth<O> == 32 ? 32 : MR;
     dx_tokens = round_up(most(2 * tile, divide_up(chunk_tokens, 2 * threads)), tile);
@@ -158,7 +162,7 @@ struct LayerBwd {
     local_operand = a.take_each<O>(team, operand_size);
   }
   // Stride of a transposed chunk: tokens, padded for whole vectors and for the products.
-  static int64_t depth_of(int64_t tokens) { return round_up(tokens, 32) + kLanes<T>; }
+  static int64_t depth_of(int64_t tokens) { return row_stride<O>(tokens); }
 
   void prepare() { seq.prepare(); }
   int wanted() const { return team; }
@@ -171,7 +175,7 @@ struct LayerBwd {
         weights.pack(d, rank, group);
         if (rebuild) forward.pack(d, rank, group);
         Worker worker(*this, plan, d, id, rank, group, direction_barriers + first,
-                      row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
+                      first * plan.row_groups + rank / plan.unit_groups);
         worker.run();
       }
       release_tiles();
@@ -193,12 +197,11 @@ struct LayerBwd {
     const bool owner;  // of rows; other threads only share the chunk's products
     const int row_group;
     const int64_t r0, r1;  // rows
-    const int64_t j0, j1;  // unit blocks
-    const int64_t k0, k1;  // blocks of P: the units unless projected
     const int64_t n0, n1;  // gate rows of the sums that become the caller's
     const int64_t q0, q1;  // rows of dW_hr
-    const int sharing;
     Barrier *direction, *rows_barrier;
+    Shares shares;                     // of the unit blocks, among the threads that share these rows
+    int64_t j0, j1, k0, k1;            // own unit blocks; own blocks of P: the units unless projected
     T *dh, *dc, *dm, *c0, *dh0, *dc0;  // of this direction, [B, ..]; rows of different owners lie apart
     T* local;
     O* local_operand;
@@ -206,7 +209,7 @@ struct LayerBwd {
     bool first_chunk = true;
 
     Worker(const LayerBwd& layer, const Plan& plan, int dir, int id, int rank_, int group_, Barrier* all,
-           Barrier* own)
+           int rows_of)
         : f(layer),
           p(layer.p),
           seq(layer.seq),
@@ -217,17 +220,15 @@ struct LayerBwd {
           row_group(owner ? rank / plan.unit_groups : 0),
           r0(owner ? row_split(seq, plan.row_groups, row_group) : 0),
           r1(owner ? row_split(seq, plan.row_groups, row_group + 1) : 0),
-          j0(blocks(f.H) * (rank % plan.unit_groups) / plan.unit_groups),
-          j1(blocks(f.H) * (rank % plan.unit_groups + 1) / plan.unit_groups),
-          k0(blocks(f.P) * (rank % plan.unit_groups) / plan.unit_groups),
-          k1(blocks(f.P) * (rank % plan.unit_groups + 1) / plan.unit_groups),
           n0(G * f.H * rank / group),
           n1(G * f.H * (rank + 1) / group),
           q0(f.P * rank / group),
           q1(f.P * (rank + 1) / group),
-          sharing(owner ? plan.unit_groups : 1),
           direction(all),
-          rows_barrier(own),
+          rows_barrier(layer.row_barriers + rows_of),
+          shares{layer.busy + rows_of * plan.unit_groups, layer.shares[id],
+                 layer.shares[id] + plan.unit_groups + 1, owner ? plan.unit_groups : 1,
+                 owner ? rank % plan.unit_groups : 0},
           dh(layer.dh[d] + apart<T>(row_group)),
           dc(layer.dc[d] + apart<T>(row_group)),
           dm(layer.dm[d] + apart<T>(row_group)),
@@ -235,7 +236,15 @@ struct LayerBwd {
           dh0(layer.dh0[d] + apart<T>(row_group)),
           dc0(layer.dc0[d] + apart<T>(row_group)),
           local(layer.local[id]),
-          local_operand(layer.local_operand[id]) {}
+          local_operand(layer.local_operand[id]) {
+      shares.begin(blocks(f.H));
+      take_units();
+    }
+    void take_units() {
+      j0 = shares.first[shares.rank], j1 = shares.first[shares.rank + 1];
+      k0 = f.projected ? blocks(f.P) * shares.rank / shares.size : j0;
+      k1 = f.projected ? blocks(f.P) * (shares.rank + 1) / shares.size : j1;
+    }
 
     static int64_t blocks(int64_t n) { return divide_up(n, NR<T>); }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
@@ -265,9 +274,13 @@ struct LayerBwd {
         lo = d ? time(end - 1) : begin, hi = d ? time(begin) + 1 : end;
         if (f.rebuild) rebuild_gates(), direction->wait(group);
         pack_inputs();
-        if (owner)
+        shares.begin_round();
+        if (owner) {
           for (int64_t s = end - 1; s >= begin; s--) step(s);
+          shares.report();
+        }
         direction->wait(group);
+        if (owner && shares.size > 1 && begin > 0) shares.share_anew(), take_units();
         products(f.tasks[d][begin / f.steps]);
         if (f.projected && q0 < q1) projection_gradient();
         first_chunk = false;
@@ -390,7 +403,7 @@ struct LayerBwd {
           }
           epilogue(t, j, r0 + b, end - b, start, dy ? dy + b * f.D * f.P : nullptr);
         }
-      rows_barrier->wait(sharing);
+      shares.wait(rows_barrier);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
       const auto product = [&](int64_t from, int64_t to) {
         f.weights.recurrent_product(d, from, to, s % 2, n, dG, f.ldG, Cell::kBypass, dh + r0 * f.ldh, f.ldh,
@@ -398,12 +411,12 @@ struct LayerBwd {
       };
       if (f.weights.once) {
         for (int64_t k; n > 0 && (k = f.once_blocks[d].take()) < blocks(f.P);) product(k, k + 1);
-        rows_barrier->wait(sharing);
+        shares.wait(rows_barrier);
       } else if (n > 0) {
         product(k0, k1);
       }
       if (p.resets) reset(t, n);
-      if (f.projected) rows_barrier->wait(sharing);
+      if (f.projected) shares.wait(rows_barrier);
     }
 
     // dh of P columns, own ones summed and kept for dW_hr, becomes dm = dh W_hr of H columns.
@@ -416,7 +429,7 @@ struct LayerBwd {
             if (dy) g += load(dy + b * f.D * f.P + i, e - i);
             store(chunk + b * f.ldh + i, g, e - i);
           }
-      rows_barrier->wait(sharing);
+      shares.wait(rows_barrier);
       for (int64_t j = j0; j < j1 && n > 0; j++)
         gemm_panel(n, f.weights.proj.width(j), f.weights.proj.depth(), chunk, f.ldh,
                    f.weights.projection(d, j), f.weights.proj.width(j), static_cast<const T*>(nullptr), 0,

@@ -74,6 +74,8 @@ struct LayerFwd {
   Queue* once_blocks;
   PerThread<T> C, Q;
   PerThread<O> X, block;
+  Shares::Busy* busy;  // [directions at once, row groups, unit groups]
+  PerThread<int64_t> shares;
   int64_t c_size, state_size;  // state_size: of one of the two buffers
   const int64_t ldx, ldh, ldm, ldcell;
 
@@ -91,9 +93,9 @@ struct LayerFwd {
                    p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),
         team(forward_team_size<O>(seq, G, once)),
         chunk_tokens(0),
-        ldx(round_up(I, 32) + kLanes<T>),
-        ldh(round_up(P, 32) + kLanes<T>),
-        ldm(round_up(H, 32) + kLanes<T>),
+        ldx(row_stride<O>(I)),
+        ldh(row_stride<O>(P)),
+        ldm(row_stride<O>(H)),
         ldcell(round_up(H, kLanes<T>)) {}
 
   // Tiles read x itself, if it is what they multiply and needs no padding, and if its rows do not all fall
@@ -114,6 +116,8 @@ struct LayerFwd {
     }
     everyone = a.take_zeros<Barrier>(1);
     row_barriers = a.take_zeros<Barrier>(2 * team);
+    busy = a.take<Shares::Busy>(2 * team);
+    shares = a.take_each<int64_t>(team, 2 * team + 1);
     once_blocks = a.take_zeros<Queue>(p.D);
     // Each chunk reads all input weights once. Where a thread's share of them comes from L3 or memory, C is
     // half as large: H = 1024 +4 to 6 %.
@@ -141,8 +145,7 @@ struct LayerFwd {
     everyone->wait(size);
     if (rank >= plan.per_direction() || first >= plan.concurrent) return;
     for (int d = first; d < p.D; d += plan.concurrent) {
-      Worker worker(*this, plan, d, id, rank,
-                    row_barriers + (first * plan.row_groups + rank / plan.unit_groups));
+      Worker worker(*this, plan, d, id, rank, first * plan.row_groups + rank / plan.unit_groups);
       worker.run();
     }
     release_tiles();
@@ -156,18 +159,18 @@ struct LayerFwd {
     const ForwardWeights<Cell, S>& weights;
     const int d, row_group;
     const int64_t r0, r1, R;  // rows
-    const int64_t j0, j1;     // unit blocks
     const int64_t k0, k1;     // projection blocks
-    const int64_t u0, width;  // first unit, units (padded)
-    const int sharing;        // threads that share these rows
-    Barrier* barrier;
+    Barrier* barrier;         // of the threads that share these rows
+    Shares shares;            // of the unit blocks, among them
+    int64_t j0, j1;           // own unit blocks
+    int64_t u0, width;        // first unit, units (padded)
     T *C, *Q, *cell;
     O *X, *packed_block;
     int64_t steps;  // in a chunk
     bool by_block;  // a chunk is one step: project block by block, C holds one block
     int64_t ldc, gate;
 
-    Worker(const LayerFwd& layer, const Plan& plan, int direction, int id, int rank, Barrier* b)
+    Worker(const LayerFwd& layer, const Plan& plan, int direction, int id, int rank, int rows_of)
         : f(layer),
           p(layer.p),
           seq(layer.seq),
@@ -177,22 +180,26 @@ struct LayerFwd {
           r0(row_split(seq, plan.row_groups, row_group)),
           r1(row_split(seq, plan.row_groups, row_group + 1)),
           R(r1 - r0),
-          j0(weights.in.count() * (rank % plan.unit_groups) / plan.unit_groups),
-          j1(weights.in.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
           k0(weights.proj.count() * (rank % plan.unit_groups) / plan.unit_groups),
           k1(weights.proj.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
-          u0(j0 * NR<T>),
-          width(least(j1 * NR<T>, weights.in.padded()) - u0),
-          sharing(plan.unit_groups),
-          barrier(b),
+          barrier(layer.row_barriers + rows_of),
+          shares{layer.busy + rows_of * plan.unit_groups, layer.shares[id],
+                 layer.shares[id] + plan.unit_groups + 1, plan.unit_groups, rank % plan.unit_groups},
           C(layer.C[id]),
           Q(layer.Q[id]),
           cell(layer.cell[d] + apart<T>(row_group)),
           X(layer.X[id]),
           packed_block(layer.block[id]) {
-      const int64_t fits = f.c_size / (G * width + kLanes<T>), tokens = least(fits, f.chunk_tokens);
+      const int64_t widest = Shares::most_blocks(weights.in.count(), shares.size) * NR<T>,
+                    fits = f.c_size / (G * widest + kLanes<T>), tokens = least(fits, f.chunk_tokens);
       steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
       by_block = steps == 1;
+      shares.begin(weights.in.count());
+      take_units();
+    }
+    void take_units() {
+      j0 = shares.first[shares.rank], j1 = shares.first[shares.rank + 1];
+      u0 = j0 * NR<T>, width = least(j1 * NR<T>, weights.in.padded()) - u0;
       gate = by_block ? NR<T> : width;
       ldc = G * gate + (by_block ? 0 : kLanes<T>);
     }
@@ -218,7 +225,8 @@ struct LayerFwd {
 
     void run() {
       init_state();
-      barrier->wait(sharing);
+      barrier->wait(shares.size);
+      shares.begin_round();
       for (int64_t begin = 0; begin < p.T; begin += steps) {
         const int64_t end = least(begin + steps, p.T);
         const int64_t lo = d ? time(end - 1) : begin,
@@ -232,8 +240,11 @@ struct LayerFwd {
           const int64_t n = seq.rows(time(s), r0, r1);
           if (d) row -= n;
           step(s, n, by_block ? C : C + row * ldc);
+          if (s + 1 == end) shares.report();
+          shares.wait(barrier);
           if (!d) row += n;
         }
+        if (shares.size > 1 && end < p.T) shares.share_anew(), take_units();
       }
       final_state();
       if (f.past_cache) fence();
@@ -319,11 +330,10 @@ struct LayerFwd {
       else
         for (int64_t i = j0; n > 0 && i < j1; i++) unit_block(s, t, n, s % 2 ? j0 + j1 - 1 - i : i, c_rows);
       if (weights.projected) {
-        barrier->wait(sharing);
+        shares.wait(barrier);
         if (n > 0) project_state(s, t, n);
       }
       if (p.resets && s + 1 < p.T) reset(s + 1);
-      barrier->wait(sharing);
     }
 
     // Pre-activations and epilogue of one block of units.

@@ -37,9 +37,7 @@ struct Product {
   const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
   const int64_t passes = most(1, divide_up(K, kPass)), pass = round_up(divide_up(K, passes), 32);
   const int64_t panels = divide_up(N, NR<O>);
-  const int64_t ld_rows = round_up(pass, 32) + W, ld_sums = in_place     ? N
-                                                            : passes > 1 ? round_up(N, W)
-                                                                         : NR<O>;
+  const int64_t ld_rows = row_stride<O>(pass), ld_sums = in_place ? N : passes > 1 ? round_up(N, W) : NR<O>;
   int team = 1;
   int64_t block_rows = kRows, row_blocks = divide_up(M, kRows), column_blocks = 1;
 

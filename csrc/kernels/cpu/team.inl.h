@@ -36,6 +36,75 @@ struct Barrier {
   }
 };
 
+// A clock that runs alike on all cores.
+SEQ_INLINE int64_t ticks() {
+#if defined(__x86_64__)
+  return int64_t(__builtin_ia32_rdtsc());
+#elif defined(__aarch64__)
+  int64_t t;
+  __asm__ volatile("mrs %0, cntvct_el0" : "=r"(t));
+  return t;
+#else
+  return 0;
+#endif
+}
+
+// Blocks of work of which each thread of a group does its share again and again, and waits for the others
+// each time. A core may be slower than another for seconds, by a half where neighbours use it too; so after
+// each round of such steps the blocks are shared out anew, in proportion to how fast each thread was.
+struct Shares {
+  struct alignas(64) Busy {
+    int64_t ticks[2];  // of the threads' rounds, in turn: nobody overwrites what another still reads
+  };
+  Busy* busy;              // [size], of the group
+  int64_t *first, *count;  // the thread's own; thread i has count[i] blocks from first[i] on
+  int size, rank;
+  int turn = 0;
+  int64_t since = 0, waited = 0;
+
+  // More than that are never one thread's.
+  static int64_t most_blocks(int64_t blocks, int size) {
+    return least(blocks, divide_up(3 * blocks, 2 * int64_t(size)));
+  }
+  void begin(int64_t blocks) {
+    for (int i = 0; i <= size; i++) first[i] = blocks * i / size;
+    begin_round();
+  }
+  void begin_round() { since = ticks(), waited = 0; }
+  void wait(Barrier* barrier) {
+    if (size == 1) return;
+    const int64_t arrival = ticks();
+    barrier->wait(size);
+    waited += ticks() - arrival;
+  }
+  // The round is done: to be called before a barrier of the group, and share_anew() after it.
+  void report() { busy[rank].ticks[turn] = ticks() - since - waited; }
+  void share_anew() {
+    const int64_t blocks = first[size], limit = most_blocks(blocks, size);
+    const auto block_ticks = [&](int i) {
+      return double(most(1, busy[i].ticks[turn])) / double(most(1, first[i + 1] - first[i]));
+    };
+    double was = 0, would_be = 0;
+    for (int i = 0; i < size; i++) count[i] = 1, was = larger(was, double(busy[i].ticks[turn]));
+    for (int64_t left = blocks - size; left > 0; left--) {  // to whoever would be done first
+      int next = -1;
+      double end = 0;
+      for (int i = 0; i < size; i++) {
+        const double then = double(count[i] + 1) * block_ticks(i);
+        if (count[i] < limit && (next < 0 || then < end)) next = i, end = then;
+      }
+      count[next]++;
+    }
+    for (int i = 0; i < size; i++) would_be = larger(would_be, double(count[i]) * block_ticks(i));
+    if (would_be < kWorthIt * was)
+      for (int i = 0; i < size; i++) first[i + 1] = first[i] + count[i];
+    turn = 1 - turn;
+    begin_round();
+  }
+  static constexpr double kWorthIt = 0.95;
+  static double larger(double a, double b) { return a > b ? a : b; }
+};
+
 // Tasks 0, 1, 2 ...: each goes to the thread that asks next.
 struct Queue {
   alignas(64) int64_t next;

@@ -84,7 +84,13 @@ SEQ_INLINE void store(T* p, Vec<T> v) {
 }
 
 // 16-bit floats to float and back.
+#if defined(__AVX512F__)  // GCC converts 256 bits at a time
+SEQ_INLINE Vec<float> widen(U16 half, bf16) {
+  return (Vec<float>)((U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);
+}
+#else
 SEQ_INLINE Vec<float> widen(U16 half, bf16) { return (Vec<float>)(__builtin_convertvector(half, U32) << 16); }
+#endif
 #if defined(__AVX512BF16__)
 SEQ_INLINE U16 narrow(Vec<float> v, bf16) {  // subnormal numbers become 0, as in the dot products
   return (U16)_mm512_cvtneps_pbh((__m512)v);
