@@ -178,7 +178,7 @@ def test_threads_and_repetition(cell):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_bits_do_not_depend_on_who_computes(cell):
-    """Threads that wait for each other share units out anew where one is slower: here it loses its core at times."""
+    """Where one thread is slower, units are shared out anew: here one loses its core at times."""
     arguments = layer(cell, np.float32, T=60, B=16, inputs=32, H=320, D=1)
     one = kernel(cell, "fwd")(**arguments, threads=2)
     given = {n: one[n] for n in ("y", "cells", "gates") if n in one} | {"dy": one["y"]}
