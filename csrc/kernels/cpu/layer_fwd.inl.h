@@ -139,7 +139,7 @@ struct LayerFwd {
   int wanted() const { return team; }
 
   void thread(int id, int size) {
-    const Plan plan = make_plan<O>(seq, size, G, once);
+    const Plan plan = make_plan<O>(seq, size, G, once, kBalanced);
     const int group = size / plan.concurrent, first = id / group, rank = id % group;
     for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, group);
     everyone->wait(size);

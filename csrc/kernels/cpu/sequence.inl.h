@@ -72,6 +72,12 @@ static double step_cycles(int64_t rows, int64_t units, int64_t I, int64_t K, int
          (barrier ? kBarrierCycles : 0);
 }
 
+// Threads that wait for each other at every step share units out anew where one core is slower: worth this in
+// forward, where shares are at least so many blocks. (In backward three quarters of the work come from a
+// queue.)
+constexpr double kBalanced = 0.97;
+constexpr int64_t kFineBlocks = 4;
+
 // Rows [split(i), split(i + 1)) belong to row group i: the same number of tokens each.
 static int64_t row_split(const Sequence& seq, int groups, int i) {
   const int64_t B = seq.p.B;
@@ -91,15 +97,13 @@ static int64_t row_split(const Sequence& seq, int groups, int i) {
 }
 
 template <class D>
-static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only = false) {
+static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only, double balanced = 1) {
   const LayerParams& p = seq.p;
-  const bool concurrent = p.D == 2 && threads >= 2 && (threads % 2 == 0 || threads >= 6);
-  const int size = concurrent ? threads / 2 : threads;
   const int64_t blocks = divide_up(p.H, NR<D>);
   const int64_t samples = p.batch_sizes ? least(p.T, 64) : 1;
-  Plan best{concurrent ? 2 : 1, 1, 1};
+  Plan best{1, 1, 1};
   double cheapest = -1;
-  auto consider = [&](int rg, int ug) {
+  auto consider = [&](int concurrent, int rg, int ug) {
     const int64_t units = divide_up(blocks, ug) * NR<D>;
     double worst = 0;
     for (int i = 0; i < rg; i++) {
@@ -109,11 +113,16 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only =
         sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), least(units, p.H), p.I, p.P, G, ug > 1);
       if (sum > worst) worst = sum;
     }
-    if (cheapest < 0 || worst < cheapest) cheapest = worst, best.row_groups = rg, best.unit_groups = ug;
+    worst *= double(p.D) / concurrent;
+    if (ug > 1 && blocks >= kFineBlocks * ug) worst *= balanced;
+    if (cheapest < 0 || worst < cheapest) cheapest = worst, best = {concurrent, rg, ug};
   };
-  if (!units_only) consider(1, 1);  // steps shorter than a barrier
-  for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++)
-    consider(rg, int(least(size / rg, blocks)));
+  for (int concurrent = p.D <= threads ? p.D : 1; concurrent > 0; concurrent--) {
+    const int size = threads / concurrent;
+    if (!units_only) consider(concurrent, 1, 1);  // steps shorter than a barrier
+    for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++)
+      consider(concurrent, rg, int(least(size / rg, blocks)));
+  }
   return best;
 }
 
@@ -126,6 +135,6 @@ static int team_size(const Sequence& seq, int G) {
 template <class D>
 static int forward_team_size(const Sequence& seq, int G, bool units_only) {
   const int size = team_size(seq, G);
-  const Plan plan = make_plan<D>(seq, size, G, units_only);
+  const Plan plan = make_plan<D>(seq, size, G, units_only, kBalanced);
   return plan.concurrent * plan.per_direction() == 1 ? 1 : size;
 }
