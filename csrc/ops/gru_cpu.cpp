@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = empty(x, h0.sizes());
   Tensor gates =
-      save_gates ? activations_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
+      save_gates ? kept_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
   if (save_gates) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);

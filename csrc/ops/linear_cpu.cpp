@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor w, boo
   p.dy_m = rows_of("linear_bwd", dy, "dy", w, p.M, p.N), p.dy = dy.const_data_ptr();
   const auto type = x.scalar_type();
   Tensor dx = need_dx ? large_empty(x, {p.M, p.K}) : none_like(x, type);
-  Tensor dw = need_dw ? large_empty(x, {p.N, p.K}) : none_like(x, type);
+  Tensor dw = need_dw ? kept_empty(x, {p.N, p.K}) : none_like(x, type);
   Tensor db = need_dw ? empty(x, {p.N}) : none_like(x, type);
   if (need_dx) p.dx = dx.mutable_data_ptr();
   if (need_dw) p.dw = dw.mutable_data_ptr(), p.db = db.mutable_data_ptr();

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype))
                             : none_like(x, accumulation_type(call.dtype));
   Tensor gates =
-      save_gates ? activations_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
+      save_gates ? kept_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
   p.c0 = c0.const_data_ptr();
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr(), p.cn = cn.mutable_data_ptr();
   if (save_cells) p.cells = cells.mutable_data_ptr();

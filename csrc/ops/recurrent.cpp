@@ -158,7 +158,7 @@ void CellCall::fill(LayerParams& p) const {
 
 Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]) {
   Tensors grads;
-  for (const Tensor& w : weights) grads.push_back(large_empty(w, w.sizes()));
+  for (const Tensor& w : weights) grads.push_back(kept_empty(w, w.sizes()));
   const int64_t per = weights_per_direction(weights, call.D);
   for (int64_t d = 0; d < call.D; d++) {
     const Tensor* g = &grads[d * per];

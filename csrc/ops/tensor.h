@@ -54,11 +54,11 @@ Tensor empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std
 // % in page faults.
 Tensor large_empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std::nullopt);
 
-// Activations saved for backward, the largest tensors of a training step, which nobody else sees. Freed ones
-// are kept for the next step, up to 256 MiB in the process, beyond 64 MiB marked so that the system may take
-// them back: fresh memory cost 4 % of a step where it is cheap, and a third where a hypervisor had taken it
-// meanwhile.
-Tensor activations_empty(const Tensor& t, Shape sizes);
+// For what a training step frees and the next one needs again, activations saved for backward and gradients
+// of weights: large ones that are freed are kept, up to 256 MiB in the process, beyond 64 MiB marked so that
+// the system may take them back. Fresh memory cost 4 % of a step where it is cheap, and a third where a
+// hypervisor had taken it meanwhile.
+Tensor kept_empty(const Tensor& t, Shape sizes);
 
 // A size-0 tensor where an output is not wanted: the arity of an op never changes.
 Tensor none_like(const Tensor& t, ScalarType dtype);

@@ -54,6 +54,7 @@ struct LayerBwd {
   BackwardWeights<Cell, S> weights;
   ForwardWeights<Cell, S> forward;  // to rebuild the gates; panels only then
   const bool rebuild, projected;
+  const bool dh_in_place;       // one step: dh is made where the caller wants it
   const int team;               // threads at most
   int64_t steps, chunk_tokens;  // of a chunk, at most
   int64_t dx_tokens, dw_rows;   // of a task
@@ -86,13 +87,14 @@ struct LayerBwd {
         forward(params),
         rebuild(Cell::kSaved > 0 && !p.gates),
         projected(weights.projected),
+        dh_in_place(weights.once && in_place(P) && !p.resets),
         team(team_size(seq, 3 * G)),  // three products of the size of forward's
         steps(1),
         chunk_tokens(0),
         dx_tokens(0),
         dw_rows(0),
         ldG(p.H * (kSlots - G) + row_stride<O>(G * p.H)),
-        ldh(row_stride<O>(p.P)),
+        ldh(dh_in_place ? P : row_stride<O>(P)),
         ldcell(row_stride<O>(p.H)) {}
 
   static constexpr bool kSame = sizeof(S) == sizeof(T);
@@ -117,7 +119,7 @@ struct LayerBwd {
     };
     for (int64_t d = 0; d < D; d++) {
       dG[d] = a.take<O>(chunk_tokens * ldG);
-      dh[d] = rows(true, ldh);
+      dh[d] = dh_in_place ? static_cast<T*>(p.dh0) + d * B * P : rows(true, ldh);
       dc[d] = rows(Cell::kCellState, ldcell);
       c0[d] = rows(Cell::kCellState, ldcell);
       dm[d] = rows(projected, ldcell);
@@ -405,15 +407,20 @@ struct LayerBwd {
         }
       shares.wait(rows_barrier);
       const O* dG = f.dG[d] + (row_of(t) + r0) * f.ldG;
-      const auto product = [&](int64_t from, int64_t to) {
-        f.weights.recurrent_product(d, from, to, s % 2, n, dG, f.ldG, Cell::kBypass, dh + r0 * f.ldh, f.ldh,
-                                    local_operand);
+      T* own_dh = dh + r0 * f.ldh;
+      const auto product = [&](int64_t from, int64_t to, T* c, int64_t ldc) {
+        f.weights.recurrent_product(d, from, to, s % 2, n, dG, f.ldG, Cell::kBypass, c, ldc, local_operand);
       };
-      if (f.weights.once) {
-        for (int64_t k; n > 0 && (k = f.once_blocks[d].take()) < blocks(f.P);) product(k, k + 1);
+      if (f.weights.once) {  // by way of a block of its own: rows of dh may be 4 KiB apart
+        for (int64_t k; n > 0 && (k = f.once_blocks[d].take()) < blocks(f.P);) {
+          T* to = own_dh + k * NR<T>;
+          if (Cell::kBypass) copy_block(to, f.ldh, local, NR<T>, n, width(f.P, k));
+          product(k, k + 1, local - k * NR<T>, NR<T>);
+          copy_block(local, NR<T>, to, f.ldh, n, width(f.P, k));
+        }
         shares.wait(rows_barrier);
       } else if (n > 0) {
-        product(k0, k1);
+        product(k0, k1, own_dh, f.ldh);
       }
       if (p.resets) reset(t, n);
       if (f.projected) shares.wait(rows_barrier);
@@ -515,17 +522,21 @@ struct LayerBwd {
     template <class Out>
     void input_block(int64_t i0, int64_t i1, int64_t n, const O* dG, Out* dx) const {
       if constexpr (sizeof(Out) == sizeof(T)) {
-        if (f.I % kLanes<T> == 0)
+        if (f.I % kLanes<T> == 0 && !f.weights.once)
           return f.weights.input_product(d, i0, i1, n, dG, f.ldG, dx, f.I, local_operand);
       }
       for (int64_t j = i0; j < i1; j++) {
         T* block = local - j * NR<T>;  // column 0 of a matrix of which only this block exists
         f.weights.input_product(d, j, j + 1, n, dG, f.ldG, block, NR<T>, local_operand);
-        const int64_t w = width(f.I, j);
-        for (int64_t b = 0; b < n; b++)
-          for (int64_t i = 0; i < w; i += kLanes<T>)
-            store(dx + b * f.I + j * NR<T> + i, load(local + b * NR<T> + i), w - i);
+        copy_block(local, NR<T>, dx + j * NR<T>, f.I, n, width(f.I, j));
       }
+    }
+    template <class From, class To>
+    static void copy_block(const From* from, int64_t ld_from, To* to, int64_t ld_to, int64_t rows,
+                           int64_t columns) {
+      for (int64_t b = 0; b < rows; b++)
+        for (int64_t i = 0; i < columns; i += kLanes<T>)
+          store(to + b * ld_to + i, load(from + b * ld_from + i, columns - i), columns - i);
     }
 
     // dW += dG^T [x | h_{t-1}] and db += dG summed over tokens, for rows [u, u + n) of gate g.
@@ -591,11 +602,12 @@ struct LayerBwd {
     // Sums into the caller's tensors, each by the thread that owns it.
     void finish() const {
       const int64_t h_at = d * f.B * f.P, c_at = d * f.B * f.H;
-      each_state([&](int64_t b, int64_t i, int64_t n) {
-        Vec<T> g = load(dh + b * f.ldh + i);
-        if (p.resets) g += load(dh0 + b * f.ldh + i);
-        store(static_cast<S*>(p.dh0) + h_at + b * f.P + i, g, n);
-      });
+      if (!f.dh_in_place)
+        each_state([&](int64_t b, int64_t i, int64_t n) {
+          Vec<T> g = load(dh + b * f.ldh + i);
+          if (p.resets) g += load(dh0 + b * f.ldh + i);
+          store(static_cast<S*>(p.dh0) + h_at + b * f.P + i, g, n);
+        });
       if constexpr (Cell::kCellState) {
         each_cell([&](int64_t b, int64_t i, int64_t n) {
           Vec<T> g = load(dc + b * f.ldcell + i);

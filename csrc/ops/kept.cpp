@@ -1,5 +1,5 @@
-// Memory of saved activations: freed by one training step, taken by the next. Only blocks of whole huge
-// pages; smaller ones come from torch, whose allocator reuses them itself.
+// Memory that one training step frees and the next takes again: saved activations, gradients of weights. Only
+// blocks of 2 MiB and more; smaller ones come from torch, whose allocator reuses them itself.
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -23,7 +23,6 @@ class Keeper {
  public:
   // The smallest block of at least `bytes` that wastes at most a quarter, or a new one.
   Kept take(size_t bytes) {
-    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {  // never wait: it may be a forked lock
       auto best = kept_.end();
       for (auto it = kept_.begin(); it != kept_.end(); ++it)
@@ -37,9 +36,11 @@ class Keeper {
         return block;
       }
     }
-    void* data = std::aligned_alloc(kHugePage, bytes);
+    bytes = (bytes + kPage - 1) / kPage * kPage;
+    void* data = nullptr;
+    if (posix_memalign(&data, kHugePage, bytes)) data = nullptr;
 #if defined(__linux__)
-    if (data) madvise(data, bytes, MADV_HUGEPAGE);
+    if (data) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // and no more than is asked for
 #endif
     return {data, bytes};
   }
@@ -58,7 +59,7 @@ class Keeper {
   }
 
  private:
-  static constexpr size_t kMost = size_t(256) << 20, kUnmarked = size_t(64) << 20;
+  static constexpr size_t kPage = 4096, kMost = size_t(256) << 20, kUnmarked = size_t(64) << 20;
   std::mutex mutex_;
   std::vector<Kept> kept_;  // the oldest first
   size_t total_ = 0;
@@ -66,7 +67,7 @@ class Keeper {
 
 }  // namespace
 
-Tensor activations_empty(const Tensor& t, Shape sizes) {
+Tensor kept_empty(const Tensor& t, Shape sizes) {
   static Keeper& keeper = *new Keeper;  // outlives every tensor, also those freed at exit
   const auto extent = contiguous(sizes);
   int64_t bytes = 0;
