@@ -273,7 +273,7 @@ def test_training_takes_no_more_memory_than_torchs(kind):
     case = Case(cell=kind.removesuffix("Cell").lower(), mode="train", step=True, T=1, B=B, I=H, H=H)
     with MemoryMeter() as meter:
         ours, torchs = (meter.peak(case, name)[0] for name in ("seqkernels", "torch"))
-    if kind == "RNNCell":  # MB: torch 10.4 on AMD, 8.1 to 8.7 on Intel (MKL packs nothing), ours 9.3
+    if kind == "RNNCell":  # MB: torch 10.4 on AMD, 8.1 to 8.7 on Intel (MKL packs nothing), ours 8.9
         weights, rows = 2 * 4 * H * H, 4 * B * H
-        torchs = max(torchs, weights + 8 * rows)
+        torchs = max(torchs, weights + 7.5 * rows)
     assert ours <= torchs
