@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     ROOT / "tests/cuda/emulated.cpp",
     *sorted((ROOT / "csrc/ops").glob("*_cuda.cpp")),
-    *(ROOT / "csrc/ops" / name for name in ("recurrent.cpp", "tensor.cpp")),
+    *(ROOT / "csrc/ops" / name for name in ("recurrent.cpp", "tensor.cpp", "kept.cpp")),
 ]
 TORCH = Path(torch.__file__).parent
 FLAGS = [
