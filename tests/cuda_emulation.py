@@ -37,7 +37,8 @@ def build() -> Path:
     """The library, compiled anew only when its sources changed."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
     sources = [p for folder in ("csrc", "tests/cuda") for p in (ROOT / folder).rglob("*") if p.is_file()]
-    state = hashlib.sha256(f"{torch.__version__} {compiler} {FLAGS}".encode())
+    linked = [source.name for source in SOURCES]
+    state = hashlib.sha256(f"{torch.__version__} {compiler} {FLAGS} {linked}".encode())
     for path in sorted(sources):
         state.update(path.read_bytes())
     folder = ROOT / "build" / "cuda-emulation"
