@@ -534,9 +534,7 @@ struct LayerBwd {
     template <class From, class To>
     static void copy_block(const From* from, int64_t ld_from, To* to, int64_t ld_to, int64_t rows,
                            int64_t columns) {
-      for (int64_t b = 0; b < rows; b++)
-        for (int64_t i = 0; i < columns; i += kLanes<T>)
-          store(to + b * ld_to + i, load(from + b * ld_from + i, columns - i), columns - i);
+      for (int64_t b = 0; b < rows; b++) copy_row(from + b * ld_from, columns, to + b * ld_to, columns);
     }
 
     // dW += dG^T [x | h_{t-1}] and db += dG summed over tokens, for rows [u, u + n) of gate g.
@@ -579,8 +577,8 @@ struct LayerBwd {
           T* to = convert ? local : sums + (first + i) * ld + j * NR<T>;
           gemm_panel(rows, shape.width(j), shape.depth(), local_operand + i * depth, depth,
                      panels + shape.offset(j), shape.width(j), first_chunk ? nullptr : to, ld, to, ld);
-          for (int64_t r = 0; convert && r < rows; r++)
-            write_row(to + r * ld, dw + (first + i + r) * columns + j * NR<T>, width(columns, j));
+          if (convert)
+            copy_block(to, ld, dw + (first + i) * columns + j * NR<T>, columns, rows, width(columns, j));
         }
       }
     }
@@ -633,9 +631,7 @@ struct LayerBwd {
         for (int64_t q = q0; q < q1; q++)
           write_row(f.dw_hr[d] + q * f.padded(f.H), static_cast<S*>(out.w_hr) + q * f.H, f.H);
     }
-    static void write_row(const T* from, S* to, int64_t n) {
-      for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load(from + i, n - i), n - i);
-    }
+    static void write_row(const T* from, S* to, int64_t n) { copy_row(from, n, to, n); }
   };
 };
 
