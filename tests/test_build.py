@@ -66,8 +66,8 @@ def unpacked(checkout, without_torch, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def installed(unpacked, tmp_path_factory) -> Path:
     """The package built from the source distribution and installed into an empty folder, offline: without
-    CUDA, as most machines do, and without optimisation, which would take a third of the whole suite's time and
-    shows nothing here. What the compiler made of the kernels is read off the objects of this tree."""
+    CUDA, as on most machines, and without optimisation, which took a third of the suite's time and shows
+    nothing here. What the compiler makes of the kernels is read off the objects of this tree."""
     target = tmp_path_factory.mktemp("target")
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
     cmake = "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DCMAKE_BUILD_TYPE=Debug"

@@ -486,6 +486,10 @@ SEQ_INLINE __m512i as_pairs(__m512i rows) {
                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_maskz_permutexvar_epi16(0xffffffff, (__m512i)order, rows);
 }
+SEQ_INLINE Vec<float> sum_of_pairs(Vec<float> sum, __m512i pairs) {
+  const __m512i ones = _mm512_set1_epi16(0x3f80);
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)ones);
+}
 #endif
 
 // Threads

@@ -10,6 +10,9 @@
 //
 // with dropout of P for dV and of dP.
 //
+// An LSE is rounded: far from 0 it has no digits left for log sum (none at -1e9, where a finite mask hides a
+// whole row). Such rows take their softmax anew, by the products that follow: P = exp(S - max - log sum).
+//
 // Five products (not seven), Q, dO and K read where they lie. A task is every `splits`-th block of one key
 // head; dQ is summed in memory of its own, one for each task where there are several for a key head, and
 // those are added up in one order. No atomics: the result does not depend on which thread did what.
@@ -17,12 +20,18 @@
 
 #include "attention.inl.h"
 
-// P of logits, given the LSE of their query: at most 1, though the LSE of large logits is rounded by more
-// than exp2 can bear. Where no key is seen every P is 0.
+// P of logits, given the LSE of their query, or the largest of them and the log of the sum: at most 1, though
+// an LSE may be rounded. Where no key is seen every P is 0.
 template <class T>
-SEQ_INLINE Vec<T> weights_of(Vec<T> logits, T lse) {
-  const Vec<T> x = logits - (lse == -kInf<T> ? kInf<T> : lse);
+SEQ_INLINE Vec<T> weights_of(Vec<T> logits, T lse, T log_sum) {
+  const Vec<T> x = logits - (lse == -kInf<T> ? kInf<T> : lse) - log_sum;
   return exp2_of<T>(x > T(0) ? Vec<T>{} : x, splat(T(kLog2e)), Vec<T>{});
+}
+
+// From here on the LSE would make P wrong by more than 2^-16 (float).
+template <class T>
+static bool is_far(T lse) {
+  return __builtin_fabs(double(lse)) > 256 && __builtin_fabs(double(lse)) < kInf<double>;
 }
 
 template <class S>
@@ -68,7 +77,7 @@ struct AttentionBwd {
   int64_t tasks() const { return in_turn ? splits : p.B * p.Hk * splits; }
 
   struct Buffers {
-    T *dKT, *dVT, *P, *dS, *lse, *delta;
+    T *dKT, *dVT, *P, *dS, *lse, *log_sum, *delta;
     O *KT, *VT, *K, *Q, *dO;  // K and of the queries: rows, where they are not read in place
     O *QT, *dOT, *narrow_dS;  // packed: per head and block of queries [ldk or ldv, kQ]; rows of dS
     Buffers(const AttentionBwd& f, Arena& a) {
@@ -76,7 +85,8 @@ struct AttentionBwd {
       const int64_t rows = kPacked ? f.group * f.max_q : in_place ? 0 : kQ, columns = kPacked ? rows : 0;
       dKT = a.take<T>(f.ldk * kK), dVT = a.take<T>(f.ldv * kK);
       P = a.take<T>(kQ * kK), dS = a.take<T>(kQ * kK);
-      lse = a.take<T>(f.group * f.max_q), delta = a.take<T>(f.group * f.max_q);
+      lse = a.take<T>(f.group * f.max_q), log_sum = a.take<T>(f.group * f.max_q);
+      delta = a.take<T>(f.group * f.max_q);
       KT = a.take<O>(f.ldk * kK), VT = a.take<O>(f.ldv * kK), K = a.take<O>(kK * f.ldk);
       Q = a.take<O>(rows * f.ldk), dO = a.take<O>(rows * f.ldv);
       QT = a.take<O>(columns * f.ldk), dOT = a.take<O>(columns * f.ldv);
@@ -165,7 +175,10 @@ struct AttentionBwd {
     void run(int id, int64_t b, int64_t hk, int64_t split) {
       const Span span(p, b);
       const Sum dq = f.sum_of(span, b * p.Hk + hk, split, id);
-      for (int64_t g = 0; g < f.group; g++) prepare_rows(span, b, hk * f.group + g, g, split);
+      bool far = false;
+      for (int64_t g = 0; g < f.group; g++) far |= prepare_rows(span, hk * f.group + g, g);
+      if (far) take_anew(span, b, hk);
+      for (int64_t g = 0; g < f.group && p.dsinks && split == 0; g++) add_dsink(span, b, hk * f.group + g, g);
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = 0; i < span.Tq; i++)
           __builtin_memset(static_cast<void*>(dq(g, i)), 0, sizeof(T) * f.ldk);
@@ -190,10 +203,11 @@ struct AttentionBwd {
         }
     }
 
-    void prepare_rows(const Span& span, int64_t b, int64_t h, int64_t g, int64_t split) {
-      const T *lse = static_cast<const T*>(p.lse) + span.lse + h * span.lse_h,
+    // True when the LSE of some row is far.
+    bool prepare_rows(const Span& span, int64_t h, int64_t g) {
+      const T *lse = lse_of(span, h),
               *dlse = p.dlse ? static_cast<const T*>(p.dlse) + span.lse + h * span.lse_h : nullptr;
-      double dsink = 0;
+      bool far = false;
       for (int64_t i = 0; i < span.Tq; i++) {
         const S *o = row_of<S>(p.out, span.batch, h, span.q0 + i),
                 *d = row_of<S>(p.dout, span.batch, h, span.q0 + i);
@@ -201,12 +215,10 @@ struct AttentionBwd {
         for (int64_t v = 0; v < p.Dv; v += W) sum += load(o + v, p.Dv - v) * load(d + v, p.Dv - v);
         T delta = dlse ? -dlse[i] : T(0);
         for (int r = 0; r < W; r++) delta += sum[r];
-        m.delta[g * f.max_q + i] = delta;
-        m.lse[g * f.max_q + i] = lse[i];
-        if (p.dsinks && lse[i] != -kInf<T>)
-          dsink -= __builtin_exp(double(static_cast<const T*>(p.sinks)[h]) - double(lse[i])) * double(delta);
+        const int64_t row = g * f.max_q + i;
+        m.delta[row] = delta, m.lse[row] = lse[i], m.log_sum[row] = 0;
+        far |= is_far(lse[i]);
       }
-      if (p.dsinks && split == 0) f.dsink[b * p.Hq + h] = T(dsink);
 #if defined(__AVX512BF16__)
       if constexpr (kPacked) {
         const S *q = row_of<S>(p.q, span.batch, h, span.q0), *d = row_of<S>(p.dout, span.batch, h, span.q0);
@@ -219,6 +231,89 @@ struct AttentionBwd {
         }
       }
 #endif
+      return far;
+    }
+    const T* lse_of(const Span& span, int64_t h) const {
+      return static_cast<const T*>(p.lse) + span.lse + h * span.lse_h;
+    }
+
+    // Of rows whose LSE is far: maximum and sum, while keys pass by once more.
+    void take_anew(const Span& span, int64_t b, int64_t hk) {
+      const auto each_far = [&](int64_t g, int64_t i, int64_t end, const auto& visit) {
+        const T* lse = lse_of(span, hk * f.group + g);
+        for (; i < end; i++)
+          if (is_far(lse[i])) visit(i, m.lse[g * f.max_q + i], m.log_sum[g * f.max_q + i]);
+      };
+      for (int64_t g = 0; g < f.group; g++)
+        each_far(g, 0, span.Tq, [](int64_t, T& top, T& sum) { top = -kInf<T>, sum = 0; });
+      for (int64_t j = 0; j < span.Tk; j += kK) {
+        const KeyBlock<S> keys(p, f.rule, span, b, j, least(j + kK, span.Tk));
+        pack_keys(keys, hk);
+        for (int64_t g = 0; g < f.group; g++)
+          for (int64_t i = keys.first_query() / 32 * 32, end; i < keys.end_query(); i = end) {
+            end = least(keys.end_query(), (i / kQ + 1) * kQ);
+            bool far = false;
+            each_far(g, i, end, [&](int64_t, T&, T&) { far = true; });
+            if (!far) continue;
+            scores(keys, hk, g, i, end - i);
+            each_far(g, i, end, [&](int64_t query, T& top, T& sum) {
+              softmax_row(keys, hk * f.group + g, query, m.P + (query - i) * kK, top, sum);
+            });
+          }
+      }
+      for (int64_t g = 0; g < f.group; g++) {
+        const T sink = p.sinks ? static_cast<const T*>(p.sinks)[hk * f.group + g] : -kInf<T>;
+        each_far(g, 0, span.Tq, [&](int64_t, T& top, T& sum) {
+          const T most = sink > top ? sink : top;
+          double total = double(sum) * __builtin_exp(double(top) - double(most));
+          if (sink > -kInf<T>) total += __builtin_exp(double(sink) - double(most));
+          top = most, sum = total > 0 ? T(__builtin_log(total)) : T(0);
+        });
+      }
+    }
+
+    void add_dsink(const Span& span, int64_t b, int64_t h, int64_t g) const {
+      const double sink = static_cast<const T*>(p.sinks)[h];
+      double sum = 0;
+      for (int64_t row = g * f.max_q; row < g * f.max_q + span.Tq; row++)
+        if (m.lse[row] != -kInf<T>)
+          sum -= __builtin_exp(sink - double(m.lse[row]) - double(m.log_sum[row])) * double(m.delta[row]);
+      f.dsink[b * p.Hq + h] = T(sum);
+    }
+
+    // K^T of the block; with operands in pairs: of all lanes that products touch.
+    void pack_keys(const KeyBlock<S>& keys, int64_t hk) {
+      const S* k = row_of<S>(p.k, keys.span.batch, hk, keys.span.k0 + keys.j);
+#if defined(__AVX512BF16__)
+      if constexpr (kPacked) {
+        __builtin_memset(static_cast<void*>(m.KT), 0, sizeof(O) * f.ldk * kK);
+        return pack_panel(k, p.k.t, keys.nk, p.D, m.KT, kK);
+      }
+#endif
+      if constexpr (!kPacked) pack_transposed(k, p.k.t, keys.nk, p.D, m.KT, kK, keys.N);
+    }
+    // Products of queries [i, i + n) of head g with these keys to m.P. Returns the queries as products read
+    // them.
+    struct Rows {
+      const O* data;
+      int64_t ld;
+    };
+    Rows scores(const KeyBlock<S>& keys, int64_t hk, int64_t g, int64_t i, int64_t n) {
+#if defined(__AVX512BF16__)
+      if constexpr (kPacked) {
+        const O* q = m.Q + (g * f.max_q + i) * f.ldk;
+        tile_product(round_up(n, 32), round_up(keys.nk, 32), f.ldk, q, f.ldk, m.KT, 2 * kK, m.P, kK,
+                     Start::zero);
+        return {q, f.ldk};
+      }
+#endif
+      if constexpr (!kPacked) {
+        const S* rows = row_of<S>(p.q, keys.span.batch, hk * f.group + g, keys.span.q0 + i);
+        int64_t ldq;
+        const T* q = as_operand<T>(rows, p.q.t, n, p.D, m.Q, p.D, false, ldq);
+        product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
+        return {q, ldq};
+      }
     }
 
     // Adds to dQ; leaves dK^T and dV^T. False when no query sees these keys.
@@ -227,19 +322,17 @@ struct AttentionBwd {
       const int64_t N = keys.N, nk = keys.nk;
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j),
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
-      pack_transposed(k, p.k.t, nk, p.D, m.KT, kK, N);
+      pack_keys(keys, hk);
       pack_transposed(v, p.v.t, nk, p.Dv, m.VT, kK, N);
-      int64_t ldk, ldq, ldo;
+      int64_t ldk, ldo;
       const T* rows = as_operand<T>(k, p.k.t, nk, p.D, m.K, f.ldk, true, ldk);
       Start start = Start::zero;
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = keys.first_query(); i < keys.end_query(); i += kQ) {
           const int64_t h = hk * f.group + g, n = least(kQ, keys.end_query() - i), row = g * f.max_q + i;
-          const T* q =
-              as_operand<T>(row_of<S>(p.q, span.batch, h, span.q0 + i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
+          const Rows q = scores(keys, hk, g, i, n);
           const T* d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO,
                                      p.Dv, false, ldo);
-          product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
           product<T, false>(n, N, p.Dv, d, ldo, m.VT, kK, m.dS, kK, Start::zero);
           const bool limits = !keys.seen_by_all(i, n);
           for (int64_t r = 0; r < n; r++) {
@@ -251,7 +344,7 @@ struct AttentionBwd {
             }
           }
           product<T, true>(p.Dv, N, n, d, ldo, m.P, kK, m.dVT, kK, start);
-          product<T, true>(p.D, N, n, q, ldq, m.dS, kK, m.dKT, kK, start);
+          product<T, true>(p.D, N, n, q.data, q.ld, m.dS, kK, m.dKT, kK, start);
           product<T, false>(n, f.ldk, nk, m.dS, kK, rows, ldk, dq(g, i), dq.row, Start::c);
           start = Start::c;
         }
@@ -266,9 +359,8 @@ struct AttentionBwd {
       const int64_t nk = keys.nk, N = round_up(nk, 32);
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + keys.j),
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
-      __builtin_memset(static_cast<void*>(m.KT), 0, sizeof(O) * f.ldk * kK);
+      pack_keys(keys, hk);
       __builtin_memset(static_cast<void*>(m.VT), 0, sizeof(O) * f.ldv * kK);
-      pack_panel(k, p.k.t, nk, p.D, m.KT, kK);
       pack_panel(v, p.v.t, nk, p.Dv, m.VT, kK);
       for (int64_t l = 0; l < N; l++) pack_row(k + (l < nk ? l : 0) * p.k.t, l < nk ? p.D : 0, m.K, l, f.ldk);
       Start start = Start::zero;
@@ -276,7 +368,7 @@ struct AttentionBwd {
         for (int64_t i = keys.first_query() / 32 * 32, end; i < keys.end_query(); i = end) {
           end = least(keys.end_query(), (i / kQ + 1) * kQ);
           const int64_t h = hk * f.group + g, n = end - i, nq = round_up(n, 32), row = g * f.max_q + i;
-          tile_product(nq, N, f.ldk, m.Q + row * f.ldk, f.ldk, m.KT, 2 * kK, m.P, kK, Start::zero);
+          scores(keys, hk, g, i, n);
           tile_product(nq, N, f.ldv, m.dO + row * f.ldv, f.ldv, m.VT, 2 * kK, m.dS, kK, Start::zero);
           const bool limits = nk < N || !keys.seen_by_all(i, n);
           for (int64_t r = 0; r < nq; r += 2) {
@@ -313,8 +405,8 @@ struct AttentionBwd {
                    bool limits, uint64_t kept) const {
       Vec<T> slope;
       const Vec<T> x = keys.logits(load(m.P + r * kK + l), h, i + r, l, limits, slope),
-                   e = weights_of<T>(x, m.lse[row + r]), dP = keys.dropped(load(m.dS + r * kK + l), kept, l),
-                   ds = e * (dP - m.delta[row + r]);
+                   e = weights_of<T>(x, m.lse[row + r], m.log_sum[row + r]),
+                   dP = keys.dropped(load(m.dS + r * kK + l), kept, l), ds = e * (dP - m.delta[row + r]);
       if (p.dmask && l < keys.nk) add_dmask(f.dmask_row(keys.b, h, i + r), keys.j + l, ds, keys.nk - l);
       return {keys.dropped(e, kept, l), ds * slope};
     }

@@ -5,7 +5,9 @@
 //   S^T [keys, queries] = K Q^T,   P^T = exp2(S^T - reference),   O^T [Dv, queries] = O^T alpha + V^T P^T.
 // Sums and maxima are vectors. The reference is an integer near the running maximum, so that scaling O^T
 // again is exact, and it moves only when the maximum has grown by more than 2^8. O^T is transposed once, at
-// the end. Tasks come from one queue: head after head, of each the longest rows first.
+// the end, and divided by the sum of the weights that products read: of bf16 this is not that of the LSE, and
+// a query with one large weight would get 1 +- 2^-9 of that value. Tasks come from one queue: head after
+// head, of each the longest rows first.
 //
 // float, double, f16: K and V are read where they lie (f16 converts a block at a time); Q^T, P^T, O^T stay in
 // L1 and L2. bf16 with dot products: K and V^T are packed first, by all threads, because products read pairs
@@ -168,8 +170,9 @@ struct AttentionFwd {
     const AttentionFwdParams& p;
     O* const QT;
     T *const OT, *const ST, *const rows;
-    // Of each lane: maximum, its integer, sum, rescaling, alibi, position, mask row.
-    T max[kQ], reference[kQ], sum[kQ], alpha[kQ], slope[kQ], position[kQ];
+    // Of each lane: maximum, its integer, sum of the weights, the same of weights as products read them,
+    // rescaling, alibi, position, mask row.
+    T max[kQ], reference[kQ], sum[kQ], rounded[kQ], alpha[kQ], slope[kQ], position[kQ];
     int64_t query[kQ], mask_row[kQ], row[kQ];  // row: sequence and head, as dropout counts them
     Word<T> seen[kK / 32][kUnit];  // of each lane: bits of the keys that a boolean mask shows, 32 at a time
     // Of this task: keys [j0, j1) are seen by some query, [full0, full1) by all.
@@ -195,7 +198,7 @@ struct AttentionFwd {
         const int64_t h = h0 + least(l, lanes - 1) / n, i = i0 + least(l, lanes - 1) % n;
         query[l] = i;
         max[l] = reference[l] = -kInf<T>;
-        sum[l] = 0;
+        sum[l] = rounded[l] = 0;
         position[l] = T(i + span.offset);
         slope[l] = p.alibi ? T(p.alibi[b * p.alibi_b + h]) : T(0);
         mask_row[l] = mask_offset(p, b, h, i);
@@ -412,11 +415,11 @@ struct AttentionFwd {
     }
     template <int V, class Step>
     bool softmax_of(T* s, int64_t l0, int64_t nk, [[maybe_unused]] const Step& step) {
-      Vec<T> by[V], ref[V], total[V];
+      Vec<T> by[V], ref[V], total[V], of_rounded[V];
       bool grew = false;
       SEQ_UNROLL for (int v = 0; v < V; v++) {
         grew |= move_reference(s + v * W, l0 + v * W, nk, by[v], ref[v]);
-        total[v] = load(sum + l0 + v * W);
+        total[v] = load(sum + l0 + v * W), of_rounded[v] = load(rounded + l0 + v * W);
       }
       const auto weight = [&](int64_t k, int v) __attribute__((always_inline)) {
         const Vec<T> e = exp2_of<T>(load(s + k * kUnit + v * W), by[v], ref[v]);
@@ -429,13 +432,18 @@ struct AttentionFwd {
           if (k % 8 == 0 && k + 2 <= nk) step();
           SEQ_UNROLL for (int v = 0; v < V; v++) {
             const Vec<T> a = k < nk ? weight(k, v) : Vec<T>{}, b = k + 1 < nk ? weight(k + 1, v) : Vec<T>{};
-            store(s + k / 2 * kUnit + v * W, (Vec<T>)as_pairs(narrow(a, b)));
+            const __m512i pairs = as_pairs(narrow(a, b));
+            of_rounded[v] = sum_of_pairs(of_rounded[v], pairs);
+            store(s + k / 2 * kUnit + v * W, (Vec<T>)pairs);
           }
         }
 #endif
       if constexpr (!kPacked)
         for (int64_t k = 0; k < nk; k++) store(s + k * kUnit, weight(k, 0));
-      SEQ_UNROLL for (int v = 0; v < V; v++) store(sum + l0 + v * W, total[v]);
+      SEQ_UNROLL for (int v = 0; v < V; v++) {
+        store(sum + l0 + v * W, total[v]);
+        store(rounded + l0 + v * W, kPacked ? of_rounded[v] : total[v]);
+      }
       return grew;
     }
 
@@ -481,6 +489,7 @@ struct AttentionFwd {
         const Vec<T> next = more ? nearest<T>(exact) : ref, by_how_much = far ? (was - now) * c : ref - next;
         store(alpha + l, more ? exp2_of<T>(by_how_much, splat(T(1)), Vec<T>{}) : splat(T(1)));
         store(sum + l, load(sum + l) * load(alpha + l));
+        store(rounded + l, load(rounded + l) * load(alpha + l));
         store(max + l, now);
         store(reference + l, next);
         ref = next;
@@ -506,16 +515,17 @@ struct AttentionFwd {
         const double scale = f.rule.natural ? 1 : __builtin_fabs(double(f.rule.scale));
         double m = max[l] == -kInf<T> ? 0 : double(max[l]) * scale;
         if (near) m += kLn2 * (double(reference[l]) - double(max[l]) * double(c));  // c is rounded
-        double total = sum[l], by = 1;
+        double total = sum[l], divisor = rounded[l], by = 1;
         const double sink = p.sinks ? static_cast<const T*>(p.sinks)[h] : -kInf<double>;
         if (sink != -kInf<double>) {
           const double m0 = sum[l] == 0 ? sink : m;
           m = sink > m0 ? sink : m0;
           by = __builtin_exp(m0 - m);
-          total = total * by + __builtin_exp(sink - m);
+          const double more = __builtin_exp(sink - m);
+          total = total * by + more, divisor = divisor * by + more;
         }
         lse[h * span.lse_h + i0 + l % n] = T(m + __builtin_log(total));
-        alpha[l] = total == 0 ? T(0) : T(by / total * p.dropout.factor);
+        alpha[l] = total == 0 ? T(0) : T(by / divisor * p.dropout.factor);
       }
       for (int64_t l = lanes; l < round_up(lanes, W); l++) alpha[l] = 0;
       for (int64_t l0 = 0; l0 < lanes; l0 += kUnit) {
