@@ -64,7 +64,9 @@ def collect() -> dict[str, str]:
         "torch threads": str(torch.get_num_threads()),
         "isa active": torch.ops.seqkernels.get_isa(),
         "isa supported": ", ".join(_kernels.supported_isas()),
-        "cuda kernels": "yes" if support.has_cuda_kernels() else "no (built without nvcc >= 12.8)",
+        "cuda kernels": "yes"
+        if support.has_cuda_kernels()
+        else "no (built without nvcc >= 12.8 or with SEQKERNELS_CUDA=off)",
         "torch cuda": torch.version.cuda or "no",
         "gpu": gpus(),
         "environment": switches(),

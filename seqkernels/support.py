@@ -58,6 +58,8 @@ def _why_not_transformed() -> str | None:
         return "the kernels do not know torch.vmap"
     if torch.is_grad_enabled() and _inside("Functionalize"):
         return "torch.func.functionalize does not know the gradients of our kernels"
+    if torch.compiler.is_compiling() and _inside("Grad"):
+        return "in torch.compile the gradients that torch.func takes of our kernels have no gradients"
     return None
 
 
@@ -107,7 +109,7 @@ def is_eager() -> bool:
 
 def _why_not_cuda(index: int) -> str | None:
     if not has_cuda_kernels():
-        return "this build has no CUDA kernels: there was no nvcc >= 12.8"
+        return "this build has no CUDA kernels: there was no nvcc >= 12.8, or SEQKERNELS_CUDA was off"
     major, minor = torch.cuda.get_device_capability(index)
     return f"CUDA kernels need compute capability 8.0, this device has {major}.{minor}" if major < 8 else None
 

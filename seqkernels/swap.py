@@ -207,20 +207,39 @@ def explain(module: Module, /, *inputs, **kwargs) -> str:
             for name, m in modules.items()
             if not isinstance(m, torch.jit.ScriptModule)  # takes no hooks, and what it gets does not matter
         ]
-        buffers = [(b, b.clone()) for b in module.buffers()]
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng(), _other_buffers(module):
                 module(*inputs, **kwargs)
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
             for hook in hooks:
                 hook.remove()
     else:
         seen = {name: _call_with(_weight(m)) for name, m in modules.items()}
     lines = [f"{name or '(model)'}: {_explain(m, seen.get(name))}" for name, m in modules.items()]
     return "\n".join(lines) if lines else f"there is nothing to swap in {type(module).__name__}"
+
+
+@contextmanager
+def _other_buffers(module: Module) -> Iterator[None]:
+    """Copies take the places of buffers meanwhile: whatever forward does, these keep their values, their
+    versions, which graphs of before check, and their names."""
+    script = torch.jit.ScriptModule  # keeps its buffers to itself: what it writes is written back
+    before = [(m._buffers, dict(m._buffers)) for m in module.modules() if not isinstance(m, script)]
+    copies = {id(b): b.clone() for _, given in before for b in given.values() if b is not None}
+    scripted = [b for m in module.modules() if isinstance(m, script) for b in m.buffers(recurse=False)]
+    written = [(b, b.clone()) for b in scripted]
+    try:
+        for buffers, given in before:
+            buffers.update((name, b if b is None else copies[id(b)]) for name, b in given.items())
+        yield
+    finally:
+        for buffers, given in before:
+            buffers.clear()
+            buffers.update(given)
+        for buffer, value in written:
+            if not torch.equal(buffer, value):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(value)
 
 
 def _recorder(seen: dict[str, Call], name: str) -> Callable:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peak import MIB, growth
-from tolerances import assert_as_exact
+from tolerances import FORWARD, GRADIENT, assert_as_exact
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -265,19 +265,65 @@ def test_queries_that_see_no_key_give_zero():
 HIDING = [-1e4, -397124374.8651747, -772323417.8225791, -1079102346.3582563, torch.finfo(torch.bfloat16).min]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def by_math(*args, **kwargs) -> Tensor:
+    """torch's flash kernel takes weights from a rounded LSE: rows that are hidden by -1e9 get gradients times
+    the number of keys."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return theirs(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("hiding", HIDING)
 @pytest.mark.parametrize("queries", [2, 70])
 def test_queries_whose_keys_a_finite_mask_hides(dtype, hiding, queries):
-    """They see all keys alike. What their logits lose to rounding must not make weights that pass 1."""
-    q, k, v = qkv(1, 1, queries, 16, keys=33, dtype=dtype)
-    mask = torch.zeros(queries, 33, dtype=dtype)
+    """They see all keys alike, and so do gradients, though their LSE has no digits left for log sum."""
+    leaves = qkv(1, 1, queries, 16, keys=133, dtype=dtype)
+    mask = torch.zeros(queries, 133, dtype=dtype)
     mask[0] = hiding
-    result, torchs = (with_gradients(f, (q, k, v), mask) for f in (ours, theirs))
-    truth = with_gradients(theirs, [t.double() for t in (q, k, v)], mask.double())
+    leaves = (*leaves, mask)
+    result, torchs = (with_gradients(f, leaves) for f in (ours, by_math))
+    truth = with_gradients(by_math, [t.double() for t in leaves])
     assert_as_exact(result, torchs, truth, dtype)
-    _, lse = ours(q, k, v, mask, return_lse=True)
-    assert_close(lse[0, 0, 0], torch.tensor(hiding), rtol=0.01, atol=0)
+    _, lse = ours(*leaves, return_lse=True)
+    assert_close(lse[0, 0, 0].double(), torch.tensor(hiding).double(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("extra", ["groups", "sinks", "causal", "LSE"])
+def test_what_a_finite_mask_hides_with(extra, isa):
+    """Far rows beside others in a block of queries, and of several heads that share a key head."""
+    kwargs = {"enable_gqa": extra == "groups"} | ({"is_causal": True} if extra == "causal" else {})
+    heads, sinks = (2 if extra == "groups" else 4), torch.randn(4, dtype=torch.float64)
+    mask = torch.randn(4, 70, 70, dtype=torch.float64)
+    mask[:, 3::7] -= 1e9
+
+    def call(attend, q, k, v, sinks):
+        more = {"sinks": sinks} if extra == "sinks" else {}
+        out, lse = attend(q, k, v, mask.to(q.dtype), return_lse=True, **kwargs, **more)
+        return out + lse[..., None] / 64 if extra == "LSE" else out
+
+    def checked(q, k, v, mask, *, is_causal=False, enable_gqa=False, return_lse, **more):
+        right = 0 if is_causal else 1 << 60
+        return reference.attention(q, k, v, mask=mask, scale=8**-0.5, right=right, **more)
+
+    leaves = [*qkv(2, 4, 70, 8, heads=heads, dtype=torch.float64), sinks]
+    used = leaves if extra == "sinks" else leaves[:3]
+    result, truth = (
+        with_gradients(lambda *x, f=f: call(f, *x, *leaves[len(x) :]), used) for f in (ours, checked)
+    )
+    for name, exact in truth.items():
+        assert_close(result[name], exact, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("queries", [9, 70])
+@pytest.mark.parametrize("peak", [1, 100, 1000])
+def test_peaked_rows_of_bfloat16(isa, queries, peak):
+    """One weight near 1: its rounding must not be that of its value, nor of what gradients subtract."""
+    q, k, v = qkv(2, 4, queries, 32, keys=200, dtype=torch.bfloat16)
+    leaves = (q * peak, k, v)
+    result, torchs = (with_gradients(f, leaves) for f in (ours, theirs))
+    for name, exact in with_gradients(theirs, [t.double() for t in leaves]).items():
+        far = (result[name].double() - exact).norm(), (torchs[name].double() - exact).norm()
+        assert far[0] <= (GRADIENT if name.startswith("grad") else FORWARD) * far[1], name
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3, None])

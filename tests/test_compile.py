@@ -104,6 +104,7 @@ def test_dropout_in_one_graph(kind):
 
 @pytest.mark.parametrize("kind", [*KINDS, *CELLS])
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
 def test_torch_func_grad_in_one_graph(kind, frozen):
     """Dynamo forgets that the argument itself wants a gradient."""
     module = getattr(seqkernels, kind)(5, 7).requires_grad_(not frozen)
@@ -126,6 +127,39 @@ def test_forward_mode_derivatives_in_one_graph(kind, frozen):
     assert_close(in_one_graph(derivative)(x, direction), derivative(x, direction))
 
 
+def calls(name):
+    """A function of x, and its parameters."""
+    if name in (*KINDS, *CELLS):
+        module = getattr(seqkernels, name)(5, 7).double()
+        return lambda x: tree_leaves(module(x))[0], list(module.parameters())
+    if name == "MultiheadAttention":
+        module = seqkernels.MultiheadAttention(5, 1).double()
+        return lambda x: module(x, x, x)[0], list(module.parameters())
+    v = torch.randn(5).double()
+    if name == "attention":
+        return lambda x: seqkernels.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]), []
+    return lambda x: seqkernels.additive_attention(x, x, x, v), []
+
+
+@pytest.mark.parametrize(
+    "name", ["LSTM", "RNN", "GRUCell", "MultiheadAttention", "attention", "additive attention"]
+)
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_second_derivatives_by_torch_func_in_one_graph(name):
+    """The gradient of a gradient, and of a penalty made of one, for x and for parameters."""
+    call, parameters = calls(name)
+    x = torch.randn(*((3, 5) if name in CELLS else (3, 4, 5))).double()
+    loss = lambda x: call(x).sin().sum()  # noqa: E731
+    steepness = lambda x: torch.func.grad(loss)(x).square().sum()  # noqa: E731
+    assert_close(in_one_graph(torch.func.grad(steepness))(x), torch.func.grad(steepness)(x))
+
+    leaves = [x.clone().requires_grad_(), *parameters]
+    penalty = lambda x: loss(x) + steepness(x)  # noqa: E731
+    results = (torch.autograd.grad(f(leaves[0]), leaves) for f in (in_one_graph(penalty), penalty))
+    assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
 def test_torch_func_grad_of_attention_in_one_graph():
     attend = seqkernels.scaled_dot_product_attention
     gradient, x = torch.func.grad(lambda x: attend(x, x, x).sin().sum()), torch.randn(2, 3, 4, 5)

@@ -523,6 +523,41 @@ def test_explain_changes_nothing():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class WithState(nn.Module):
+    """Buffers of all kinds: that forward reads, that share memory, that it gives another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = seqkernels.GRU(3, 4)
+        self.register_buffer("scale", torch.ones(1).expand(4))
+        self.register_buffer("h", None)
+        self.norm = torch.jit.script(nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        y, self.h = self.rnn(x, self.h)
+        return self.norm(y.flatten(0, 1)) * self.scale
+
+
+def test_explain_leaves_a_model_with_state_as_it_was():
+    x = torch.randn(5, 2, 3)
+    model = WithState()
+    model(x)
+    model.h = model.h.detach()
+    state, h = copy.deepcopy(model.state_dict()), model.h
+    assert "rnn: seqkernels.GRU on" in seqkernels.explain(model, x)
+    assert model.h is h
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    loss = model.eval()(x).sum()  # its graph has saved buffers
+    seqkernels.explain(model, x)
+    loss.backward()
+    model = WithState()
+    seqkernels.explain(model, x)
+    assert model.h is None
+    with torch.inference_mode():
+        model = WithState().eval()
+    assert "rnn: seqkernels.GRU on" in seqkernels.explain(model, x)
+
+
 def test_explain_hands_on_a_keyword_named_module():
     class Takes(nn.Module):
         def __init__(self):

@@ -62,7 +62,7 @@ def _scaled_dot_product_flash_attention_for_cpu(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     options = _options(query, scale, right=0 if is_causal else NO_LIMIT)
-    out, lse = _forward(query, key, value, options, dropout_p, mask=_four_dims(attn_mask))
+    out, lse = _forward(query, key, value, options, dropout_p, mask=_four_dims(attn_mask, query))
     return _lying_like(query, out.transpose(1, 2)), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -81,7 +81,7 @@ def _scaled_dot_product_flash_attention_for_cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = _options(query, scale, right=0 if is_causal else NO_LIMIT)
     outs = (out.transpose(1, 2), logsumexp)
-    mask = _four_dims(attn_mask)
+    mask = _four_dims(attn_mask, query)
     return _backward(grad_out.transpose(1, 2), query, key, value, *outs, options, dropout_p, mask=mask)
 
 
@@ -294,8 +294,8 @@ def _heads_first(x: Tensor, packed: Tensor | None) -> Tensor:
     return x.transpose(1, 2) if packed is None else x.transpose(0, 1).unsqueeze(0)
 
 
-def _four_dims(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[(None,) * (4 - mask.dim())]
+def _four_dims(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if mask is None else ops.readable(mask[(None,) * (4 - mask.dim())], q)
 
 
 def _lying_like(x: Tensor, result: Tensor) -> Tensor:

@@ -199,6 +199,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and self.bias_k is None
             and not self.add_zero_attn
             and not torch.is_grad_enabled()
+            and not self.training
         )
 
     def _forward_nested(self, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def attention(
     if apart or torch._C._are_functorch_transforms_active():
         q, k, v = map(ag.unit_last_stride, (q, k, v))
     if mask is not None:
-        mask = _readable(mask, q)
+        mask = readable(mask, q)
     if dropout and rng is None:
         rng = reference.random_state(q)
     options = (scale, softcap, left, right, bottom_right, dropout, rng, max_q, max_k)
@@ -105,14 +105,14 @@ def attention_weights(
     """
     q, k = map(ag.unit_last_stride, (q, k))
     if mask is not None:
-        mask = _readable(mask, q)
+        mask = readable(mask, q)
     if ag.records(q, k, mask):
         return _Weights.apply(*ag.distinct(q, k, lse.detach(), mask, scale, right, dropout, rng, mean))
     weights = _exported_weights if torch.compiler.is_exporting() else _weights
     return weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, dropout, rng, mean)
 
 
-def _readable(mask: Tensor, q: Tensor) -> Tensor:
+def readable(mask: Tensor, q: Tensor) -> Tensor:
     """The kernels read masks of bool, of q's dtype, and of that in which they accumulate."""
     acc = ag.accumulation_dtype(q.dtype)
     return mask if mask.dtype in (torch.bool, q.dtype, acc) else mask.to(acc)
