@@ -22,6 +22,7 @@ Window = tuple[int | None, int | None]
 MISFIT = "query, key, value and attn_mask differ in dtype, device or size"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BOOLS = (bool, torch.SymBool)
+_SCALES = (type(None), float, int, torch.SymFloat, torch.SymInt)
 INTEGERS = {torch.int64, torch.int32}
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 _torchs = F.scaled_dot_product_attention  # what `patch` finds there later may be ours
@@ -86,7 +87,7 @@ def scaled_dot_product_attention(
     """
     extras = return_lse or not (window is softcap is alibi_slopes is sinks is None)
     plain = isinstance(is_causal, bool) and isinstance(enable_gqa, _BOOLS)
-    simple = plain and attn_mask is None and dropout_p == 0
+    simple = plain and attn_mask is None and isinstance(scale, _SCALES) and dropout_p == 0
     if simple and not extras and _may_go_straight_on(query, key, value, enable_gqa):
         try:
             return ops.attention(
@@ -126,7 +127,7 @@ def scaled_dot_product_attention(
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras) and support.why_torch_is_faster(*dense[:4])
     both = plain and attn_mask is not None and is_causal
-    refused = dropout_p is None or not 0 <= dropout_p <= 1  # by torch, as much as the next
+    refused = not (hasattr(dropout_p, "__float__") and 0 <= dropout_p <= 1)  # by torch, as the next
     refused = refused or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))
     if not extras and (reason or forbidden or faster or refused):
         if bottom_right:  # torch has a fused kernel for the bias itself, on GPUs
@@ -195,6 +196,8 @@ def varlen_attention(
     if k.size(1) != v.size(1) or k.size(1) == 0 or q.size(1) % k.size(1):
         raise ValueError(f"k and v must have one number of heads that divides q's, got {described(q, k, v)}")
     cu = cu_seqlens_q, cu_seqlens_k
+    if not all(isinstance(c, Tensor) for c in cu):
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {described(*cu)}")
     if not cu[0].dim() == cu[1].dim() == 1 or cu[0].shape != cu[1].shape or {c.dtype for c in cu} - INTEGERS:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {described(*cu)}")
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
@@ -231,6 +234,10 @@ def decode_attention(
     with its first n keys and values.
     """
     k, v = k_cache, v_cache
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B,Hq,Tq,D], got {described(q)}")
+    if not isinstance(cache_seqlens, Tensor):
+        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {described(cache_seqlens)}")
     if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in INTEGERS:
         raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {described(cache_seqlens)}")
     if block_table is not None:
@@ -521,20 +528,24 @@ def _options(
     """The arguments of `ops.attention` for q [B,Hq,Tq,D], of so many sequences if they are not B."""
     (B, Hq, _, D), left, right = q.shape, NO_LIMIT, NO_LIMIT
     B = B if sequences is None else sequences
+    _check_number("scale", scale)
+    _check_number("softcap", softcap)
     if window is not None:
-        if len(window) != 2 or any(w is not None and w < 0 for w in window):
+        sides = window if isinstance(window, tuple | list) else ()
+        if len(sides) != 2 or any(w is not None and not (hasattr(w, "__index__") and w >= 0) for w in sides):
             raise ValueError(f"window must be (left, right), each an integer >= 0 or None, got {window!r}")
-        left, right = (NO_LIMIT if w is None else w for w in window)
+        left, right = (NO_LIMIT if w is None or w > NO_LIMIT else w for w in sides)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
     if alibi_slopes is not None:
-        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)) or alibi_slopes.requires_grad:
+        slopes = alibi_slopes
+        if tuple(getattr(slopes, "shape", ())) not in ((Hq,), (B, Hq)) or slopes.requires_grad:
             raise ValueError(
-                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {described(alibi_slopes)}"
+                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {described(slopes)}"
             )
-        alibi_slopes = alibi_slopes.float().contiguous()
+        alibi_slopes = slopes.float().contiguous()
     if sinks is not None:
-        if tuple(sinks.shape) != (Hq,):
+        if tuple(getattr(sinks, "shape", ())) != (Hq,):
             raise ValueError(f"sinks must be [{Hq}], got {described(sinks)}")
         sinks = sinks.to(accumulation_dtype(q.dtype)).contiguous()
     return {
@@ -546,6 +557,14 @@ def _options(
         "alibi": alibi_slopes,
         "sinks": sinks,
     }
+
+
+def _check_number(name: str, value: object) -> None:
+    """The ops would take a tensor for a number, and its gradient would be lost."""
+    learns = getattr(value, "requires_grad", False)
+    if value is not None and (learns or not hasattr(value, "__float__")):
+        got = type(value).__name__ + (" that requires a gradient" if learns else "")
+        raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be float, not {got}")
 
 
 def _why_torchs_only(*arguments: object) -> str:
@@ -560,5 +579,8 @@ def _why_torchs_only(*arguments: object) -> str:
     return f"window, softcap, alibi_slopes, sinks and return_lse need {wanted}, got {types}"
 
 
-def described(*tensors: Tensor | None) -> str:
-    return ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors if t is not None)
+def described(*tensors: object) -> str:
+    def words(t: object) -> str:
+        return f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+
+    return ", ".join(words(t) for t in tensors if t is not None)

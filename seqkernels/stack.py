@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from seqkernels import pipeline, ragged, support
 from seqkernels.ops import gru as gru_ops
@@ -142,6 +141,8 @@ def run(
 def _check_counts(cell: Cell, config: Config, states: States | None, weights: Sequence[Tensor]) -> None:
     if config.num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {config.num_layers}")
+    if isinstance(states, Tensor):
+        raise TypeError(f"expected a tuple of {cell.states} initial states, got one tensor")
     if states is not None and len(states) != cell.states:
         raise ValueError(f"expected {cell.states} initial states, got {len(states)}")
     D = 2 if config.bidirectional else 1
@@ -161,7 +162,10 @@ def _check_dims(
         raise ValueError(f"expected input {wanted}, got {list(x.shape)}")
     if packed and (batch_sizes.dim() != 1 or len(batch_sizes) == 0):
         raise ValueError(f"expected batch_sizes [T] of one step or more, got {list(batch_sizes.shape)}")
-    for name, given, dims in (("states of 3", states or (), (3,)), ("weights of 1 or 2", weights, (1, 2))):
+    for name, given, dims in (
+        ("states of 3", () if states is None else states, (3,)),
+        ("weights of 1 or 2", weights, (1, 2)),
+    ):
         if any(t.dim() not in dims for t in given):
             raise ValueError(f"expected {name} dimensions, got {[list(t.shape) for t in given]}")
 
@@ -184,8 +188,8 @@ def _layers(
     plan: pipeline.Plan | None,
 ) -> tuple[list[Tensor], States]:
     def one(i: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        if i > 0 and config.dropout > 0 and config.training:
-            x = F.dropout(x, config.dropout)
+        if i > 0 and config.dropout != 0 and config.training:
+            x = torch.dropout(x, config.dropout, True)  # F.dropout raises another error than torch's layers
         options = {} if prepacked is None else {"panels": prepacked[i]}
         return layer(
             x,

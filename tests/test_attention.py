@@ -383,6 +383,7 @@ BAD_CALLS = {
     "enable_gqa": lambda q, k, v: ((q, k, v), {"enable_gqa": 1}),
     "no enable_gqa": lambda q, k, v: ((q, k, v), {"enable_gqa": None}),
     "scale": lambda q, k, v: ((q, k, v), {"scale": "x"}),
+    "dropout that is no number": lambda q, k, v: ((q, k, v), {"dropout_p": "x"}),
     "mask that is a list": lambda q, k, v: ((q, k, v), {"attn_mask": [1.0]}),
     "causal mask of three dims": lambda q, k, v: ((q, k, v, torch.ones(4, 5, 7)), {"is_causal": True}),
     "causal mask, three dims": lambda q, k, v: ((q[0], k[0], v[0], torch.ones(5, 7)), {"is_causal": True}),
@@ -396,10 +397,21 @@ def test_raises_what_torch_raises(bad):
     expected = outcome(theirs, *args, **kwargs)
     assert isinstance(expected, tuple)
     result = outcome(ours, *args, **kwargs)
-    if expected[0] is TypeError and ("unexpected keyword" in expected[1] or "'scale'" in expected[1]):
+    if expected[0] is TypeError and "unexpected keyword" in expected[1]:
         assert result[0] is TypeError
     else:
         assert result == expected
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_numbers_have_no_gradient(name):
+    """The op would take the tensor for a number and lose the gradient; torch raises for scale."""
+    q, k, v = qkv(2, 4, 5, 8)
+    number = torch.tensor(0.5)
+    assert_close(ours(q, k, v, **{name: number}), ours(q, k, v, **{name: 0.5}))
+    for extras in ({}, {"return_lse": True}):
+        with pytest.raises(TypeError, match=f"'{name}' must be float, not Tensor that requires a gradient"):
+            ours(q, k, v, **{name: number.requires_grad_()}, **extras)
 
 
 def test_keys_and_values_of_different_lengths():
@@ -923,6 +935,16 @@ class Same(Tensor):
 decode = partial(seqkernels.decode_attention, q, k, v)
 BAD_EXTRAS = {
     "a window of one": (lambda: ours(q, k, v, window=(1,)), r"window must be \(left, right\)"),
+    "a window of floats": (lambda: ours(q, k, v, window=(1.5, 0)), r"each an integer .*got \(1.5, 0\)"),
+    "a window that is a number": (lambda: ours(q, k, v, window=5), r"window must be \(left, right\).*got 5"),
+    "slopes in a list": (lambda: ours(q, k, v, alibi_slopes=[1.0]), r"alibi_slopes must be .*got list"),
+    "sinks in a list": (lambda: ours(q, k, v, sinks=[1.0]), r"sinks must be \[4\], got list"),
+    "sequences in a list": (lambda: packed([0, 5], [0, 5]), r"must be integers \[S\+1\], got list, list"),
+    "lengths in a list": (lambda: decode([1, 2]), r"cache_seqlens must be integers \[2\], got list"),
+    "a query of three dims": (
+        lambda: seqkernels.decode_attention(q[0], k, v, lengths),
+        r"q must be \[B,Hq,Tq,D\], got torch.float32 \[4,",
+    ),
     "a negative window": (lambda: ours(q, k, v, window=(-1, 0)), r"window must be .*got \(-1, 0\)"),
     "no softcap": (lambda: ours(q, k, v, softcap=0.0), "softcap must be > 0 or None, got 0.0"),
     "slopes": (lambda: ours(q, k, v, alibi_slopes=torch.rand(3)), r"alibi_slopes must be \[4\] or \[2, 4\]"),
@@ -1029,7 +1051,12 @@ def test_bad_arguments_get_an_error(call, message):
 
 
 def test_options_of_a_wrong_type():
-    for options in ({"scale": "x"}, {"dropout_p": None}, {"window": (1.0, 0.5)}):
-        with pytest.raises(TypeError, match="Expected a value of type") as error:
+    for options, message in (
+        ({"scale": "x"}, "argument 'scale' must be float, not str"),
+        ({"softcap": "x"}, "argument 'softcap' must be float, not str"),
+        ({"dropout_p": None}, "Expected a value of type"),
+    ):
+        with pytest.raises(TypeError, match=message) as error:
             ours(q, k, v, return_lse=True, **options)
         assert "\n" not in str(error.value)
+    assert_close(ours(q, k, v, window=(2**70, 1)), ours(q, k, v, window=(None, 1)))

@@ -490,7 +490,7 @@ def test_an_older_run_that_cannot_be_read_is_told_before_measuring(tmp_path, cap
     if content is not None:
         older.write_text(content)
     assert main(arguments(tmp_path / "new", "--compare", str(older))) == 2
-    assert "--compare" in capsys.readouterr().out
+    assert "--compare" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -498,12 +498,12 @@ def test_a_folder_that_cannot_be_made_is_told_before_measuring(tmp_path, capsys,
     (tmp_path / "file").touch()
     monkeypatch.setattr(command, "run_cases", None)
     assert main(arguments(tmp_path / "file")) == 2
-    assert f"--out {tmp_path / 'file'}: " in capsys.readouterr().out
+    assert f"--out {tmp_path / 'file'}: " in capsys.readouterr().err
 
 
 def test_an_empty_choice_says_so(capsys):
     assert main(["--filter", "transformer"]) == 2
-    assert "transformer" in capsys.readouterr().out
+    assert "transformer" in capsys.readouterr().err
     assert main(["--list", "--suite", "all"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(cases.select("all"))
 
@@ -714,7 +714,7 @@ def test_a_gpu_suite_without_a_gpu_says_so(suite, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert main(["--suite", suite]) == 2
-    assert "needs a CUDA device" in capsys.readouterr().out
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_budgets(capsys):
@@ -793,14 +793,14 @@ def test_an_older_run_without_rows_is_told_before_measuring(tmp_path, capsys, co
     (tmp_path / "older.json").write_text(content)
     monkeypatch.setattr(command, "run_cases", None)
     assert main(arguments(tmp_path / "new", "--compare", str(tmp_path / "older.json"))) == 2
-    assert "--compare" in capsys.readouterr().out
+    assert "--compare" in capsys.readouterr().err
 
 
 def test_a_folder_that_takes_no_files_is_told_before_measuring(tmp_path, capsys, monkeypatch):
     (tmp_path / "results.csv").mkdir()
     monkeypatch.setattr(command, "run_cases", None)
     assert main(arguments(tmp_path)) == 2
-    assert f"--out {tmp_path}: " in capsys.readouterr().out
+    assert f"--out {tmp_path}: " in capsys.readouterr().err
 
 
 def test_what_is_done_is_kept_whatever_ends_the_run(tmp_path, monkeypatch):

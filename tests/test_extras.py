@@ -364,6 +364,22 @@ def test_activations_saved_by_two_calls_lie_apart(kind):
         assert all(map(torch.equal, gradients, expected))
 
 
+@kinds
+def test_gradients_that_keep_their_memory_are_written_whole(kind):
+    """Those of 2 MiB and more take the memory of freed ones, which torch does not fill with NaN."""
+    module, x = getattr(seqkernels, kind)(730, 730), torch.randn(5, 3, 730)
+    first, second = (torch.autograd.grad(module(x)[0].sum(), list(module.parameters())) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert {t.data_ptr() for t in first}.isdisjoint(t.data_ptr() for t in second)
+    for t in first:
+        t.fill_(torch.nan)
+    where = {t.data_ptr() for t in first if t.nbytes >= 2 << 20}
+    del first, t
+    again = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+    assert all(map(torch.equal, again, second))
+    assert where & {t.data_ptr() for t in again}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_kept_for_activations_has_a_limit():
     def resident() -> int:
@@ -377,6 +393,12 @@ def test_memory_kept_for_activations_has_a_limit():
 
 
 # -------------------------------------------------------------------------------------------- packed weights
+
+
+@kinds
+def test_weights_on_meta_are_not_packed(kind):
+    with pytest.raises(RuntimeError, match="weights that hold numbers, got weights on meta"):
+        getattr(seqkernels, kind)(3, 4, device="meta").prepack_()
 
 
 @kinds

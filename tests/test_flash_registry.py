@@ -87,6 +87,13 @@ def test_sdpa_on_the_cpu(options, dtype, calls):
     assert calls == ["_fwd", "_bwd"]
 
 
+def test_a_mask_less_exact_than_the_query(active, calls):
+    q, k, v = (torch.randn(2, 4, n, 8, dtype=torch.float64) for n in (9, 7, 7))
+    mask = torch.randn(9, 7)
+    assert_close(run(q, k, v, attn_mask=mask), run(q, k, v, attn_mask=mask.double()))
+    assert calls == ["_fwd", "_bwd"] * 2
+
+
 def test_one_graph(active, calls):
     torch.compiler.reset()
     q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))

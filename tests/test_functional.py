@@ -69,6 +69,19 @@ def test_dropout_acts_in_training_between_layers(kind):
     assert_close(function(kind, x, None, weights, **options)[0], theirs.eval()(x)[0])
 
 
+@kinds
+def test_dropout_out_of_range_is_told_as_torch_tells_it(kind):
+    theirs = torch_module(kind, 5, 7, 2)
+    x, options = torch.randn(4, 3, 5), {"num_layers": 2, "training": True}
+    for p in (-0.5, 1.5, float("nan")):
+        theirs.dropout = p
+        with pytest.raises(RuntimeError) as expected:
+            theirs(x)
+        with pytest.raises(RuntimeError) as told:
+            function(kind, x, None, theirs._flat_weights, dropout=p, **options)
+        assert str(told.value) == str(expected.value)
+
+
 @everywhere
 @kinds
 def test_gradients_reach_weights(kind):
@@ -81,7 +94,6 @@ def test_gradients_reach_weights(kind):
     assert_close(grads, expected)
 
 
-@everywhere
 def narrow_dims(hx):
     return tuple(h[0] for h in hx) if isinstance(hx, tuple) else hx[0]
 
@@ -127,6 +139,11 @@ def test_wrong_number_of_states(count):
     hx = (torch.zeros(1, 3, 7),) * count
     with pytest.raises(ValueError, match=f"expected 2 initial states, got {count}"):
         functional.lstm(torch.randn(4, 3, 5), hx, nn.LSTM(5, 7)._flat_weights)
+
+
+def test_states_of_one_tensor():
+    with pytest.raises(TypeError, match="expected a tuple of 2 initial states, got one tensor"):
+        functional.lstm(torch.randn(4, 3, 5), torch.zeros(2, 1, 3, 7), nn.LSTM(5, 7)._flat_weights)
 
 
 def test_unknown_nonlinearity():

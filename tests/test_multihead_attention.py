@@ -197,6 +197,22 @@ def test_the_hint_of_causality(options, need_weights):
         assert_close(result, run(theirs, qkv, **kwargs, is_causal=True))
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_wrong_hint_of_causality(need_weights, padded):
+    """The mask counts where torch goes by it, the hint where torch goes by that."""
+    ours, theirs = twins()
+    window = ~torch.ones(L, L).tril().triu(-1).bool()
+    padding = (torch.arange(L) == L - 1).expand(N, L) if padded else None
+    kwargs = {"attn_mask": window, "key_padding_mask": padding, "need_weights": need_weights}
+    for mask in (window, torch.zeros(N * ours.num_heads, L, L).masked_fill(window, -torch.inf).double()):
+        kwargs["attn_mask"] = mask
+        if padded and mask.is_floating_point():
+            kwargs["key_padding_mask"] = torch.zeros(N, L).double().masked_fill(padding, -torch.inf)
+        qkv = inputs(ours, keys=L)
+        assert_close(run(ours, qkv, **kwargs, is_causal=True), run(theirs, qkv, **kwargs, is_causal=True))
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_shared_inputs(batch_first):
     """Self-attention projects once, attention to a memory twice."""
@@ -520,7 +536,7 @@ def test_memory_does_not_grow_with_the_scores():
     T = 8192
     module, x = seqkernels.MultiheadAttention(16, 2, batch_first=True), torch.randn(1, T, 16)
     padding = torch.zeros(1, T, dtype=torch.bool)
-    causal = torch.zeros(1, 1, dtype=torch.bool).expand(T, T)
+    causal = torch.ones(T, T, dtype=torch.bool).triu(1)
 
     def train():
         for kwargs in ({}, {"attn_mask": causal, "is_causal": True}):
@@ -603,6 +619,15 @@ def test_padding_is_left_out_in_inference(attended):
     assert attended == [(1, 2, 7 + 4 + 5, 8)] * 2
     expected = model(src, src_key_padding_mask=padding)
     assert_close(out[~padding], expected[~padding])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_in_training_are_torchs():
+    """Which refuses them; ours would have left out the dropout."""
+    ours = seqkernels.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad(), pytest.raises(AssertionError, match="fast path was not hit because training"):
+        ours(x, x, x, need_weights=False)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

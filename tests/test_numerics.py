@@ -177,7 +177,7 @@ def test_scratch_of_many_threads_is_kept(threads):
 def test_error_does_not_grow_faster_than_torchs(kind, dtype, T):
     torch.manual_seed(T)
     pair = twins(kind, 16, 32, dtype=dtype)
-    check(pair, torch.randn(T, 2, 16).to(dtype), grad=T <= 256)
+    check(pair, torch.randn(T, 2, 16).to(dtype), grad=T <= 256 or dtype == torch.float32)
 
 
 def scaled(module: nn.Module, factor: float) -> None:

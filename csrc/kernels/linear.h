@@ -20,7 +20,7 @@ struct LinearFwdParams : LinearParams {
   const void* b = nullptr;  // [N] or null
   void* y = nullptr;        // [M, N]
 };
-// What is null is not wanted.
+// What is null is not wanted; db is summed while dw is made, and comes only together with it.
 struct LinearBwdParams : LinearParams {
   const void* dy = nullptr;  // [M, N], rows dy_m elements apart
   int64_t dy_m = 0;

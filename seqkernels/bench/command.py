@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,35 +52,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def positive(kind: type) -> type:
+def positive(kind: type) -> Callable[[str], float]:
     def convert(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not 0 < value <= MOST:
-            raise ValueError
+            number = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {number} above 0, at most {MOST}, got {text!r}")
         return value
 
-    convert.__name__ = f"positive {kind.__name__}"  # argparse puts it into its message
     return convert
+
+
+def complain(text: str) -> int:
+    """The exit status."""
+    print(text, file=sys.stderr)
+    return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     cases = select(args.suite, args.filter)
     if not cases:
-        print(f'no case of suite {args.suite} has "{args.filter}" in its name; --list shows the names')
-        return 2
+        return complain(
+            f'no case of suite {args.suite} has "{args.filter}" in its name; --list shows the names'
+        )
     if args.list:
         print("\n".join(case.name for _, case in cases))
         return 0
     on_gpu = args.suite in GPU_SUITES
     if on_gpu and not torch.cuda.is_available():
-        print(f"suite {args.suite} needs a CUDA device, and torch sees none")
-        return 2
+        return complain(f"suite {args.suite} needs a CUDA device, and torch sees none")
     try:
         older = read_older(args.compare) if args.compare else None
     except (OSError, ValueError) as error:  # before hours of measuring, not after
-        print(f"--compare {args.compare}: {error}")
-        return 2
+        return complain(f"--compare {args.compare}: {error}")
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     folder = args.out or Path("bench-reports") / started.replace(":", "").replace(" ", "-")
     if args.threads:
@@ -93,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write(report, folder, page=False)
     except OSError as error:
-        print(f"--out {folder}: {error}")
-        return 2
+        return complain(f"--out {folder}: {error}")
     console.header(report, on_gpu)
     interrupted = False
     start = time.perf_counter()

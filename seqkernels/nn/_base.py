@@ -225,6 +225,10 @@ class Recurrent(RNNBase):
         Copies and pickles of the module are without packs.
         """
         weights = self._weights()
+        if any(w.is_meta for w in weights):
+            raise RuntimeError(
+                "prepack_ needs weights that hold numbers, got weights on meta: load them first"
+            )
         per_layer = len(weights) // self.num_layers
         gates, bidirectional = self._cell().gates, self.bidirectional
         with torch.no_grad():

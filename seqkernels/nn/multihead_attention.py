@@ -48,6 +48,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         reason = support.why_torch_attends(query, self.head_dim)
         if plain and not reason and not self._fits(query, key, value, *masks, is_causal):
             reason = MISFIT
+        if not 0 <= dropout <= 1:
+            reason = f"dropout must be between 0 and 1, got {dropout}"
         if not (plain or reason or forbidden or need_weights) and self._fits_nested(
             query, key, value, *masks
         ):
@@ -66,11 +68,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = self._heads(query, key, value)
         k, v = self._with_bias_and_zeros(k, v)
         more = k.size(2) - key.size(-2 if self.batch_first or unbatched else 0)
-        # The hint replaces the mask where it does so in torch, and wherever both mean the same. What
+        # The hint replaces the mask where it does so in torch, and where both are seen to mean the same. What
         # torch.nn.Transformer finds out under torch.compile is no bool yet: then the mask stays.
-        hint = is_causal is True and not (
-            attn_mask.requires_grad or (more and (need_weights or key_padding_mask is not None))
-        )
+        hint = is_causal is True and not attn_mask.requires_grad
+        if hint and (need_weights or key_padding_mask is not None):
+            hint = not more and _is_causal(attn_mask)
         masks = None if hint else attn_mask, key_padding_mask
         _warn_of_mismatch(*masks)
         len_k = None if more or need_weights else _lengths(*masks)
@@ -222,6 +224,19 @@ def _warn_of_mismatch(attn_mask: Tensor | None, key_padding_mask: Tensor | None)
             "Use same type for both instead.",
             stacklevel=4,
         )
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """True only where it costs nothing to know: on a GPU the host would have to wait."""
+    if mask.device.type != "cpu" or type(mask) is not Tensor or not support.is_eager():
+        return False
+    keys = torch.arange(mask.size(-1))
+    for i, rows in enumerate(mask.split(64, -2)):  # in parts: no second tensor of L x S
+        future = keys > torch.arange(64 * i, 64 * i + rows.size(-2))[:, None]
+        wanted = future if mask.dtype == torch.bool else torch.where(future, -torch.inf, 0.0)
+        if not torch.equal(rows, wanted.to(mask.dtype).expand_as(rows)):
+            return False
+    return True
 
 
 def _lengths(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:

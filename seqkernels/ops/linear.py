@@ -41,9 +41,12 @@ class _Linear(ag.Function):
             inputs = [t for t in (x, w, b) if t is not None]
             grads = ag.differentiate(lambda *inputs: (F.linear(*inputs),), inputs, (dy,))
             return *grads, *[None] * (3 - len(inputs))
-        need_dx, *need_dw = ctx.needs_input_grad
-        dx, dw, db = _bwd(ag.unit_last_stride(dy), x, w, need_dx, any(need_dw))
-        return dx if need_dx else None, dw if need_dw[0] else None, db if need_dw[1] else None
+        need_dx, need_dw, need_db = ctx.needs_input_grad
+        if not need_dw:  # the kernel sums db while it makes dw
+            dx = _bwd(ag.unit_last_stride(dy), x, w, True, False)[0] if need_dx else None
+            return dx, None, dy.sum(0) if need_db else None
+        dx, dw, db = _bwd(ag.unit_last_stride(dy), x, w, need_dx, True)
+        return dx if need_dx else None, dw, db if need_db else None
 
 
 _exported = ag.exported("linear_fwd", _Linear.apply, F.linear)

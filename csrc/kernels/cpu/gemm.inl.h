@@ -222,8 +222,8 @@ SEQ_INLINE void release_tiles() {}
 #endif
 
 // C [M, width] = init + A panel. `width` is the panel's: NR, or half of it for the last panel. K is a
-// multiple of kDepth, both A and the panel padded with zeros. `next` is the panel that comes after this one,
-// null: the one behind it.
+// multiple of kDepth: what is beyond is zero in the panel, and in A zero or a number of the next slot (gate
+// gradients). `next` is the panel that comes after this one, null: the one behind it.
 template <class D>
 static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb,
                        const Acc<D>* init, int64_t ldi, Acc<D>* c, int64_t ldc, const D* next = nullptr) {

@@ -6,7 +6,7 @@
 // W_ih) and of gate rows (dW += dG^T [x | h], with x and h packed into panels once a chunk), which the
 // threads of the direction take from one queue, so that a core that is slower, or shared, holds up nobody. So
 // dG never exists for the whole sequence, a block is the work of one thread (no copies: same bits every time,
-// whoever takes it), and all threads of a direction meet twice a chunk.
+// whoever takes it), and all threads of a direction meet twice a chunk, three times where gates are rebuilt.
 #pragma once
 
 #include "layer_fwd.inl.h"
@@ -220,8 +220,8 @@ struct LayerBwd {
           group(group_),
           owner(rank_ < plan.per_direction()),
           row_group(owner ? rank / plan.unit_groups : 0),
-          r0(owner ? row_split(seq, plan.row_groups, row_group) : 0),
-          r1(owner ? row_split(seq, plan.row_groups, row_group + 1) : 0),
+          r0(owner ? row_group_of(seq, plan.row_groups, row_group).begin : 0),
+          r1(owner ? row_group_of(seq, plan.row_groups, row_group).end : 0),
           n0(G * f.H * rank / group),
           n1(G * f.H * (rank + 1) / group),
           q0(f.P * rank / group),

@@ -199,7 +199,7 @@ static void linear_bwd(const LinearBwdParams& p) {
                .c = static_cast<S*>(p.dx),
                .parallel = p.parallel}
         .run();
-  if (p.dw || p.db)
+  if (p.dw || p.db)  // of dw with no columns there is no pointer
     Product<S>{.M = p.N,
                .N = p.K,
                .K = p.M,

@@ -78,42 +78,60 @@ static double step_cycles(int64_t rows, int64_t units, int64_t I, int64_t K, int
 constexpr double kBalanced = 0.97;
 constexpr int64_t kFineBlocks = 4;
 
-// Rows [split(i), split(i + 1)) belong to row group i: the same number of tokens each.
-static int64_t row_split(const Sequence& seq, int groups, int i) {
+// Visits the row groups in order, visit(i, first row, end) -> go on? They have the same number of tokens
+// each. In a packed sequence a row that follows lives no longer than those before: one walk over rows and
+// steps.
+template <class Visit>
+static void each_row_group(const Sequence& seq, int groups, const Visit& visit) {
   const int64_t B = seq.p.B;
-  if (!seq.p.batch_sizes || i == 0 || i == groups) return B * i / groups;
-  int64_t lo = 0, hi = B;
-  const double target = double(seq.tokens) * i / groups;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    double below = 0;
-    for (int64_t t = 0; t < seq.p.T; t++) below += double(seq.rows(t, 0, mid));
-    if (below < target)
-      lo = mid + 1;
-    else
-      hi = mid;
+  int64_t begin = 0, row = 0, steps = seq.p.T;
+  double above = 0;  // tokens of the rows before `row`
+  for (int i = 0; i < groups; i++) {
+    int64_t end = B * (i + 1) / groups;
+    if (seq.p.batch_sizes && i + 1 < groups) {
+      const double target = double(seq.tokens) * (i + 1) / groups;
+      for (; row < B && above < target; row++) {
+        while (steps > 0 && seq.rows(steps - 1) <= row) steps--;
+        above += double(steps);
+      }
+      end = row;
+    }
+    if (!visit(i, begin, end)) return;
+    begin = end;
   }
-  return lo;
+}
+struct RowRange {
+  int64_t begin = 0, end = 0;
+};
+static RowRange row_group_of(const Sequence& seq, int groups, int which) {
+  RowRange range;
+  each_row_group(seq, groups, [&](int i, int64_t begin, int64_t end) {
+    range = {begin, end};
+    return i < which;
+  });
+  return range;
 }
 
 template <class D>
 static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only, double balanced = 1) {
   const LayerParams& p = seq.p;
   const int64_t blocks = divide_up(p.H, NR<D>);
-  const int64_t samples = p.batch_sizes ? least(p.T, 64) : 1;
   Plan best{1, 1, 1};
   double cheapest = -1;
   auto consider = [&](int concurrent, int rg, int ug) {
     const int64_t units = divide_up(blocks, ug) * NR<D>;
+    // Steps looked at: planning for 100 threads must not take longer than their work.
+    const int64_t samples = p.batch_sizes ? least(p.T, most(8, least(64, 256 / rg))) : 1;
     double worst = 0;
-    for (int i = 0; i < rg; i++) {
-      const int64_t r0 = row_split(seq, rg, i), r1 = row_split(seq, rg, i + 1);
+    each_row_group(seq, rg, [&](int, int64_t begin, int64_t end) {
       double sum = 0;
       for (int64_t s = 0; s < samples; s++)
-        sum += step_cycles<D>(seq.rows(p.T * s / samples, r0, r1), least(units, p.H), p.I, p.P, G, ug > 1);
+        sum +=
+            step_cycles<D>(seq.rows(p.T * s / samples, begin, end), least(units, p.H), p.I, p.P, G, ug > 1);
       if (sum > worst) worst = sum;
-    }
-    worst *= double(p.D) / concurrent;
+      return true;
+    });
+    worst *= double(p.D) / (concurrent * samples);
     if (ug > 1 && blocks >= kFineBlocks * ug) worst *= balanced;
     if (cheapest < 0 || worst < cheapest) cheapest = worst, best = {concurrent, rg, ug};
   };

@@ -182,7 +182,7 @@ SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
 }
 
 // Store past the caches, for what is read only in backward: no line is fetched before it is overwritten. p is
-// aligned to the vector and n is whole (see `stream` in FwdTile); fence() makes the stores visible to other
+// aligned to the vector and n is whole (see `past_cache` in FwdTile); fence() makes the stores visible to other
 // threads.
 template <class S>
 SEQ_INLINE void stream(S* p, Vec<Acc<S>> v) {
