@@ -145,6 +145,9 @@ def gate_cases() -> Iterator[tuple[str, tuple]]:
                 yield from cases
             elif (n + m) % 3 != 0 if most_used else (n + m) % 9 == 0:
                 yield cases[n % 3]
+    for arch, dtype, dim in ((90, "bf16", 64), (90, "bf16", 256), (100, "bf16", 128), (80, "fp32", 128)):
+        everything = triton_cubin.TIERS["rich"]["everything"]
+        yield f"far-sm{arch}-{dtype}-{dim}", ("far", arch, dtype, dim, launch.OF_ROWS, everything)
 
 
 def row_cases(kernel: str, arch: int, dtype: str, row: tables.Row, tier: str):

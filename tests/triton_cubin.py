@@ -26,6 +26,7 @@ KERNELS = {
     DQ: (backward.attention_dq, {}),
     TILES: (backward.attention_dmask, {"SUM_Q": False, "SUM_K": False}),
     "weights": (weights.attention_weights, {}),
+    "far": (backward.attention_far, {}),
 }
 # Out where there are parts
 FLOAT32 = {"Out", "OutLse", "DLse", "Lse", "Statistics", "DMask", "Alibi", "Sinks"}

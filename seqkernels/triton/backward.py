@@ -1,7 +1,8 @@
 """Backward in two kernels, one for dK and dV by keys and one for dQ by queries, and a third for the mask.
 
-Each recomputes P = exp(S - LSE). Every gradient has one owner that adds in a fixed order: no atomics, the
-same bits every time, for two products more than a kernel that scatters dQ. With delta = rowsum(dO * O) - dLSE
+Each recomputes P = exp(S - LSE), or exp(S - max - log sum) of rows that a finite mask hides. Every gradient
+has one owner that adds in a fixed order: no atomics, the same bits every time, for two products more than a
+kernel that scatters dQ. With delta = rowsum(dO * O) - dLSE
 
     dS = P * (dP - delta),   dP = dO Vᵀ,   dQ = scale dS K,   dK = scale dSᵀ Q,   dV = Pᵀ dO
 """
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 
 from .common import (
+    FAR,
+    FLOAT,
     INF,
     LOG2E,
     Keys,
@@ -19,6 +22,7 @@ from .common import (
     head_of,
     kept,
     key_range,
+    largest_and_sum,
     load_keys,
     load_rows,
     logits,
@@ -32,7 +36,9 @@ from .forward import RUNTIME
 
 GRADIENT = [*RUNTIME, "dout_b", "dout_h", "dout_t", "dscale", "Tp"]
 PAD = tl.constexpr(128)  # no tile has more queries
-WIDTH = tl.constexpr(8)  # of the rows of statistics: LSE, delta, and zeros
+WIDTH = tl.constexpr(
+    8
+)  # of the rows of statistics: LSE, delta, log2 of the sum (see attention_far), and zeros
 
 
 @triton.jit
@@ -46,12 +52,17 @@ def statistics_row(b, row, h, heads, first_q, Tp, F: tl.constexpr):
 
 
 @triton.jit
-def load_statistics(statistics, i):
-    """LSE and delta of queries i. Fewer numbers than threads would be loaded by every thread that needs them,
-    in the layout of the scores and with an address for each; rows of WIDTH go through shared memory."""
+def load_statistics(statistics, i, F: tl.constexpr, COLUMNS: tl.constexpr):
+    """LSE, delta and log_sum of queries i. Fewer numbers than threads would be loaded by every thread that
+    needs them, in the layout of the scores and with an address for each; rows of WIDTH go through shared
+    memory."""
     c = tl.arange(0, WIDTH)[None, :]
     x = tl.load(statistics + i[:, None] * WIDTH + c)
-    return tl.sum(tl.where(c == 0, x, 0.0), 1), tl.sum(tl.where(c == 1, x, 0.0), 1)
+    log_sum = 0.0
+    if F.MASK == FLOAT:
+        log_sum = tl.sum(tl.where(c == 2, x, 0.0), 1)
+        log_sum = log_sum[None, :] if COLUMNS else log_sum[:, None]
+    return tl.sum(tl.where(c == 0, x, 0.0), 1), tl.sum(tl.where(c == 1, x, 0.0), 1), log_sum
 
 
 @triton.jit(do_not_specialize=["heads", "Tq", "Tp", "tiles", "dout_b", "dout_h", "dout_t"])
@@ -86,13 +97,58 @@ def attention_statistics(
     tl.store(Statistics + to * WIDTH + 1, delta)
 
 
+@triton.jit(do_not_specialize=[*GRADIENT, "tiles"])
+def attention_far(
+    Q, K, V, Mask, CuQ, CuK, LenK, Alibi, Sinks, Rng,
+    q_b: tl.int64, q_h: tl.int64, q_t, k_b: tl.int64, k_h: tl.int64, k_t,
+    v_b: tl.int64, v_h: tl.int64, v_t,
+    mask_b: tl.int64, mask_h: tl.int64, mask_q: tl.int64, mask_k: tl.int64, alibi_b: tl.int64,
+    heads, group, Tq, Tk, left, right, scale, softcap, threshold: tl.int64, factor,
+    DOut, Statistics, dout_b: tl.int64, dout_h: tl.int64, dout_t, dscale, Tp: tl.int64,
+    OutLse, tiles,
+    F: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Rows whose LSE is far from 0 get their largest logit in its place, and log2 of the sum beside: an LSE
+    of -1e9, where a float mask hides a whole row, has no digits left for it. Other programs end at once."""
+    pid = tl.program_id(0)
+    i = pid % tiles * BM + tl.arange(0, BM)
+    pid = pid // tiles
+    b, h = pid // heads, pid % heads
+    q_b, q_h, q_t = q_b * F.ALIGN, q_h * F.ALIGN, q_t * F.ALIGN
+    k_b, k_h, k_t = k_b * F.ALIGN, k_h * F.ALIGN, k_t * F.ALIGN
+    row, first_q, first_k, see = sequence(b, Tq, Tk, CuQ, CuK, LenK, left, right, F)
+    ok = i < see.len_q
+    t = first_q + i
+    lse = tl.abs(tl.load(OutLse + (row * heads + h) * Tq + t, mask=ok, other=0.0))
+    far = (lse > FAR) & (lse < INF)
+    if tl.max(far.to(tl.int32), 0) == 0:
+        return
+    head = head_of(
+        b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
+        scale, softcap, threshold, factor, F,
+    )  # fmt: skip
+    q = load_rows(Q, row * q_b + h * q_h + t * q_t, ok, F, False)
+    m, total = largest_and_sum(q, K + row * k_b + h // group * k_h + first_k * k_t, k_t, i, head, F)
+    if F.SINKS:
+        sink = tl.load(Sinks + h) * LOG2E
+        top = tl.maximum(m, sink)
+        total = total * tl.exp2(m - top) + tl.exp2(sink - top)
+        m = top
+    to = statistics_row(b, row, h, heads, first_q, Tp, F) + i
+    tl.store(Statistics + to * WIDTH, m, mask=far)
+    tl.store(Statistics + to * WIDTH + 2, tl.log2(total), mask=far)
+
+
 @triton.jit
 def weight_and_gradient(
-    s, dp, i, j, cut, lse, delta, keep, head, F: tl.constexpr
+    s, dp, i, j, cut, lse, delta, log_sum, keep, head, F: tl.constexpr
 ):  # fmt: skip
     """P after dropout, dS, and the gradient of scale * q·k, which is dS in front of the softcap."""
     s, cap = logits(s, i, j, cut, head, F, True)
-    p = tl.exp2(s - lse)
+    x = s - lse
+    if F.MASK == FLOAT:
+        x = tl.where(x > 0.0, 0.0, x) - log_sum
+    p = tl.exp2(x)
     if F.DROPOUT:
         dp = tl.where(keep, dp * head.dropout.factor, 0.0)
     ds = p * (dp - delta)
@@ -183,7 +239,7 @@ def attention_dkdv(
             present = i < see.len_q
             q = load_rows(Qh + wide(i0) * q_t, r * q_t, present, F, False)
             dout = load_rows(DOh + wide(i0) * dout_t, r * dout_t, present, F, True)
-            lse, delta = load_statistics(statistics, i)
+            lse, delta, log_sum = load_statistics(statistics, i, F, True)
             keep = True
             if F.DROPOUT:
                 keep = tl.trans(kept(i, j0, head, BN))
@@ -195,7 +251,7 @@ def attention_dkdv(
             if F.RIGHT or F.LEFT:
                 cut = (i0 < full_lo) | (i0 + BM > full_hi)
             p, _ds, dqk = weight_and_gradient(
-                s, dp, i[None, :], j[:, None], cut, lse[None, :], delta[None, :], keep, head, F
+                s, dp, i[None, :], j[:, None], cut, lse[None, :], delta[None, :], log_sum, keep, head, F
             )
             if WANT_DV:
                 dv = add_product(dv, p, dout, F)
@@ -239,7 +295,8 @@ def attention_dq(
     t = first_q + i
     q = load_rows(Q, row * q_b + h * q_h + t * q_t, ok, F, False)
     dout = load_rows(DOut, row * dout_b + h * dout_h + t * dout_t, ok, F, True)
-    lse, delta = load_statistics(Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH, i)
+    statistics = Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH
+    lse, delta, log_sum = load_statistics(statistics, i, F, False)
     head = head_of(
         b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
         scale, softcap, threshold, factor, F,
@@ -262,7 +319,7 @@ def attention_dq(
         dp = dot_rows(dout, v, F)
         cut = (j0 < full_lo) | (j0 + BN > full_hi)
         _p, _ds, dqk = weight_and_gradient(
-            s, dp, i[:, None], j[None, :], cut, lse[:, None], delta[:, None], keep, head, F
+            s, dp, i[:, None], j[None, :], cut, lse[:, None], delta[:, None], log_sum, keep, head, F
         )
         dq = add_product(dq, dqk, k, F)
     store_rows(DQ, ((row * Tq + t) * heads + h) * F.D, ok, scale_rows(dq, dscale), F, False)
@@ -309,7 +366,8 @@ def attention_dmask(
         dout = load_rows(DOut + row * dout_b + h * dout_h + wide(i0) * dout_t, r * dout_t, ok, F, True)
         k = load_rows(K + row * k_b + h // group * k_h + wide(j0) * k_t, c * k_t, there, F, False)
         v = load_rows(V + row * v_b + h // group * v_h + wide(j0) * v_t, c * v_t, there, F, True)
-        lse, delta = load_statistics(Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH, i)
+        statistics = Statistics + statistics_row(b, row, h, heads, first_q, Tp, F) * WIDTH
+        lse, delta, log_sum = load_statistics(statistics, i, F, False)
         head = head_of(
             b, h, see, heads, Mask, Alibi, Rng, mask_b, mask_h, mask_q, mask_k, alibi_b,
             scale, softcap, threshold, factor, F,
@@ -320,7 +378,7 @@ def attention_dmask(
         s = dot_rows(q, k, F)
         dp = dot_rows(dout, v, F)
         _p, ds, _dqk = weight_and_gradient(
-            s, dp, i[:, None], j[None, :], True, lse[:, None], delta[:, None], keep, head, F
+            s, dp, i[:, None], j[None, :], True, lse[:, None], delta[:, None], log_sum, keep, head, F
         )
         total += ds
 

@@ -14,6 +14,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-3e38)  # of a finite mask, so that a logit can be added
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+FAR = tl.constexpr(1024.0)  # an LSE so far from 0 has lost digits of the logarithm of the sum
+STEP = tl.constexpr(32)  # keys at a time for rows of such: tiles of 128 spilled
 BOOL, FLOAT = tl.constexpr(1), tl.constexpr(2)  # kinds of masks
 
 
@@ -306,6 +308,21 @@ def logits(s, i, j, cut, head, F: tl.constexpr, SCALE: tl.constexpr):
             ok = ok & (j - i >= see.offset - see.left)
         s = tl.where(ok, s, -INF)
     return s, cap
+
+
+@triton.jit
+def largest_and_sum(q, K, k_t, i, head, F: tl.constexpr):
+    """Of queries i over all keys of a head: the largest logit m and the sum of 2^(logit - m)."""
+    m, total = tl.full([i.shape[0]], -INF, tl.float32), tl.zeros([i.shape[0]], tl.float32)
+    n = tl.arange(0, STEP)
+    for j0 in tl.range(0, head.see.len_k, STEP):
+        k = load_rows(K + wide(j0) * k_t, n * k_t, j0 + n < head.see.len_k, F, False)
+        x, _cap = logits(dot_rows(q, k, F), i[:, None], j0 + n[None, :], True, head, F, True)
+        m_new = tl.maximum(m, tl.max(x, 1))
+        shift = tl.where(m_new == -INF, 0.0, m_new)
+        total = total * tl.exp2(m - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
+        m = m_new
+    return m, total
 
 
 @triton.jit

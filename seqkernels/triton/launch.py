@@ -19,6 +19,7 @@ from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
 
 WIDEST = {2: 128, 4: 32}  # exact float32 products hold whole rows of both factors in registers
 INTERPRETED = triton.knobs.runtime.interpret  # asked once, as @triton.jit does
+OF_ROWS = Tile(32, 0, 4, 1)  # kernels that make statistics of queries
 FAR = 2**29  # a window no sequence reaches; sums of two stay within int32
 
 
@@ -151,7 +152,7 @@ def attention_bwd(
     statistics[..., 0] = math.inf
 
     with torch.cuda.device_of(q):
-        tile = Tile(32, 0, 4, 1)
+        tile = OF_ROWS
         tiles = cdiv(problem.max_q, PAD) * (PAD // tile.BM)
         launch(
             backward.attention_statistics, problem.batches * heads * tiles, tile,
@@ -159,6 +160,10 @@ def attention_bwd(
             *strides, heads, Tq, Tp, tiles, F=f._replace(LEN_K=False), DLSE=dlse is not None,
         )  # fmt: skip
         gradient = (*problem.arguments, dout, statistics, *strides, scale, Tp)
+        if f.MASK == FLOAT.value:
+            tiles = cdiv(problem.max_q, tile.BM)
+            programs = problem.batches * heads * tiles
+            launch(backward.attention_far, programs, tile, *gradient, lse, tiles, F=f)
 
         tile = problem.tile(DKDV)
         tiles = cdiv(problem.max_k, tile.BN)
@@ -192,7 +197,7 @@ def attention_bwd(
 
     dsinks = q.new_empty(0, dtype=torch.float32)
     if sinks is not None:  # a key without value: dP = 0, so dS = -P delta
-        p = torch.exp2(sinks[:, None] * LOG2E.value - statistics[..., 0])
+        p = torch.exp2(sinks[:, None] * LOG2E.value - statistics[..., 0] - statistics[..., 2])
         dsinks = -(p * statistics[..., 1]).sum((0, 2))
     return dq, dk, dv, dmask, dsinks
 

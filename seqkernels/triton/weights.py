@@ -3,11 +3,21 @@
 import triton
 import triton.language as tl
 
-from .common import INF, LOG2E, dot_rows, head_of, kept, load_rows, logits, sequence, wide
+from .common import (
+    FAR,
+    FLOAT,
+    INF,
+    LOG2E,
+    dot_rows,
+    head_of,
+    kept,
+    largest_and_sum,
+    load_rows,
+    logits,
+    sequence,
+    wide,
+)
 from .forward import RUNTIME
-
-FAR = tl.constexpr(1024.0)  # from 0 is an LSE
-STEP = tl.constexpr(32)  # keys at a time for such: tiles of 128 spilled
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "average"])
@@ -49,16 +59,8 @@ def attention_weights(
         # Far from 0 its rounding would be that of P, up to an LSE of -1e9, of a mask that hides all keys,
         # which has no room for log sum: the few programs with such rows take the softmax anew.
         far = (tl.abs(lse) > FAR) & (tl.abs(lse) < INF)
-        if F.MASK == 2 and tl.max(far.to(tl.int32), 0) > 0:
-            m, norm = tl.full([BM], -INF, tl.float32), tl.zeros([BM], tl.float32)
-            for j1 in tl.range(0, see.len_k, STEP):
-                n = tl.arange(0, STEP)
-                k = load_rows(Kh + wide(j1) * k_t, n * k_t, j1 + n < see.len_k, F, False)
-                x, _cap = logits(dot_rows(q, k, F), i[:, None], j1 + n[None, :], True, head, F, True)
-                m_new = tl.maximum(m, tl.max(x, 1))
-                shift = tl.where(m_new == -INF, 0.0, m_new)
-                norm = norm * tl.exp2(m - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
-                m = m_new
+        if F.MASK == FLOAT and tl.max(far.to(tl.int32), 0) > 0:
+            m, norm = largest_and_sum(q, Kh, k_t, i, head, F)
             base, rest = tl.where(far, m, base), tl.where(far, tl.log2(norm), rest)
         k = load_rows(Kh + wide(j0) * k_t, c * k_t, j < see.len_k, F, False)
         s, _cap = logits(dot_rows(q, k, F), i[:, None], j[None, :], True, head, F, True)
