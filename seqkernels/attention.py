@@ -196,9 +196,10 @@ def varlen_attention(
     if k.size(1) != v.size(1) or k.size(1) == 0 or q.size(1) % k.size(1):
         raise ValueError(f"k and v must have one number of heads that divides q's, got {described(q, k, v)}")
     cu = cu_seqlens_q, cu_seqlens_k
-    if not all(isinstance(c, Tensor) for c in cu):
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {described(*cu)}")
-    if not cu[0].dim() == cu[1].dim() == 1 or cu[0].shape != cu[1].shape or {c.dtype for c in cu} - INTEGERS:
+    if (
+        not all(isinstance(c, Tensor) and c.dim() == 1 and c.dtype in INTEGERS for c in cu)
+        or cu[0].shape != cu[1].shape
+    ):
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {described(*cu)}")
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks, cu[0].size(0) - 1)
@@ -236,9 +237,8 @@ def decode_attention(
     k, v = k_cache, v_cache
     if q.dim() != 4:
         raise ValueError(f"q must be [B,Hq,Tq,D], got {described(q)}")
-    if not isinstance(cache_seqlens, Tensor):
-        raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {described(cache_seqlens)}")
-    if cache_seqlens.shape != q.shape[:1] or cache_seqlens.dtype not in INTEGERS:
+    lengths = cache_seqlens
+    if not isinstance(lengths, Tensor) or lengths.shape != q.shape[:1] or lengths.dtype not in INTEGERS:
         raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {described(cache_seqlens)}")
     if block_table is not None:
         if block_table.dim() != 2 or block_table.size(0) != q.size(0) or block_table.dtype not in INTEGERS:
@@ -538,12 +538,12 @@ def _options(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
     if alibi_slopes is not None:
-        slopes = alibi_slopes
-        if tuple(getattr(slopes, "shape", ())) not in ((Hq,), (B, Hq)) or slopes.requires_grad:
+        shape = tuple(getattr(alibi_slopes, "shape", ()))
+        if shape not in ((Hq,), (B, Hq)) or alibi_slopes.requires_grad:
             raise ValueError(
-                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {described(slopes)}"
+                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {described(alibi_slopes)}"
             )
-        alibi_slopes = slopes.float().contiguous()
+        alibi_slopes = alibi_slopes.float().contiguous()
     if sinks is not None:
         if tuple(getattr(sinks, "shape", ())) != (Hq,):
             raise ValueError(f"sinks must be [{Hq}], got {described(sinks)}")

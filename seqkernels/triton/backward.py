@@ -36,9 +36,7 @@ from .forward import RUNTIME
 
 GRADIENT = [*RUNTIME, "dout_b", "dout_h", "dout_t", "dscale", "Tp"]
 PAD = tl.constexpr(128)  # no tile has more queries
-WIDTH = tl.constexpr(
-    8
-)  # of the rows of statistics: LSE, delta, log2 of the sum (see attention_far), and zeros
+WIDTH = tl.constexpr(8)  # of the rows of statistics: LSE, delta, log_sum (of attention_far), and zeros
 
 
 @triton.jit
@@ -97,15 +95,14 @@ def attention_statistics(
     tl.store(Statistics + to * WIDTH + 1, delta)
 
 
-@triton.jit(do_not_specialize=[*GRADIENT, "tiles"])
+@triton.jit(do_not_specialize=[*RUNTIME, "Tp", "tiles"])
 def attention_far(
     Q, K, V, Mask, CuQ, CuK, LenK, Alibi, Sinks, Rng,
     q_b: tl.int64, q_h: tl.int64, q_t, k_b: tl.int64, k_h: tl.int64, k_t,
     v_b: tl.int64, v_h: tl.int64, v_t,
     mask_b: tl.int64, mask_h: tl.int64, mask_q: tl.int64, mask_k: tl.int64, alibi_b: tl.int64,
     heads, group, Tq, Tk, left, right, scale, softcap, threshold: tl.int64, factor,
-    DOut, Statistics, dout_b: tl.int64, dout_h: tl.int64, dout_t, dscale, Tp: tl.int64,
-    OutLse, tiles,
+    OutLse, Statistics, Tp: tl.int64, tiles,
     F: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Rows whose LSE is far from 0 get their largest logit in its place, and log2 of the sum beside: an LSE

@@ -163,7 +163,9 @@ def attention_bwd(
         if f.MASK == FLOAT.value:
             tiles = cdiv(problem.max_q, tile.BM)
             programs = problem.batches * heads * tiles
-            launch(backward.attention_far, programs, tile, *gradient, lse, tiles, F=f)
+            launch(
+                backward.attention_far, programs, tile, *problem.arguments, lse, statistics, Tp, tiles, F=f
+            )
 
         tile = problem.tile(DKDV)
         tiles = cdiv(problem.max_k, tile.BN)

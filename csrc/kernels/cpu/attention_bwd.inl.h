@@ -264,10 +264,10 @@ struct AttentionBwd {
       for (int64_t g = 0; g < f.group; g++) {
         const T sink = p.sinks ? static_cast<const T*>(p.sinks)[hk * f.group + g] : -kInf<T>;
         each_far(g, 0, span.Tq, [&](int64_t, T& top, T& sum) {
-          const T most = sink > top ? sink : top;
-          double total = double(sum) * __builtin_exp(double(top) - double(most));
-          if (sink > -kInf<T>) total += __builtin_exp(double(sink) - double(most));
-          top = most, sum = total > 0 ? T(__builtin_log(total)) : T(0);
+          const T now = sink > top ? sink : top;
+          double total = double(sum) * __builtin_exp(double(top) - double(now));
+          if (sink > -kInf<T>) total += __builtin_exp(double(sink) - double(now));
+          top = now, sum = total > 0 ? T(__builtin_log(total)) : T(0);
         });
       }
     }

@@ -120,7 +120,7 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only, 
   double cheapest = -1;
   auto consider = [&](int concurrent, int rg, int ug) {
     const int64_t units = divide_up(blocks, ug) * NR<D>;
-    // Steps looked at: planning for 100 threads must not take longer than their work.
+    // Steps looked at: fewer for each of many groups, so that no candidate costs much more than another.
     const int64_t samples = p.batch_sizes ? least(p.T, most(8, least(64, 256 / rg))) : 1;
     double worst = 0;
     each_row_group(seq, rg, [&](int, int64_t begin, int64_t end) {
