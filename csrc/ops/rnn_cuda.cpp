@@ -46,7 +46,8 @@ std::string plan_of(const cuda::Layer& layer) {
     if (p.members == 0) return std::string("stepwise");
     return "persistent in " + std::to_string(p.grid) + " blocks, " + std::to_string(p.members) +
            " to a group, of " + std::to_string(p.units) + " units x " + std::to_string(p.rows) + " rows, " +
-           std::to_string(p.tiles) + (p.tiles == 1 ? " tile a warp" : " tiles a warp");
+           std::to_string(p.tiles) + (p.tiles == 1 ? " tile a warp" : " tiles a warp") +
+           (p.single ? ", weights in registers" : "");
   };
   return "forward " + words(cuda::Recurrence<Cell>::plan_fwd(layer)) + ", backward " +
          words(cuda::Recurrence<Cell>::plan_bwd(layer)) + (layer.tf32 ? ", in TF32" : "");

@@ -89,7 +89,7 @@ struct Warp {
 
 struct Block {
   Barrier barrier;
-  Warp warps[kWarps];
+  Warp warps[kSingleWarps];
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
 };
 
@@ -132,10 +132,11 @@ struct Grid {
     swapcontext(&grid.current->context, &grid.scheduler);
   }
 
-  void run(unsigned count, int64_t shared) {
+  // Blocks `first` and following.
+  void run(unsigned count, int64_t shared, unsigned first) {
     static char* stacks = nullptr;
     static size_t reserved = 0;
-    const size_t threads = size_t(count) * kThreads;
+    const size_t threads = size_t(count) * blockDim.x;
     if (reserved < threads) {
       if (stacks) munmap(stacks, reserved * kStack);
       stacks = static_cast<char*>(mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
@@ -150,7 +151,7 @@ struct Grid {
     fibers.resize(threads);
     for (size_t i = 0; i < threads; i++) {
       Fiber& f = fibers[i];
-      f.block = i / kThreads, f.thread = i % kThreads;
+      f.block = i / blockDim.x, f.thread = i % blockDim.x;
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = stacks + i * kStack, f.context.uc_stack.ss_size = kStack;
       f.context.uc_link = nullptr;
@@ -173,7 +174,7 @@ struct Grid {
         if (!awake[f.block]) continue;
         f.word = nullptr;
         current = &f;
-        threadIdx.x = f.thread, blockIdx.x = f.block;
+        threadIdx.x = f.thread, blockIdx.x = first + f.block;
         swapcontext(&scheduler, &f.context);
         left -= f.done;
       }
@@ -268,16 +269,27 @@ void launch(void (*kernel)(Args), const char*, const Args& args, int64_t work, S
     for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) kernel(args);
 }
 
+// `together` blocks at a time.
 template <class Args>
-void launch_together(void (*kernel)(Args), const char*, const Args& args, Stream) {
+void launch_blocks(void (*kernel)(Args), const Args& args, int threads, int together) {
   static void (*body)(Args);
   body = kernel;
+  gridDim.x = args.plan.grid, blockDim.x = threads;
+  for (int first = 0; first < args.plan.grid; first += together) {
+    host::Grid grid;
+    grid.body = [](const void* arguments) { body(*static_cast<const Args*>(arguments)); };
+    grid.arguments = &args;
+    grid.run(std::min(together, args.plan.grid - first), args.plan.shared, first);
+  }
+}
+template <class Args>
+void launch_together(void (*kernel)(Args), const char*, const Args& args, Stream) {
   if (args.plan.exchange_bytes > 0) std::memset(args.exchange, 0xff, args.plan.exchange_bytes);
-  host::Grid grid;
-  gridDim.x = args.plan.grid, blockDim.x = kThreads;
-  grid.body = [](const void* arguments) { body(*static_cast<const Args*>(arguments)); };
-  grid.arguments = &args;
-  grid.run(args.plan.grid, args.plan.shared);
+  launch_blocks(kernel, args, kThreads, args.plan.grid);
+}
+template <class Args>
+void launch_apart(void (*kernel)(Args), const char*, const Args& args, Stream) {
+  launch_blocks(kernel, args, kSingleThreads, 3);
 }
 
 template <class Args>
@@ -293,5 +305,5 @@ inline void __syncwarp() {
 }
 inline void __syncthreads() {
   namespace host = seqkernels::cuda::host;
-  host::grid().meet(host::block().barrier, seqkernels::cuda::kThreads);
+  host::grid().meet(host::block().barrier, blockDim.x);
 }

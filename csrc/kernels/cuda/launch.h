@@ -17,11 +17,11 @@
 
 namespace seqkernels::cuda {
 
-inline void check(cudaError_t error, const char* what, int64_t grid, int64_t shared) {
+inline void check(cudaError_t error, const char* what, int64_t grid, int64_t shared, int threads = kThreads) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or torch would find it later
   throw std::runtime_error(std::string("seqkernels: CUDA kernel ") + what + " (" + std::to_string(grid) +
-                           " blocks of " + std::to_string(kThreads) + " threads, " + std::to_string(shared) +
+                           " blocks of " + std::to_string(threads) + " threads, " + std::to_string(shared) +
                            " bytes of shared memory): " + cudaGetErrorString(error));
 }
 
@@ -35,6 +35,15 @@ void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t wo
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), arguments, 0,
                          static_cast<cudaStream_t>(stream)),
         name, grid, 0);
+}
+
+// Blocks of single.cuh, which never wait for each other.
+template <class Args>
+void launch_apart(void (*kernel)(Args), const char* name, const Args& args, Stream stream) {
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(args.plan.grid), dim3(kSingleThreads),
+                         arguments, args.plan.shared, static_cast<cudaStream_t>(stream)),
+        name, args.plan.grid, args.plan.shared, kSingleThreads);
 }
 
 // All blocks resident at the same time, or an error: blocks that wait for each other cannot hang. The plan is

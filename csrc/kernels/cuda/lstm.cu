@@ -1,4 +1,4 @@
-#include "persistent.cuh"
+#include "layer.cuh"
 #include "step.cuh"
 
 namespace seqkernels::cuda {

@@ -74,8 +74,8 @@ __device__ __forceinline__ void narrow_to_give(float a, E& to) {
   narrow(sizeof(E) == 4 && a != a ? nanf("") : a, to);
 }
 
-// A warp multiplies a stack of tiles with 8 rows at once. Where an element of its weights lies, and the
-// product. `kChunk` elements of K make one step; a chunk of weights is 16 * kTiles * kChunk elements.
+// A warp multiplies a stack of tiles with kEights times 8 rows at once. Where an element of its weights lies,
+// and the product. `kChunk` elements of K make one step; a chunk of weights is 16 * kTiles * kChunk elements.
 template <class E, int kTiles>
 struct Stack {  // by the matrix instruction: bf16, f16, tf32
   static constexpr int kPiece = 16 / sizeof(E), kChunk = 4 * kPiece, kWord = 4 / sizeof(E);
@@ -108,26 +108,30 @@ struct Stack {  // by the matrix instruction: bf16, f16, tf32
       if (begin + n < end) held[n] = read(weights, begin + n);
   }
 
-  // kAtOnce: chunks received at once. mine: hold() was given these weights.
-  template <int kAtOnce, bool kHolds>
-  __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool mine, const E* weights, const E* rows,
-                                           int begin, int end, uint4*) const {
-    constexpr int kSums = kTiles < 4 ? 2 : 1;  // as an instruction waits for the one before on its sum
-    float sums[kSums][kTiles][4] = {};
+  // kAtOnce: chunks received at once. mine: hold() was given these weights. apart: from 8 rows to the next.
+  template <int kAtOnce, bool kHolds, int kEights>
+  __device__ __forceinline__ void multiply(float (&c)[kEights][kTiles][4], bool mine, const E* weights,
+                                           const E* rows, int apart, int begin, int end, uint4*) const {
+    constexpr int kSums =
+        kTiles * kEights < 4 ? 2 : 1;  // as an instruction waits for the one before on its sum
+    float sums[kSums][kEights][kTiles][4] = {};
     const E* b = rows + threadIdx.x % 32 * kPiece;
     for (int first = begin; first < end; first += kAtOnce) {
-      uint4 h[kAtOnce];
+      uint4 h[kAtOnce * kEights];
       const E* from = b + first * 8 * kChunk;
-      receive(h, end - first, [&](int n) { return from + n * 8 * kChunk; });
+      receive(h, (end - first) * kEights,
+              [&](int n) { return from + n / kEights * 8 * kChunk + n % kEights * apart; });
       const bool in_registers = kHolds && mine && first == begin;
 #pragma unroll
       for (int n = 0; n < kAtOnce; n++) {
         if (first + n >= end) break;
         const auto add = [&](const Fragment& a) {
 #pragma unroll
-          for (int t = 0; t < kTiles; t++) {
-            mma(sums[0][t], a.of[t][0], h[n].x, h[n].y, E());
-            mma(sums[kSums - 1][t], a.of[t][1], h[n].z, h[n].w, E());
+          for (int i = 0; i < kTiles * kEights; i++) {
+            const int t = i / kEights, e = i % kEights;
+            const uint4& packet = h[n * kEights + e];
+            mma(sums[0][e][t], a.of[t][0], packet.x, packet.y, E());
+            mma(sums[kSums - 1][e][t], a.of[t][1], packet.z, packet.w, E());
           }
         };
         if (n < kHeld && in_registers)
@@ -137,9 +141,10 @@ struct Stack {  // by the matrix instruction: bf16, f16, tf32
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; i++) {
-      c[i / 4][i % 4] = sums[0][i / 4][i % 4];
-      if (kSums == 2) c[i / 4][i % 4] += sums[kSums - 1][i / 4][i % 4];
+    for (int i = 0; i < 4 * kTiles * kEights; i++) {
+      const int e = i / 4 / kTiles, t = i / 4 % kTiles;
+      c[e][t][i % 4] = sums[0][e][t][i % 4];
+      if (kSums == 2) c[e][t][i % 4] += sums[kSums - 1][e][t][i % 4];
     }
   }
 };
@@ -148,7 +153,7 @@ struct Stack {  // by the matrix instruction: bf16, f16, tf32
 // memory.
 template <int kTiles>
 struct Stack<float, kTiles> {
-  static constexpr int kChunk = 8, kAtOnce = kFfmaChunks;
+  static constexpr int kChunk = 8;
 
   static __device__ int index(int m, int k) {
     return ((((k / 8 * kTiles + m / 16) * 2 + m % 16 / 8) * 2 + k % 8 / 4) * 8 + m % 8) * 4 + k % 4;
@@ -156,39 +161,50 @@ struct Stack<float, kTiles> {
 
   __device__ void hold(const float*, int, int) {}  // FFMA is no faster than shared memory
 
-  template <int, bool>
-  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], bool, const float* weights,
-                                                  const float* rows, int begin, int end, uint4* passed) {
+  template <int, bool, int kEights>
+  static __device__ __forceinline__ void multiply(float (&c)[kEights][kTiles][4], bool, const float* weights,
+                                                  const float* rows, int apart, int begin, int end,
+                                                  uint4* passed) {
+    constexpr int kAtOnce = kFfmaChunks / kEights, kPackets = kAtOnce / 2;
     const int lane = threadIdx.x % 32, row = lane % 16 / 2, part = lane % 2, odd = lane / 16;
     const float4* a = reinterpret_cast<const float4*>(weights) + lane / 4;
-    const float4* b = reinterpret_cast<const float4*>(passed) + lane % 4 * 2;  // [chunk][part][row]
+    const float4* b = reinterpret_cast<const float4*>(passed) + lane % 4 * 2;  // [8 rows][chunk][part][row]
     for (int first = begin; first < end; first += kAtOnce) {
-      uint4 packets[kAtOnce / 2];  // of every other chunk, a row's part
+      uint4 packets[kEights * kPackets];  // of every other chunk, a row's part
       const float* from = rows + first * 8 * kChunk + lane * 4;
-      receive(packets, (end - first - odd + 1) / 2, [&](int n) { return from + n * 16 * kChunk; });
+      receive(packets, (end - first - odd + 1) / 2 * kEights,
+              [&](int n) { return from + n / kEights * 16 * kChunk + n % kEights * apart; });
       __syncwarp();
 #pragma unroll
-      for (int n = 0; n < kAtOnce / 2; n++) passed[(n * 2 + odd) * 16 + part * 8 + row] = packets[n];
+      for (int n = 0; n < kEights * kPackets; n++)
+        passed[(n % kEights * kAtOnce + n / kEights * 2 + odd) * 16 + part * 8 + row] = packets[n];
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < 2 * kAtOnce; n++)
         if (first + n / 2 < end) {
-          const float4 b0 = b[n * 8], b1 = b[n * 8 + 1];
+          float4 b0[kEights], b1[kEights];
+#pragma unroll
+          for (int e = 0; e < kEights; e++)
+            b0[e] = b[(e * kAtOnce * 2 + n) * 8], b1[e] = b[(e * kAtOnce * 2 + n) * 8 + 1];
 #pragma unroll
           for (int i = 0; i < 2 * kTiles; i++) {
             const int t = i / 2, half = i % 2;
             const float4 w = a[((((first + n / 2) * kTiles + t) * 2 + half) * 2 + n % 2) * 8];
-            c[t][half * 2] += w.x * b0.x + w.y * b0.y + w.z * b0.z + w.w * b0.w;
-            c[t][half * 2 + 1] += w.x * b1.x + w.y * b1.y + w.z * b1.z + w.w * b1.w;
+#pragma unroll
+            for (int e = 0; e < kEights; e++) {
+              c[e][t][half * 2] += w.x * b0[e].x + w.y * b0[e].y + w.z * b0[e].z + w.w * b0[e].w;
+              c[e][t][half * 2 + 1] += w.x * b1[e].x + w.y * b1[e].y + w.z * b1[e].z + w.w * b1[e].w;
+            }
           }
         }
     }
   }
 };
 
-// Forward a tile for each gate; by FFMA all gates of 8 units in two, of a GRU with a last quarter of zeros.
+// Forward a tile for each gate, or all gates of 8 units in two, of a GRU with a last quarter of zeros. By
+// FFMA always the latter.
 template <class E>
-constexpr int tiles_fwd(int gates) {
+constexpr int most_tiles_fwd(int gates) {
   return std::is_same_v<E, float> && gates > 1 ? 2 : gates;
 }
 
@@ -207,7 +223,7 @@ struct Block {
   const int64_t row0, unit0;
   const bool alone;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  // A warp's products of a stack with 8 rows: the first, how far the next; of K `part`, in chunks.
+  // A warp's products of a stack with 8 rows or 16: the first, how far the next; of K `part`, in chunks.
   int item, items, items_apart, stacks_exponent;
   int part, begin, end;
   Product product;
@@ -235,7 +251,7 @@ struct Block {
     const int chunks = plan.pitch / Product::kChunk, warp = threadIdx.x / 32;
     stacks_exponent = exponent(plan.units / kUnits);
     part = warp % plan.parts, item = warp / plan.parts, items_apart = kWarps / plan.parts;
-    items = plan.rows / 8 << stacks_exponent;
+    items = plan.passes() << stacks_exponent;
     begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
     const Layout at(plan, kGates, sizeof(E), states, std::is_same_v<E, float>);
     char* memory = shared_memory();
@@ -243,28 +259,26 @@ struct Block {
     partial = reinterpret_cast<float*>(memory + at.partial);
     state = reinterpret_cast<float*>(memory + at.state);
     passed = reinterpret_cast<uint4*>(memory + at.passed) + warp * kFfmaChunks * 16;
-    E* exchanged = reinterpret_cast<E*>(memory + at.exchange);
+    slots = reinterpret_cast<E*>(memory + at.exchange);
     for (int64_t i = threadIdx.x; i < (at.passed - at.exchange) / int64_t(sizeof(E)); i += kThreads)
-      narrow(0.0f, exchanged[i]);
-    const int packets = plan.units / kPiece;
-    column = threadIdx.x % packets * kPiece;
-    line = unit0 + column < padded() ? threadIdx.x / packets : plan.rows * kSegments;
-    lines_apart = kThreads / packets;
-    lines = exchanged + line * plan.units + column;
-    line_to = place_of_line(line);
+      narrow(0.0f, slots[i]);
     slot_size = plan.rows * plan.pitch;
-    slots = alone ? exchanged
-                  : static_cast<E*>(p.exchange) + (int64_t(d) * plan.groups + group) * plan.slots * slot_size;
     slots_mask = plan.slots - 1;
     if (alone) return;
-    outgoing = exchanged + row * kSegments * plan.units + u;
+    E* given = reinterpret_cast<E*>(memory + at.outgoing);
+    outgoing = given + row * kSegments * plan.units + u;
+    const int packets = plan.units / kPiece, all = plan.rows * kSegments;
+    column = threadIdx.x % packets * kPiece, line = threadIdx.x / packets;
+    lines_apart = kThreads / packets;
+    slots = static_cast<E*>(p.exchange) + (int64_t(d) * plan.groups + group) * plan.slots * slot_size;
+    if (unit0 + column >= padded()) line = all;
+    lines = given + line * plan.units + column;
+    line_to = place_of_line(line);
     // Where units end before a row of the exchange does, the last block fills it up, once for all.
     if (member == plan.members - 1)
-      for (int i = threadIdx.x; i < plan.slots * plan.rows * kSegments; i += kThreads) {
-        const int line = i % (plan.rows * kSegments), slot = i / (plan.rows * kSegments);
-        for (int u = first_unit() + plan.units; u < padded(); u += kPiece)
-          give({}, slots + slot * slot_size + place(line / kSegments, line % kSegments * padded() + u));
-      }
+      for (int i = threadIdx.x; i < plan.slots * all; i += kThreads)
+        for (int k = plan.members * plan.units; k < padded(); k += kPiece)
+          give({}, slots + i / all * slot_size + place(i % all / kSegments, i % kSegments * padded() + k));
   }
 
   // Of time t: the token of the thread's first row, and below which rows there are tokens.
@@ -281,20 +295,34 @@ struct Block {
   // neighbouring k or, if kAcross, rows m of a stack: what lies side by side in memory.
   template <bool kAcross, class F>
   __device__ __forceinline__ void load_weights(const F& weight) {
-    constexpr int kLanes = kAcross ? kRows : 1, kApart = kThreads / kLanes;  // threads that take all of K
-    const int pitch = p.plan.pitch, m0 = kAcross ? threadIdx.x % kLanes : 0, k0 = threadIdx.x / kLanes;
-    for (int stack = 0; stack < 1 << stacks_exponent; stack++)
-      for (int m = m0; m < kRows; m += kLanes) {
-        const int gate = m / kUnits;
-        const int64_t u = unit0 + stack * kUnits + m % kUnits;
-        E* to = weights + stack * kRows * pitch;
-#pragma unroll 4
-        for (int k = k0; k < pitch; k += kApart) {
-          E w;
-          narrow(gate < kGates && u < p.H ? weight(gate, u, k) : 0.0f, w);
-          to[Product::index(m, k)] = w;
+    constexpr int kApart = kThreads / kRows, kAtOnce = 16;  // one at a time they took 20 to 60 us
+    const int pitch = p.plan.pitch;
+    for (int stack = 0; stack < 1 << stacks_exponent; stack++) {
+      E* to = weights + stack * kRows * pitch;
+      const auto move = [&](int count, const auto& m, const auto& k) {
+        for (int first = 0; first < count; first += kAtOnce) {
+          E on_their_way[kAtOnce];
+#pragma unroll
+          for (int i = first; i < first + kAtOnce; i++) {
+            const int gate = m(i) / kUnits;
+            const int64_t u = unit0 + stack * kUnits + m(i) % kUnits;
+            narrow(i < count && gate < kGates && u < p.H ? weight(gate, u, k(i)) : 0.0f,
+                   on_their_way[i - first]);
+          }
+#pragma unroll
+          for (int i = first; i < first + kAtOnce; i++)
+            if (i < count) to[Product::index(m(i), k(i))] = on_their_way[i - first];
         }
+      };
+      if (kAcross) {
+        const int m0 = threadIdx.x % kRows, k0 = threadIdx.x / kRows;
+        move((pitch - k0 + kApart - 1) / kApart, [&](int) { return m0; },
+             [&](int i) { return k0 + i * kApart; });
+      } else {
+        for (int k0 = threadIdx.x; k0 < pitch; k0 += kThreads)
+          move(kRows, [](int i) { return i; }, [&](int) { return k0; });
       }
+    }
   }
 
   __device__ int padded() const { return p.plan.pitch / kSegments; }
@@ -317,10 +345,10 @@ struct Block {
   }
   // What all threads have put goes to the group.
   __device__ __forceinline__ void exchange(int64_t s) const {
-    E *to = slot(s), *old = slot(s - 2);
-    const E* from = lines;
     __syncthreads();
     if (alone) return;
+    E *to = slot(s), *old = slot(s - 2);
+    const E* from = lines;
     for (int i = line; i < p.plan.rows * kSegments; i += lines_apart, from += lines_apart * p.plan.units) {
       const int at = i == line ? line_to : place_of_line(i);  // the first is the only one, but of long lines
       give(*reinterpret_cast<const uint4*>(from), to + at);
@@ -330,8 +358,8 @@ struct Block {
   }
 
   __device__ const E* weights_of(int stack) const { return weights + stack * kRows * p.plan.pitch; }
-  // Where a thread has more rows, their states need the registers.
-  static constexpr bool holds(int N) { return N <= 2; }
+  // Where a thread has more rows, their states need the registers, and weights serve 16 rows each time.
+  static constexpr bool holds(int N) { return N <= kHolding; }
   // Once, when all weights are there.
   __device__ void hold() { product.hold(weights_of(item & ((1 << stacks_exponent) - 1)), begin, end); }
 
@@ -340,33 +368,45 @@ struct Block {
   __device__ __forceinline__ void multiply(int64_t s) const {
     // Backward a warp has as many times more chunks as there are gates: of LSTM, H 768, in eight parts, 12.
     // Two tiles and several rows a thread leave registers for 8.
-    constexpr int kAtOnce = kSegments == 1 || (kTiles == 2 && N > 1) ? 8 : 12;
-    const int lane = threadIdx.x % 32, g = lane / 4, mask = (1 << stacks_exponent) - 1;
+    constexpr int kAtOnce = kSegments == 1 || !holds(N) || (kTiles == 2 && N > 1) ? 8 : 12;
+    constexpr int kEights = holds(N) ? 1 : 2;
+    const int lane = threadIdx.x % 32, mask = (1 << stacks_exponent) - 1;
+    const int apart = p.plan.rows > 8 ? 8 * p.plan.pitch : 0;  // 0: of 8 rows the second time is for nothing
     for (int i = item; i < items; i += items_apart) {
-      float c[kTiles][4] = {};
-      const E* from = slot(s) + (i >> stacks_exponent) * 8 * p.plan.pitch;
-      product.template multiply<kAtOnce, holds(N)>(c, ((i ^ item) & mask) == 0, weights_of(i & mask), from,
-                                                   begin, end, passed);
-      float* to = partial + ((i * p.plan.parts + part) * 8 + lane % 4 * 2) * kStride;
+      float c[kEights][kTiles][4] = {};
+      const int stack = i & mask, eight = (i >> stacks_exponent) * kEights;
+      product.template multiply<kAtOnce, holds(N)>(c, ((i ^ item) & mask) == 0, weights_of(stack),
+                                                   slot(s) + eight * 8 * p.plan.pitch, apart, begin, end,
+                                                   passed);
 #pragma unroll
-      for (int column = 0; column < 2; column++, to += kStride)
-        if constexpr (kGates == 1) {  // units g, g + 8, ...
-          Floats<2 * kTiles> sums;
-#pragma unroll
-          for (int n = 0; n < 2 * kTiles; n++) sums.of[n] = c[n / 2][n % 2 * 2 + column];
-          *reinterpret_cast<Floats<2 * kTiles>*>(to + g * 2 * kTiles) = sums;
-        } else {  // the gates of units g and, of a stack of 16, g + 8
-#pragma unroll
-          for (int half = 0; half < kUnits / 8; half++) {
-            Floats<4> sums{};
-#pragma unroll
-            for (int n = 0; n < kGates; n++)
-              sums.of[n] = kUnits == 16 ? c[n % kTiles][half * 2 + column] : c[n / 2][n % 2 * 2 + column];
-            *reinterpret_cast<Floats<4>*>(to + (g + half * 8) * 4) = sums;
-          }
-        }
+      for (int e = 0; e < kEights; e++)
+        if (e == 0 || apart)
+          leave(c[e], partial + (((((eight + e) << stacks_exponent) + stack) * p.plan.parts + part) * 8 +
+                                 lane % 4 * 2) *
+                                    kStride);
     }
     __syncthreads();
+  }
+  // Partial sums of a lane's two rows, for the gates.
+  __device__ __forceinline__ void leave(const float (&c)[kTiles][4], float* to) const {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int column = 0; column < 2; column++, to += kStride)
+      if constexpr (kGates == 1) {  // units g, g + 8, ...
+        Floats<2 * kTiles> sums;
+#pragma unroll
+        for (int n = 0; n < 2 * kTiles; n++) sums.of[n] = c[n / 2][n % 2 * 2 + column];
+        *reinterpret_cast<Floats<2 * kTiles>*>(to + g * 2 * kTiles) = sums;
+      } else {  // the gates of units g and, of a stack of 16, g + 8
+#pragma unroll
+        for (int half = 0; half < kUnits / 8; half++) {
+          Floats<4> sums{};
+#pragma unroll
+          for (int n = 0; n < kGates; n++)
+            sums.of[n] = kUnits == 16 ? c[n % kTiles][half * 2 + column] : c[n / 2][n % 2 * 2 + column];
+          *reinterpret_cast<Floats<4>*>(to + (g + half * 8) * 4) = sums;
+        }
+      }
   }
   // The products for the gates of the thread's unit and its n-th row.
   __device__ __forceinline__ void sums(int n, float (&of)[kGates]) const {
@@ -396,11 +436,11 @@ struct Block {
   }
 };
 
-template <class Cell, class E>
+template <class Cell, class E, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLayer p) {
   using S = Stored<E>;
   constexpr int G = Cell::kGates;
-  Block<E, G, 1, tiles_fwd<E>(G)> block(p, 0);
+  Block<E, G, 1, kTiles> block(p, 0);
   const int d = block.d, H = static_cast<int>(p.H), row = block.row, gap = block.gap, rows = block.rows;
   const int64_t row0 = block.row0, u = block.unit0 + block.u;
   block.template load_weights<false>([&](int gate, int64_t unit, int k) {
@@ -573,8 +613,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       for (int n = 0; n < N; n++)
         if (row + n * gap < rows)
 #pragma unroll
-          for (int g = 0; g < G; g++) block.put(slots[n][Cell::kRecurrentSlot + g], s + 1, n, g);
-      block.exchange(s + 1);
+          for (int g = 0; g < G; g++) block.put(slots[n][Cell::kRecurrentSlot + g], s, n, g);
+      block.exchange(s);
       const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
@@ -584,7 +624,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       tokens = next_tokens;
       if (kEarly && s + 2 < steps) next_tokens = load_inputs(s + 2, next);
       if (!kEarly && s + 1 < steps) tokens = load_inputs(s + 1, now);
-      block.template multiply<N>(s + 1);
+      block.template multiply<N>(s);
     }
 #pragma unroll
     for (int n = 0; n < N; n++)
@@ -594,55 +634,6 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
         store<S>(dh[n] + product[0] + dh_reset[n * kThreads], p.dh0, first_state + n * gap * H);
         if (Cell::kCellState) store<S>(dc[n] + dc_reset[n * kThreads], p.dc0, first_state + n * gap * H);
       }
-  });
-}
-
-// of(E()) for the type of the layer's products on chip; doubles go stepwise.
-template <class F>
-auto with_product_type(const Layer& p, const F& of) {
-  return p.dtype == DType::bf16  ? of(bf16())
-         : p.dtype == DType::f16 ? of(f16())
-         : p.tf32                ? of(tf32())
-                                 : of(float());
-}
-
-template <class E, class Args>
-Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int tiles, int states) {
-  if (p.P != p.H || p.dtype == DType::f64) return {};
-  return make_plan(machine_for(kernel),
-                   {p.B, p.H, K, p.D, gates, tiles, int(sizeof(E)), states, std::is_same_v<E, float>});
-}
-
-template <class Cell>
-void Recurrence<Cell>::fwd(const FwdLayer& p, Stream stream) {
-  with_product_type(p, [&](auto e) {
-    launch_together(persistent_fwd_kernel<Cell, decltype(e)>, "persistent_fwd", p, stream);
-  });
-}
-template <class Cell>
-void Recurrence<Cell>::bwd(const BwdLayer& p, Stream stream) {
-  with_product_type(p, [&](auto e) {
-    using E = decltype(e);
-    launch_together(p.plan.tiles == 1 ? persistent_bwd_kernel<Cell, E, 1> : persistent_bwd_kernel<Cell, E, 2>,
-                    "persistent_bwd", p, stream);
-  });
-}
-template <class Cell>
-Plan Recurrence<Cell>::plan_fwd(const Layer& p) {
-  return with_product_type(p, [&](auto e) {
-    using E = decltype(e);
-    constexpr int G = Cell::kGates;
-    return plan_for<E>(persistent_fwd_kernel<Cell, E>, p, p.H, G, tiles_fwd<E>(G), 0);
-  });
-}
-template <class Cell>
-Plan Recurrence<Cell>::plan_bwd(const Layer& p) {
-  return with_product_type(p, [&](auto e) {
-    using E = decltype(e);
-    const int64_t K = Cell::kGates * p.H;
-    const Plan one = plan_for<E>(persistent_bwd_kernel<Cell, E, 1>, p, K, 1, 1, 1 + Cell::kCellState);
-    const Plan two = plan_for<E>(persistent_bwd_kernel<Cell, E, 2>, p, K, 1, 2, 1 + Cell::kCellState);
-    return one.members == 0 || (two.members > 0 && two.clocks < one.clocks) ? two : one;
   });
 }
 
