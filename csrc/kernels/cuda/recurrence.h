@@ -1,7 +1,7 @@
 // The recurrence of a layer on an NVIDIA GPU: what the bindings call. Products of all tokens at once (input
 // projection, dx, weight gradients) are GEMMs and belong to the caller; what remains per step is here, in two
 // forms:
-//   persistent  the whole sequence in one launch, weights resident on chip (persistent.cuh; small: single.cuh)
+//   persistent  the whole sequence in one launch, weights on chip (persistent.cuh, single.cuh)
 //   stepwise    per step one GEMM by the caller and one fused kernel (step.cuh): any size, any dtype
 // All pointers are of the device. Shapes as in kernels/layer.h, but xw and h_prev are [D, tokens, ...], so
 // that each direction is one matrix.
