@@ -18,10 +18,12 @@ TWO_TILES = {rows: f"of 32 units x {rows} rows, 2 tiles a warp" for rows in (8, 
 
 
 def sizes(device: str) -> Iterator[tuple[str, int, int]]:
-    """(form, B, H): one block; several, backward with one tile of weights a warp, and with two in each loop,
-    of one, two and four rows a thread; more rows than all multiprocessors can hold at a time."""
+    """(form, B, H): one block, of half types with all weights in registers and without; several, backward
+    with one tile of weights a warp, and with two in each loop, of one, two and four rows a thread; more rows
+    than all multiprocessors can hold at a time."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     yield ALONE, 9, 8
+    yield ALONE, 9, 9
     yield TOGETHER, 9, 264
     for rows in TWO_TILES:  # a group, of 9 blocks of 32 units for each direction
         yield TOGETHER, multiprocessors // 18 * rows, 264
