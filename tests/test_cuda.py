@@ -497,7 +497,9 @@ def resources() -> list[tuple[str, str, str, dict[str, int]]]:
 def test_registers_and_spills(resources):
     assert {kernel for _, kernel, _, _ in resources} == REGISTERS.keys()
     for arch, kernel, variant, counts in resources:
-        assert counts["STACK"] == counts["LOCAL"] == 0, (arch, kernel, variant, counts)
+        # LSTMs of 128 units spill 32 to 82 bytes there, which make test does not build (docs/cuda.md).
+        known = 96 if arch in ("sm_100", "sm_120") and kernel.startswith("single") else 0
+        assert max(counts["STACK"], counts["LOCAL"]) <= known, (arch, kernel, variant, counts)
         assert counts["REG"] <= REGISTERS[kernel], (arch, kernel, variant, counts)
 
 
