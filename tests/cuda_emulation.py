@@ -68,17 +68,14 @@ def load() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     library.definitions = definitions
-    library.seqkernels_emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_uint]
+    library.seqkernels_emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint]
     return library
 
 
 @contextmanager
-def emulated_gpu(multiprocessors: int, shared: int = 227 << 10, tiles: int = 0, seed: int = 1):
-    """Our layers and cells run on CUDA kernels, emulated; without multiprocessors step by step.
-
-    tiles: of weights that a warp takes at once, if only so many.
-    """
-    load().seqkernels_emulate(multiprocessors, shared, tiles, seed)
+def emulated_gpu(multiprocessors: int, shared: int = 227 << 10, seed: int = 1):
+    """Our layers and cells run on CUDA kernels, emulated; without multiprocessors step by step."""
+    load().seqkernels_emulate(multiprocessors, shared, seed)
     with other_ops(emulated):
         yield
 

@@ -5,10 +5,10 @@
 #include "kernels/cuda/rnn.cu"
 #include "kernels/cuda/sequence.cu"
 
-// The GPU that plans are made for (no multiprocessors: every layer goes step by step), tiles a warp if only
-// so many are wanted, and the order of threads.
+// The GPU that plans are made for (no multiprocessors: every layer goes step by step), and the order of
+// threads.
 extern "C" __attribute__((visibility("default"))) void seqkernels_emulate(int multiprocessors, int64_t shared,
-                                                                          int tiles, unsigned seed) {
-  seqkernels::cuda::host::machine() = {multiprocessors, shared, tiles};
+                                                                          unsigned seed) {
+  seqkernels::cuda::host::machine() = {multiprocessors, shared};
   seqkernels::cuda::host::Grid::seed() = seed;
 }

@@ -40,7 +40,6 @@ struct Plan {
 struct Machine {
   int multiprocessors = 0;
   int64_t shared = 0;  // bytes a block may have
-  int tiles = 0;       // not 0, in tests: plans are for so many tiles a warp or none
 };
 
 // A block multiplies its slice [units * gates, K] of weights with the rows' K exchanged elements.
@@ -88,7 +87,6 @@ struct Layout {
 // Warps take groups of 8 rows as well as stacks, or all rows and parts of K: fewer weights for each to hold.
 inline Plan make_plan(const Machine& machine, const Work& w) {
   Plan best;
-  if (machine.tiles && machine.tiles != w.tiles) return best;
   const int unit = stack_units(w.gates, w.tiles);
   for (int64_t units = unit; units < 2 * up(w.H, unit) && units <= kThreads; units *= 2)
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
