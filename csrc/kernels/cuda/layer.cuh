@@ -24,15 +24,20 @@ Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int ti
                    {p.B, p.H, K, p.D, gates, tiles, int(sizeof(E)), states, std::is_same_v<E, float>});
 }
 
+// Of the kernels of single.cuh.
+template <class Kernel>
+Kernel* of_size(int64_t H, Kernel* of_64, Kernel* of_128) {
+  return H <= 64 ? of_64 : of_128;
+}
+
 template <class Cell>
 void Recurrence<Cell>::fwd(const FwdLayer& p, Stream stream) {
   with_product_type(p, [&](auto e) {
     using E = decltype(e);
     if constexpr (sizeof(E) == 2)
       if (p.plan.single)
-        return launch_apart(
-            p.plan.single == 1 ? single_fwd_kernel<Cell, E, 1> : single_fwd_kernel<Cell, E, 2>, "single_fwd",
-            p, stream);
+        return launch_apart(of_size(p.H, single_fwd_kernel<Cell, E, 1>, single_fwd_kernel<Cell, E, 2>),
+                            "single_fwd", p, stream);
     constexpr int kMost = most_tiles_fwd<E>(Cell::kGates), kLeast = kMost < 2 ? kMost : 2;
     launch_together(p.plan.tiles == kMost ? persistent_fwd_kernel<Cell, E, kMost>
                                           : persistent_fwd_kernel<Cell, E, kLeast>,
@@ -45,19 +50,16 @@ void Recurrence<Cell>::bwd(const BwdLayer& p, Stream stream) {
     using E = decltype(e);
     if constexpr (sizeof(E) == 2)
       if (p.plan.single)
-        return launch_apart(
-            p.plan.single == 1 ? single_bwd_kernel<Cell, E, 1> : single_bwd_kernel<Cell, E, 2>, "single_bwd",
-            p, stream);
+        return launch_apart(of_size(p.H, single_bwd_kernel<Cell, E, 1>, single_bwd_kernel<Cell, E, 2>),
+                            "single_bwd", p, stream);
     launch_together(p.plan.tiles == 1 ? persistent_bwd_kernel<Cell, E, 1> : persistent_bwd_kernel<Cell, E, 2>,
                     "persistent_bwd", p, stream);
   });
 }
-template <class E, class Args>
-Plan single_plan_for(void (*kernel_of_64)(Args), void (*kernel_of_128)(Args), const Layer& p, bool forward,
-                     int gates) {
+template <class Args>
+Plan single_plan_for(void (*kernel)(Args), const Layer& p, bool forward, int gates) {
   if (p.P != p.H) return {};
-  return make_single_plan(machine_for(p.H <= 64 ? kernel_of_64 : kernel_of_128), p.B, p.H, p.D, forward,
-                          gates);
+  return make_single_plan(machine_for(kernel), p.B, p.H, p.D, forward, gates);
 }
 
 // The cheaper of two plans, the first if it is as cheap.
@@ -73,7 +75,8 @@ Plan Recurrence<Cell>::plan_fwd(const Layer& p) {
                         plan_for<E>(persistent_fwd_kernel<Cell, E, kMost>, p, p.H, G, kMost, 0));
     if constexpr (sizeof(E) == 2)
       plan = cheaper(
-          plan, single_plan_for<E>(single_fwd_kernel<Cell, E, 1>, single_fwd_kernel<Cell, E, 2>, p, true, G));
+          plan, single_plan_for(of_size(p.H, single_fwd_kernel<Cell, E, 1>, single_fwd_kernel<Cell, E, 2>), p,
+                                true, G));
     return plan;
   });
 }
@@ -85,8 +88,9 @@ Plan Recurrence<Cell>::plan_bwd(const Layer& p) {
     Plan plan = cheaper(plan_for<E>(persistent_bwd_kernel<Cell, E, 1>, p, K, 1, 1, 1 + Cell::kCellState),
                         plan_for<E>(persistent_bwd_kernel<Cell, E, 2>, p, K, 1, 2, 1 + Cell::kCellState));
     if constexpr (sizeof(E) == 2)
-      plan = cheaper(plan, single_plan_for<E>(single_bwd_kernel<Cell, E, 1>, single_bwd_kernel<Cell, E, 2>, p,
-                                              false, Cell::kGates));
+      plan = cheaper(
+          plan, single_plan_for(of_size(p.H, single_bwd_kernel<Cell, E, 1>, single_bwd_kernel<Cell, E, 2>), p,
+                                false, Cell::kGates));
     return plan;
   });
 }
