@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqkernels import support
+from seqkernels.ops import _autograd as ag
 from seqkernels.ops import attention as ops
-from seqkernels.ops._autograd import accumulation_dtype, needs_grad
 from seqkernels.ops.attention import NO_LIMIT
 from seqkernels.reference import attention as reference
 
@@ -24,7 +24,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BOOLS = (bool, torch.SymBool)
 _SCALES = (type(None), float, int, torch.SymFloat, torch.SymInt)
 INTEGERS = {torch.int64, torch.int32}
-_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 _torchs = F.scaled_dot_product_attention  # what `patch` finds there later may be ours
 
 
@@ -283,7 +282,7 @@ def _may_read_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bo
         and q.dim() == k.dim() == v.dim() == 4
         and support.why_torch_attends(q, q.size(3), v.size(3)) is None
         and q.dtype == k.dtype == v.dtype
-        and not needs_grad(q, k, v, sinks)
+        and not ag.needs_grad(q, k, v, sinks)
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -441,8 +440,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     device = tensors[0].device.type
     if not support.autocasts(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype in _CASTS else t for t in tensors)
+    return tuple(ag.autocast(torch.get_autocast_dtype(device), *tensors))
 
 
 def _four_dims(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool):
@@ -547,7 +545,7 @@ def _options(
     if sinks is not None:
         if tuple(getattr(sinks, "shape", ())) != (Hq,):
             raise ValueError(f"sinks must be [{Hq}], got {described(sinks)}")
-        sinks = sinks.to(accumulation_dtype(q.dtype)).contiguous()
+        sinks = sinks.to(ag.accumulation_dtype(q.dtype)).contiguous()
     return {
         "scale": (D or 1) ** -0.5 if scale is None else scale,
         "left": left,

@@ -4,7 +4,6 @@ Persistent kernels often have far fewer blocks than a GPU has multiprocessors. E
 or shares one. Autograd runs every node on the stream of its forward, so that backward is pipelined too.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -25,6 +24,7 @@ STEPS_PER_LAYER = 64
 MAX_CHUNKS = 16
 
 cuda_plan = torch.ops.seqkernels.cuda_plan.default
+cuda_blocks = torch.ops.seqkernels.cuda_blocks.default
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,11 @@ def fit(x: Tensor, gates: int, T: int, B: int, H: int, layers: int, gradients: b
     chunks = min(T // (STEPS_PER_LAYER * layers), MAX_CHUNKS)
     if chunks < 2:
         return None
-    words = cuda_plan(x, gates, B, H, 1, False)
-    blocks = {way: int(n) for way, n in re.findall(r"(\w+) persistent in (\d+) blocks", words)}
-    ways = ("forward", "backward") if gradients else ("forward",)
-    if not all(way in blocks for way in ways):
+    blocks = cuda_blocks(x, gates, B, H, 1, False)[: 2 if gradients else 1]
+    if not all(blocks):  # stepwise
         return None
     multiprocessors = cuda.get_device_properties(x.device).multi_processor_count
-    streams = min(layers, multiprocessors // max(blocks[way] for way in ways))
+    streams = min(layers, multiprocessors // max(blocks))
     return Plan(-(-T // chunks), chunks, streams) if streams > 1 else None
 
 

@@ -64,6 +64,7 @@ def _why_not_transformed() -> str | None:
 
 
 def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels for GPUs serve x. Tests answer for a GPU that is not there."""
     return x.is_cuda
 
 
@@ -122,7 +123,7 @@ def _exports_to_onnx() -> bool:
 def fall_back(reason: str) -> None:
     """Say, once per reason, that torch runs and why; raise RuntimeError if SEQKERNELS_STRICT=1."""
     if os.environ.get("SEQKERNELS_STRICT", "0") not in ("", "0"):
-        raise RuntimeError(f"seqkernels: {reason}, and SEQKERNELS_STRICT forbids to fall back to torch")
+        raise RuntimeError(f"seqkernels: {reason}, and SEQKERNELS_STRICT=1 forbids falling back to torch")
     if reason not in _told:
         _told.add(reason)
         warnings.warn(f"seqkernels falls back to torch: {reason}", stacklevel=4)

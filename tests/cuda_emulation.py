@@ -29,7 +29,7 @@ FLAGS = [
 ]  # fmt: skip
 OPS = (
     *("lstm_layer_fwd", "lstm_layer_bwd", "lstm_cell_fwd", "gru_layer_fwd", "gru_layer_bwd", "gru_cell_fwd"),
-    *("rnn_layer_fwd", "rnn_layer_bwd", "rnn_cell_fwd", "pack_weights", "cuda_plan"),
+    *("rnn_layer_fwd", "rnn_layer_bwd", "rnn_cell_fwd", "pack_weights", "cuda_plan", "cuda_blocks"),
 )
 
 

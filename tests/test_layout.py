@@ -12,12 +12,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 # What an ISA file may take from outside: C headers, intrinsics, and C++ headers without inline functions that
 # the compiler emits as weak symbols: one compiled for AVX-512 may be the copy that the linker keeps for all.
 LIGHT_HEADERS = {
-    "arm_neon.h",
-    "immintrin.h",
-    "sched.h",
-    *("cfloat", "climits", "cmath", "cstddef", "cstdint", "cstring"),
-    *("float.h", "limits.h", "math.h", "stddef.h", "stdint.h", "string.h"),
-    *("limits", "type_traits", "utility"),
+    *("immintrin.h", "sched.h"),
+    *("cstdint", "type_traits", "utility"),
 }
 
 

@@ -525,7 +525,7 @@ def test_what_torch_runs_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="the kernels do not know torch.vmap"):
         call(qkv[0][None])
     monkeypatch.setenv("SEQKERNELS_STRICT", "1")
-    with pytest.raises(RuntimeError, match="SEQKERNELS_STRICT forbids"):
+    with pytest.raises(RuntimeError, match="SEQKERNELS_STRICT=1 forbids"):
         call(qkv[0][None])
     with sdpa_kernel(SDPBackend.MATH):  # torch runs because the user wants it
         assert_close(ours.eval()(*qkv), theirs.eval()(*qkv))

@@ -120,13 +120,14 @@ def pipelined(gpu: Gpu, steps_per_layer: int = 2) -> Iterator[None]:
     """Layers on CPU tensors are pipelined as on a GPU of so many multiprocessors, and run on its kernels."""
     patch = mock.patch.object
     load()
-    emulated = torch.ops.seqkernels_emulated.cuda_plan.default
+    emulated = torch.ops.seqkernels_emulated
     with (
         patch(pipeline, "cuda", gpu),
         patch(pipeline, "_families", {}),
         patch(pipeline, "_drawn", set()),
         patch(pipeline, "STEPS_PER_LAYER", steps_per_layer),
-        patch(pipeline, "cuda_plan", emulated),
+        patch(pipeline, "cuda_plan", emulated.cuda_plan.default),
+        patch(pipeline, "cuda_blocks", emulated.cuda_blocks.default),
         patch(support, "on_gpu", lambda x: True),
         patch(Tensor, "record_stream", lambda tensor, stream: gpu.record(tensor, stream)),
         emulated_gpu(gpu.multiprocessors),
@@ -357,12 +358,10 @@ def test_with_gradients_both_ways_have_to_fit():
         with pipelined(Gpu(multiprocessors)):
             plans = [pipeline.fit(x, *sizes, gradients) for gradients in (False, True)]
         assert [p and p.streams for p in plans] == [forward, training]
-    words = "forward persistent in 10 blocks, 10 to a group, backward {}"
-    backward = {"stepwise": None, "persistent in 40 blocks": 2, "persistent in 64 blocks": None}
-    for way, streams in backward.items():
+    for backward, streams in {0: None, 40: 2, 64: None}.items():
         with (
             pipelined(Gpu(100)),
-            mock.patch.object(pipeline, "cuda_plan", lambda *_, way=way: words.format(way)),
+            mock.patch.object(pipeline, "cuda_blocks", lambda *_, backward=backward: (10, backward)),
         ):
             assert pipeline.fit(x, *sizes, False).streams == 2
             plan = pipeline.fit(x, *sizes, True)

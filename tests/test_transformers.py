@@ -336,7 +336,7 @@ def test_a_model_that_attends_by_itself_says_so(monkeypatch):
         model(**padded("none"))
     torch.compile(model, backend="eager", fullgraph=True)(**padded("none"), use_cache=False)
     monkeypatch.setenv("SEQKERNELS_STRICT", "1")
-    with pytest.raises(RuntimeError, match="forbids to fall back"):
+    with pytest.raises(RuntimeError, match="forbids falling back"):
         model(**padded("none"))
 
 

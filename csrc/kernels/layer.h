@@ -42,10 +42,12 @@ struct LayerParams {
   Parallel parallel;
 };
 
+constexpr int kSavedGates = 4;  // activations of a unit: LSTM i f g o, GRU r z n q
+
 struct LayerFwdParams : LayerParams {
   void* y = nullptr;      // [tokens, D*P]
   void* hn = nullptr;     // [D, B, P], or null: not wanted
-  void* gates = nullptr;  // [tokens, D, S*H] activations for backward (S: LSTM 4, GRU 4), or null: not saved
+  void* gates = nullptr;  // [tokens, D, kSavedGates*H] activations for backward, or null: not saved
 };
 
 struct LayerBwdParams : LayerParams {

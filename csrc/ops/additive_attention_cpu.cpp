@@ -38,17 +38,15 @@ struct AdditiveCall {
 
   ScalarType acc() const { return accumulation_type(p.dtype); }
 
-  void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(t.sizes().equals(shape) && t.is_cpu() && t.scalar_type() == q.scalar_type(),
-                    "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
-                    ", with dtype and device of q, got shape ", text(t.sizes()));
+  void expect(const Tensor& t, const char* name, Shape shape) const {
+    ops::expect(op, t, name, q.scalar_type(), shape, q);
   }
-  const void* whole(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+  const void* whole(Tensor& t, const char* name, Shape shape) const {
     expect(t, name, shape);
     lay_contiguously(t);
     return t.const_data_ptr();
   }
-  Heads<const void*> rows(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+  Heads<const void*> rows(Tensor& t, const char* name, Shape shape) const {
     expect(t, name, shape);
     lay_last_dimension(t);
     return {t.const_data_ptr(), t.stride(0), 0, t.stride(1)};

@@ -1,3 +1,4 @@
+// What attention ops of both kinds check alike: masks and key lengths.
 #include "attention.h"
 
 namespace seqkernels::ops {
@@ -7,7 +8,7 @@ void set_mask(const char* op, const Tensor& q, const Tensor& mask, AttentionPara
   STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == q.dim() &&
                       (type == ScalarType::Bool || type == q.scalar_type() || type == acc),
                   "seqkernels::", op, ": expected mask of ", q.dim(),
-                  " dimensions on the CPU, bool, float32 or of the dtype of q");
+                  " dimensions on the CPU, bool, float32 or of the dtype of q, got ", text(mask));
   std::vector<int64_t> full{p.B, p.Hq, p.Tq, p.Tk};
   std::vector<int64_t*> strides{&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
   if (q.dim() == 3) full.erase(full.begin() + 1), strides.erase(strides.begin() + 1);
@@ -25,7 +26,7 @@ void set_mask(const char* op, const Tensor& q, const Tensor& mask, AttentionPara
 void set_lengths(const char* op, Tensor& len_k, AttentionParams& p) {
   STD_TORCH_CHECK(
       len_k.is_cpu() && len_k.scalar_type() == ScalarType::Long && len_k.dim() == 1 && len_k.size(0) == p.B,
-      "seqkernels::", op, ": expected len_k [", p.B, "] as int64 on the CPU, got ", text(len_k.sizes()));
+      "seqkernels::", op, ": expected len_k as int64 [", p.B, "] on the CPU, got ", text(len_k));
   lay_contiguously(len_k);
   p.len_k = len_k.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < p.B; b++)

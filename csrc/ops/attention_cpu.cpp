@@ -36,7 +36,7 @@ struct AttentionCall {
                     ": expected a number of query heads that is a multiple of the key heads, got ", p.Hq,
                     " and ", p.Hk);
     STD_TORCH_CHECK(cu_q.has_value() == cu_k.has_value(), "seqkernels::", op,
-                    ": expected cu_q and cu_k both or neither");
+                    ": expected cu_q and cu_k both or neither, got ", cu_q ? "cu_q" : "cu_k", " alone");
     if (!cu_q) return;
     STD_TORCH_CHECK(rows == 1, "seqkernels::", op, ": expected q of one row with cu_q, got ", rows);
     p.B = cu_q->dim() == 1 ? cu_q->size(0) - 1 : -1;
@@ -44,16 +44,14 @@ struct AttentionCall {
     p.cu_k = offsets(*cu_k, "cu_k", p.Tk);
   }
 
-  void expect(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(t.sizes().equals(shape), "seqkernels::", op, ": expected ", name, " of shape ",
-                    text(shape), ", got ", text(t.sizes()));
+  void expect(const Tensor& t, const char* name, Shape shape) const {
+    ops::expect(op, t, name, q.scalar_type(), shape, q);
   }
   ScalarType acc() const { return accumulation_type(p.dtype); }
 
   Heads<const void*> heads(Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4, "seqkernels::", op,
-                    ": expected ", name, " of 4 dimensions, with dtype and device of q, got shape ",
-                    text(t.sizes()));
+                    ": expected ", name, " of 4 dimensions on the CPU, of the dtype of q, got ", text(t));
     lay_last_dimension(t);
     return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
   }
@@ -61,7 +59,7 @@ struct AttentionCall {
   Heads<void*> by_tokens(const Tensor& t) const {
     return {t.mutable_data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
   }
-  Heads<const void*> read_by_tokens(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+  Heads<const void*> read_by_tokens(Tensor& t, const char* name, Shape shape) const {
     const Heads<const void*> h = heads(t, name);
     expect(t, name, shape);
     return {h.data, h.b, h.t, h.h};
@@ -71,7 +69,8 @@ struct AttentionCall {
   const int64_t* offsets(Tensor& t, const char* name, int64_t& longest) const {
     STD_TORCH_CHECK(
         t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == p.B + 1 && p.B >= 0,
-        "seqkernels::", op, ": expected ", name, " as int64 [sequences + 1] on the CPU");
+        "seqkernels::", op, ": expected ", name, " as int64 [",
+        p.B >= 0 ? std::to_string(p.B + 1) : "sequences + 1", "] on the CPU, got ", text(t));
     lay_contiguously(t);
     const int64_t *at = t.const_data_ptr<int64_t>(), tokens = longest;
     bool rising = at[0] == 0 && at[p.B] == tokens;
@@ -81,14 +80,12 @@ struct AttentionCall {
       longest = std::max(longest, at[i + 1] - at[i]);
     }
     STD_TORCH_CHECK(rising, "seqkernels::", op, ": expected ", name, " to rise from 0 to the ", tokens,
-                    " tokens");
+                    " tokens, got ", at[0], " to ", at[p.B], rising ? "" : ", or a fall between");
     return at;
   }
 
-  const void* read(Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == acc(), "seqkernels::", op, ": expected ", name,
-                    " on the CPU, in float32, or float64 where q is");
-    expect(t, name, shape);
+  const void* read(Tensor& t, const char* name, Shape shape) const {
+    ops::expect(op, t, name, acc(), shape, q);
     lay_contiguously(t);
     return t.const_data_ptr();
   }
@@ -102,7 +99,8 @@ struct AttentionCall {
                     ": expected a dropout between 0 and 1, got ", probability);
     if (probability == 0) return;
     STD_TORCH_CHECK(rng && rng->is_cpu() && rng->scalar_type() == ScalarType::Long && rng->numel() == 2,
-                    "seqkernels::", op, ": expected rng as int64 [2] on the CPU with dropout");
+                    "seqkernels::", op, ": expected rng as int64 [2] on the CPU with dropout, got ",
+                    rng ? text(*rng) : "none");
     lay_contiguously(*rng);
     const int64_t* state = rng->const_data_ptr<int64_t>();
     constexpr double kNumbers = 4294967296.0;  // of 32 bits
@@ -118,12 +116,10 @@ struct AttentionCall {
     if (mask) set_mask(op, q, *mask, p);
     if (len_k) set_lengths(op, *len_k, p);
     if (alibi) {
-      STD_TORCH_CHECK(alibi->is_cpu() && alibi->scalar_type() == ScalarType::Float, "seqkernels::", op,
-                      ": expected alibi as float32 on the CPU");
       if (alibi->dim() == 1)
-        expect(*alibi, "alibi", {p.Hq});
+        ops::expect(op, *alibi, "alibi", ScalarType::Float, {p.Hq}, q);
       else
-        expect(*alibi, "alibi", {p.B, p.Hq}), p.alibi_b = p.Hq;
+        ops::expect(op, *alibi, "alibi", ScalarType::Float, {p.B, p.Hq}, q), p.alibi_b = p.Hq;
       lay_contiguously(*alibi);
       p.alibi = alibi->const_data_ptr<float>();
     }

@@ -1,3 +1,4 @@
+// GRU on CPU tensors: checks, allocation, and the bridge to kernels/gru.h.
 #include "kernels/gru.h"
 #include "recurrent.h"
 
@@ -14,8 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = empty(x, h0.sizes());
-  Tensor gates =
-      save_gates ? kept_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
+  Tensor gates = save_gates ? kept_empty(x, call.tokens_by(call.D * kSavedGates * call.H))
+                            : none_like(x, x.scalar_type());
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
   if (save_gates) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);
@@ -45,7 +46,7 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
   GruFwdParams p;
   cell.fill(p);
   Tensor h_new = empty(x, h.sizes());
-  Tensor gates = save ? empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
+  Tensor gates = save ? empty(x, {cell.B, kSavedGates * cell.H}) : none_like(x, x.scalar_type());
   p.y = h_new.mutable_data_ptr();
   if (save) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);

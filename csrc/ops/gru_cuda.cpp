@@ -1,3 +1,4 @@
+// GRU on CUDA tensors: checks and allocation; the call itself is GpuLayer.
 #include "recurrent_cuda.h"
 
 namespace seqkernels::ops {
@@ -11,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   Tensor y = torch::stable::new_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = torch::stable::new_empty(x, h0.sizes());
   OptionalTensor gates;
-  if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H));
+  if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * kSavedGates * call.H));
   GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false).forward(y, hn, {}, {}, gates);
   return {y, hn, gates ? *gates : none_like(x, x.scalar_type())};
 }
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
   const CellCall cell("gru_cell_fwd", 3, x, h, w_ih, w_hh, b_ih, b_hh);
   Tensor h_new = torch::stable::new_empty(x, h.sizes());
   OptionalTensor gates;
-  if (save) gates = torch::stable::new_empty(x, {cell.B, 4 * cell.H});
+  if (save) gates = torch::stable::new_empty(x, {cell.B, kSavedGates * cell.H});
   gpu_cell<cuda::Gru>(cell, {}, h_new, {}, gates, false);
   return {h_new, gates ? *gates : none_like(x, x.scalar_type())};
 }

@@ -1,6 +1,6 @@
 // Every op's schema. Recurrent shapes: T steps, B rows, N tokens, D directions, P = H or the projection's
-// size; `weights` is the layer's slice of torch's flat weights (recurrent.h). Gates are opaque; size 0 means:
-// not saved, rebuild them.
+// size; `weights` is the layer's slice of torch's flat weights, of each direction w_ih, w_hh, b_ih, b_hh,
+// w_hr, biases and projection if any. Gates are opaque; size 0 means: not saved, rebuild them.
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
@@ -12,7 +12,7 @@ namespace {
 
 void set_isa(std::string name) { force_isa(name.c_str()); }
 std::string get_isa() { return isa_name(active_isa()); }
-bool exact_products() { return false; }
+bool allows_no_tf32() { return false; }
 
 }  // namespace
 
@@ -57,13 +57,17 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   m.def("pack_weights(Tensor[] weights, int gates, bool bidirectional) -> Tensor");
   // In words, how the recurrence of layers on the device of x and of its dtype runs there, for B rows.
   m.def("cuda_plan(Tensor x, int gates, int B, int H, int D, bool projected) -> str");
+  // Its blocks, all resident at the same time; 0: stepwise.
+  m.def(
+      "cuda_blocks(Tensor x, int gates, int B, int H, int D, bool projected) -> (int forward, int backward)");
   // Whether torch allows TF32 in products of float32: asked of Python, as the stable ABI does not know.
   // Programs without Python have exact ones.
   m.def("allows_tf32() -> bool");
   // Shapes and meaning: kernels/attention.h. q [B,Hq,Tq,D], k, v by any strides but the last; with cu_q and
   // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
-  // dv. rng: seed and offset of the dropout, which only some devices have. max_q, max_k: the longest
-  // sequences, which spare a GPU's host to look. dmask is like mask, size 0 if not wanted.
+  // dv. rng: int64 [2], seed and offset of the dropout, wanted where there is one. max_q, max_k: the longest
+  // sequences of cu_q and cu_k, which the host need not read from a GPU then. dmask is like mask, size 0 if
+  // not wanted.
   forward("attention_fwd",
           "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, "
           "Tensor? alibi, Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right, "
@@ -103,7 +107,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
 
 // Python's goes before it: CompositeExplicitAutograd.
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeImplicitAutograd, m) {
-  m.impl("allows_tf32", TORCH_BOX(&exact_products));
+  m.impl("allows_tf32", TORCH_BOX(&allows_no_tf32));
 }
 
 }  // namespace seqkernels::ops

@@ -1,3 +1,4 @@
+// The projection of attention on CPU tensors: checks, allocation, and the bridge to kernels/linear.h.
 #include "kernels/linear.h"
 #include "tensor.h"
 
@@ -10,8 +11,7 @@ LinearParams params_of(const char* op, const Tensor& x, Tensor& w) {
   const DType dtype = dtype_of(op, "x", x);
   STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "seqkernels::", op,
                   ": expected x [M, K] and w [N, K], got ", text(x.sizes()), " and ", text(w.sizes()));
-  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.is_cpu(), "seqkernels::", op,
-                  ": expected w on the CPU and of the dtype of x");
+  expect(op, w, "w", x.scalar_type(), {w.size(0), x.size(1)}, x);
   lay_contiguously(w);
   LinearParams p;
   p.dtype = dtype, p.M = x.size(0), p.N = w.size(0), p.K = w.size(1);
@@ -21,10 +21,7 @@ LinearParams params_of(const char* op, const Tensor& x, Tensor& w) {
 }
 // Rows of `t` [M, columns], which may lie apart; returns their stride.
 int64_t rows_of(const char* op, Tensor& t, const char* name, const Tensor& like, int64_t M, int64_t columns) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == M && t.size(1) == columns && t.is_cpu() &&
-                      t.scalar_type() == like.scalar_type(),
-                  "seqkernels::", op, ": expected ", name, " of [", M, ", ", columns,
-                  "] on the CPU, of the dtype of w, got ", text(t.sizes()));
+  expect(op, t, name, like.scalar_type(), {M, columns}, like);
   lay_last_dimension(t);
   return t.stride(0);
 }
@@ -33,9 +30,7 @@ Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
   LinearFwdParams p{params_of("linear_fwd", x, w)};
   p.x_m = rows_of("linear_fwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
   if (b) {
-    STD_TORCH_CHECK(b->dim() == 1 && b->size(0) == p.N && b->is_cpu() && b->scalar_type() == x.scalar_type(),
-                    "seqkernels::linear_fwd: expected b [", p.N, "] on the CPU, of the dtype of x, got ",
-                    text(b->sizes()));
+    expect("linear_fwd", *b, "b", x.scalar_type(), {p.N}, x);
     lay_contiguously(*b);
     p.b = b->const_data_ptr();
   }

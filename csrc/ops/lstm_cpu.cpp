@@ -1,3 +1,4 @@
+// LSTM on CPU tensors: checks, allocation, and the bridge to kernels/lstm.h.
 #include "kernels/lstm.h"
 #include "recurrent.h"
 
@@ -19,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   Tensor hn = empty(x, h0.sizes()), cn = empty(x, c0.sizes());
   Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype))
                             : none_like(x, accumulation_type(call.dtype));
-  Tensor gates =
-      save_gates ? kept_empty(x, call.tokens_by(call.D * 4 * call.H)) : none_like(x, x.scalar_type());
+  Tensor gates = save_gates ? kept_empty(x, call.tokens_by(call.D * kSavedGates * call.H))
+                            : none_like(x, x.scalar_type());
   p.c0 = c0.const_data_ptr();
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr(), p.cn = cn.mutable_data_ptr();
   if (save_cells) p.cells = cells.mutable_data_ptr();
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
   LstmFwdParams p;
   cell.fill(p);
   Tensor h_new = empty(x, h.sizes()), c_new = empty(x, h.sizes());
-  Tensor gates = save ? empty(x, {cell.B, 4 * cell.H}) : none_like(x, x.scalar_type());
+  Tensor gates = save ? empty(x, {cell.B, kSavedGates * cell.H}) : none_like(x, x.scalar_type());
   p.c0 = c.const_data_ptr(), p.y = h_new.mutable_data_ptr(), p.cn = c_new.mutable_data_ptr();
   if (save) p.gates = gates.mutable_data_ptr();
   lstm_fwd(p);

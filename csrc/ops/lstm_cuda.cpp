@@ -1,3 +1,4 @@
+// LSTM on CUDA tensors: checks and allocation; the call itself is GpuLayer.
 #include "recurrent_cuda.h"
 
 namespace seqkernels::ops {
@@ -16,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   OptionalTensor cells, gates;
   if (save_cells)
     cells = torch::stable::new_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype));
-  if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * 4 * call.H));
+  if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * kSavedGates * call.H));
   GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).forward(y, hn, cn, cells, gates);
   return {y, hn, cn, cells ? *cells : none_like(x, accumulation_type(call.dtype)),
           gates ? *gates : none_like(x, x.scalar_type())};
@@ -48,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
   cell.check(c, "c", {cell.B, cell.H});
   Tensor h_new = torch::stable::new_empty(x, h.sizes()), c_new = torch::stable::new_empty(x, h.sizes());
   OptionalTensor gates;
-  if (save) gates = torch::stable::new_empty(x, {cell.B, 4 * cell.H});
+  if (save) gates = torch::stable::new_empty(x, {cell.B, kSavedGates * cell.H});
   gpu_cell<cuda::Lstm>(cell, c, h_new, c_new, gates, false);
   return {h_new, c_new, gates ? *gates : none_like(x, x.scalar_type())};
 }

@@ -35,7 +35,8 @@ Tensor pack_weights(Tensors weights, int64_t gates, bool bidirectional) {
   STD_TORCH_CHECK(gates == 1 || gates == 3 || gates == 4,
                   "seqkernels::pack_weights: expected gates 1 (RNN), 3 (GRU) or 4 (LSTM), got ", gates);
   STD_TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
-                  "seqkernels::pack_weights: expected w_ih [G*H, I], w_hh [G*H, P], ...");
+                  "seqkernels::pack_weights: expected w_ih [G*H, I], w_hh [G*H, P], ..., got ",
+                  weights.size(), " tensors", weights.empty() ? "" : ", the first " + text(weights[0]));
   const std::vector<int64_t> x{1, 1, weights[0].size(1)}, h0{bidirectional ? 2 : 1, 1, weights[1].size(1)};
   Tensor inputs = empty(weights[0], x), h = empty(weights[0], h0);
   OptionalTensor none;
@@ -56,7 +57,7 @@ Tensor pack_weights(Tensors weights, int64_t gates, bool bidirectional) {
 const void* checked_panels(const LayerCall& call, const LayerParams& p, const Tensor& panels) {
   STD_TORCH_CHECK(panels.is_cpu() && panels.scalar_type() == ScalarType::Byte && panels.is_contiguous() &&
                       panels.numel() > static_cast<int64_t>(sizeof(Header)),
-                  "seqkernels::", call.op, ": expected `panels` from pack_weights");
+                  "seqkernels::", call.op, ": expected `panels` from pack_weights, got ", text(panels));
   const char* data = static_cast<const char*>(panels.const_data_ptr());
   const Header header = header_of(call);
   STD_TORCH_CHECK(std::memcmp(data, &header, sizeof header) == 0 && panels.numel() == size_of(call, p),

@@ -1,3 +1,4 @@
+// Calls of recurrent ops, checked: sizes, types, devices, and the kernels' parameters from them.
 #include "recurrent.h"
 
 namespace seqkernels::ops {
@@ -6,16 +7,6 @@ namespace {
 
 int64_t weights_per_direction(const Tensors& weights, int64_t D) {
   return weights.size() % D ? -1 : static_cast<int64_t>(weights.size()) / D;
-}
-
-// Seven of these stand before a step of one row, which takes microseconds: nothing is allocated.
-void check_tensor(const char* op, const Tensor& x, Tensor& t, const char* name, Shape shape,
-                  ScalarType type) {
-  STD_TORCH_CHECK(same_device(t, x) && t.scalar_type() == type, "seqkernels::", op, ": expected ", name,
-                  type == x.scalar_type() ? "" : " (accumulation type)", " of the dtype and device of x");
-  STD_TORCH_CHECK(t.sizes().equals(shape), "seqkernels::", op, ": expected ", name, " of shape ", text(shape),
-                  ", got ", text(t.sizes()));
-  lay_contiguously(t);
 }
 
 }  // namespace
@@ -41,13 +32,14 @@ LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Ten
   P = h0.size(2);
   H = weights[0].size(0) / G;
   STD_TORCH_CHECK(I > 0 && H > 0 && P > 0, "seqkernels::", op,
-                  ": expected at least one input and one hidden unit");
+                  ": expected at least one input and one hidden unit, got x ", text(x_.sizes()), ", w_ih ",
+                  text(weights[0].sizes()), ", h0 ", text(h0.sizes()));
   lay_last_dimension(x_);
   x = x_;
   if (batch_sizes) {
     Tensor& sizes = *batch_sizes;
     STD_TORCH_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1,
-                    "seqkernels::", op, ": expected batch_sizes as int64 [T] on the CPU");
+                    "seqkernels::", op, ": expected batch_sizes as int64 [T] on the CPU, got ", text(sizes));
     lay_contiguously(sizes);
     T = sizes.size(0);
     const int64_t* n = sizes.const_data_ptr<int64_t>();
@@ -69,10 +61,7 @@ LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Ten
     N = T * B;
     leading = {T, B};
     if (resets) {
-      STD_TORCH_CHECK(same_device(*resets, x_) && resets->scalar_type() == ScalarType::Bool &&
-                          resets->sizes().equals(leading),
-                      "seqkernels::", op, ": expected resets as bool ", text(leading),
-                      " on the device of x, got ", text(resets->sizes()));
+      expect(op, *resets, "resets", ScalarType::Bool, leading, x_);
       lay_contiguously(*resets);
     }
   }
@@ -89,7 +78,8 @@ LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Ten
 }
 
 void LayerCall::check(Tensor& t, const char* name, Shape shape, bool accumulation) const {
-  check_tensor(op, *x, t, name, shape, accumulation ? accumulation_type(dtype) : x->scalar_type());
+  expect(op, t, name, accumulation ? accumulation_type(dtype) : x->scalar_type(), shape, *x);
+  lay_contiguously(t);
 }
 
 const void* LayerCall::gradient(OptionalTensor& t, const char* name, Shape shape, bool accumulation) const {
@@ -132,9 +122,11 @@ CellCall::CellCall(const char* op_name, int gates, Tensor& x_, Tensor& h_, Tenso
   STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 2, "seqkernels::", op, ": expected x [B, I] and h [B, H], got ",
                   text(x.sizes()), " and ", text(h.sizes()));
   B = x.size(0), I = x.size(1), H = h.size(1);
-  STD_TORCH_CHECK(I > 0 && H > 0, "seqkernels::", op, ": expected at least one input and one hidden unit");
+  STD_TORCH_CHECK(I > 0 && H > 0, "seqkernels::", op,
+                  ": expected at least one input and one hidden unit, got x ", text(x.sizes()), " and h ",
+                  text(h.sizes()));
   STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "seqkernels::", op,
-                  ": expected both biases or neither");
+                  ": expected both biases or neither, got ", b_ih ? "b_ih" : "b_hh", " alone");
   check(x_, "x", {B, I});
   check(h_, "h", {B, H});
   check(w_ih_, "w_ih", {G * H, I});
@@ -143,7 +135,8 @@ CellCall::CellCall(const char* op_name, int gates, Tensor& x_, Tensor& h_, Tenso
 }
 
 void CellCall::check(Tensor& t, const char* name, Shape shape) const {
-  check_tensor(op, x, t, name, shape, x.scalar_type());
+  expect(op, t, name, x.scalar_type(), shape, x);
+  lay_contiguously(t);
 }
 
 void CellCall::fill(LayerParams& p) const {

@@ -32,7 +32,7 @@ struct LayerCall {
     check(y, "y", tokens_by(D * P));
     p.y = y.const_data_ptr();
     if (gates && gates->dim() > 1) {
-      check(*gates, "gates", tokens_by(D * 4 * H));
+      check(*gates, "gates", tokens_by(D * kSavedGates * H));
       p.gates = gates->const_data_ptr();
     }
     p.dy = gradient(dy, "dy", tokens_by(D * P));

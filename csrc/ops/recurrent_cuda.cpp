@@ -1,3 +1,4 @@
+// The device, torch's GEMM and sums as GpuLayer calls them.
 #include "recurrent_cuda.h"
 
 #include <dlfcn.h>

@@ -187,10 +187,10 @@ class GpuLayer {
       const Tensor h = part(hn, d), w_hh = transposed(w[d].w_hh);
       for (int64_t k = 0; k < call.T; k++) {
         cuda::FwdStep step{p};
-        step.d = static_cast<int>(d), step.t = d ? call.T - 1 - k : k;
-        step.rows = rows_at(step.t), step.token = token(step.t);
+        const int64_t t = d ? call.T - 1 - k : k;
+        step.d = static_cast<int>(d), step.rows = rows_at(t), step.token = token(t);
         if (step.rows == 0) continue;
-        if (k + 1 < call.T) step.next = d ? step.t - 1 : step.t + 1;
+        if (k + 1 < call.T) step.next = d ? t - 1 : t + 1;
         if (c) step.c = c->mutable_data_ptr();
         multiply(rows(h, 0, step.rows), w_hh, rows(hw, 0, step.rows));
         step.hw = hw.const_data_ptr();

@@ -1,3 +1,4 @@
+// RNN on CPU tensors: checks, allocation, and the bridge to kernels/rnn.h.
 #include "kernels/rnn.h"
 #include "recurrent.h"
 

@@ -1,3 +1,4 @@
+// Tensors as bindings meet them: checks and their errors, layout, allocation.
 #include "tensor.h"
 
 #include <algorithm>
@@ -17,6 +18,38 @@ std::string text(Shape shape) {
   return out.str();
 }
 
+namespace {
+
+std::string text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+std::string device_text(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+}  // namespace
+
+std::string text(const Tensor& t) {
+  return text(t.scalar_type()) + " " + text(t.sizes()) + " on " + device_text(t);
+}
+
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -29,7 +62,7 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
       return DType::f16;
     default:
       STD_TORCH_CHECK(false, "seqkernels::", op, ": expected ", name,
-                      " of float32, float64, bfloat16 or float16");
+                      " of float32, float64, bfloat16 or float16, got ", text(t));
   }
 }
 
@@ -40,6 +73,13 @@ ScalarType accumulation_type(DType dtype) {
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
          a.get_device_index() == b.get_device_index();
+}
+
+void expect(const char* op, const Tensor& t, const char* name, ScalarType type, Shape shape,
+            const Tensor& like) {
+  STD_TORCH_CHECK(same_device(t, like) && t.scalar_type() == type && t.sizes().equals(shape),
+                  "seqkernels::", op, ": expected ", name, " as ", text(type), " ", text(shape), " on ",
+                  device_text(like), ", got ", text(t));
 }
 
 void lay_contiguously(Tensor& t) {

@@ -22,11 +22,16 @@ using Tensors = std::vector<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::string text(Shape shape);
+std::string text(const Tensor& t);  // "float32 [2, 3] on cpu"
 // Of a tensor that has to be float32, float64, bfloat16 or float16.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 ScalarType accumulation_type(DType dtype);  // float32, or float64 where that is the dtype
 
 bool same_device(const Tensor& a, const Tensor& b);
+// An error, unless t has that type and shape and is on the device of `like`. Allocates nothing where it is
+// so: a step of one row, which takes microseconds, asks seven times.
+void expect(const char* op, const Tensor& t, const char* name, ScalarType type, Shape shape,
+            const Tensor& like);
 
 // Kernels read features, and small tensors as a whole, as they lie: what lies otherwise is replaced by a
 // copy. An exported program meets such tensors, as no Python looks at them there.
@@ -49,9 +54,9 @@ std::optional<Extent> contiguous(Shape sizes);
 // its operator up by name: 1 us an output, which shows in a step of one row.
 Tensor empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std::nullopt);
 
-// The same on the CPU with one row per token or weight: if it is large, in huge pages. Fresh memory costs 0.4
-// ms a MiB in pages of 4 KiB (Zen 5 in a virtual machine) and 0.05 ms in huge ones; a training step spent 13
-// % in page faults.
+// Like empty(), for CPU tensors with one row per token or weight: large ones ask for huge pages. Fresh memory
+// costs 0.4 ms a MiB in pages of 4 KiB (Zen 5 in a virtual machine) and 0.05 ms in huge ones; a training step
+// spent 13 % in page faults.
 Tensor large_empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std::nullopt);
 
 // For what a training step frees and the next one needs again, activations saved for backward and gradients

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    FAR,
+    FAR_LSE,
     FLOAT,
     INF,
     LOG2E,
@@ -117,7 +117,7 @@ def attention_far(
     ok = i < see.len_q
     t = first_q + i
     lse = tl.abs(tl.load(OutLse + (row * heads + h) * Tq + t, mask=ok, other=0.0))
-    far = (lse > FAR) & (lse < INF)
+    far = (lse > FAR_LSE) & (lse < INF)
     if tl.max(far.to(tl.int32), 0) == 0:
         return
     head = head_of(

@@ -14,7 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-3e38)  # of a finite mask, so that a logit can be added
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-FAR = tl.constexpr(1024.0)  # an LSE so far from 0 has lost digits of the logarithm of the sum
+FAR_LSE = tl.constexpr(1024.0)  # an LSE so far from 0 has lost digits of the logarithm of the sum
 STEP = tl.constexpr(32)  # keys at a time for rows of such: tiles of 128 spilled
 BOOL, FLOAT = tl.constexpr(1), tl.constexpr(2)  # kinds of masks
 

@@ -20,7 +20,7 @@ from .tables import DKDV, DQ, FORWARD, TILES, Tile, tile_for
 WIDEST = {2: 128, 4: 32}  # exact float32 products hold whole rows of both factors in registers
 INTERPRETED = triton.knobs.runtime.interpret  # asked once, as @triton.jit does
 OF_ROWS = Tile(32, 0, 4, 1)  # kernels that make statistics of queries
-FAR = 2**29  # a window no sequence reaches; sums of two stay within int32
+WIDEST_WINDOW = 2**29  # a window no sequence reaches; sums of two stay within int32
 
 
 class Problem(NamedTuple):
@@ -267,8 +267,8 @@ def prepare(
         D=D,
         DV=DV,
         WIDEST=WIDEST[q.itemsize],
-        LEFT=left < FAR,
-        RIGHT=right < FAR,
+        LEFT=left < WIDEST_WINDOW,
+        RIGHT=right < WIDEST_WINDOW,
         BOTTOM_RIGHT=bottom_right,
         VARLEN=cu_q is not None,
         LEN_K=len_k is not None,
@@ -292,7 +292,7 @@ def prepare(
         *[s // align for x in (q, k, v) for s in x.stride()[:3]], *mask_strides,
         heads if alibi is not None and alibi.numel() > heads else 0,
         heads, group, Tq, max_k if page else Tk,
-        max(min(left, FAR), -FAR), max(min(right, FAR), -FAR),
+        max(min(left, WIDEST_WINDOW), -WIDEST_WINDOW), max(min(right, WIDEST_WINDOW), -WIDEST_WINDOW),
         float(scale * to_log2) or 1e-30, float(softcap * LOG2E.value),
         min(round(dropout * 2**32), 2**32 - 1), 0.0 if dropout >= 1 else 1 / (1 - dropout),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    FAR,
+    FAR_LSE,
     FLOAT,
     INF,
     LOG2E,
@@ -58,7 +58,7 @@ def attention_weights(
         base, rest = tl.where(lse == -INF, INF, lse * LOG2E), tl.zeros([BM], tl.float32)
         # Far from 0 its rounding would be that of P, up to an LSE of -1e9, of a mask that hides all keys,
         # which has no room for log sum: the few programs with such rows take the softmax anew.
-        far = (tl.abs(lse) > FAR) & (tl.abs(lse) < INF)
+        far = (tl.abs(lse) > FAR_LSE) & (tl.abs(lse) < INF)
         if F.MASK == FLOAT and tl.max(far.to(tl.int32), 0) > 0:
             m, norm = largest_and_sum(q, Kh, k_t, i, head, F)
             base, rest = tl.where(far, m, base), tl.where(far, tl.log2(norm), rest)

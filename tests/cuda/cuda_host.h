@@ -293,7 +293,7 @@ void launch_apart(void (*kernel)(Args), const char*, const Args& args, Stream) {
 }
 
 template <class Args>
-Machine machine_for(void (*)(Args)) {
+Machine machine_for(void (*)(Args), int) {
   return host::machine();
 }
 

@@ -90,7 +90,7 @@ static void scores(const Tanh& tanh_of_pair, const Operands<T>& x, int64_t nq, i
     for (int64_t c0 = 0; c0 < nk; c0 += columns) {
       const T *q[rows], *k[columns];
       SEQ_UNROLL for (int r = 0; r < rows; r++) q[r] = x.q + (r0 + r) * x.ldq;
-      SEQ_UNROLL for (int c = 0; c < columns; c++) k[c] = x.k + least(c0 + c, nk - 1) * x.ldk;
+      SEQ_UNROLL for (int c = 0; c < columns; c++) k[c] = x.k + min_of(c0 + c, nk - 1) * x.ldk;
       Vec<T> acc[W] = {};
       _Pragma("GCC unroll 1") for (int64_t h = 0; h < D; h += W) {
         const Vec<T> by = load(w + h);
@@ -164,9 +164,9 @@ struct Additive {
 
   // As many as the scores leave room for, but no thread goes without.
   int64_t tile_rows() const {
-    const int64_t fit = most(kFew, least(kTile, kScores / most(1, lds))),
+    const int64_t fit = max_of(kFew, min_of(kTile, kScores / max_of(1, lds))),
                   share = divide_up(p.B * p.Tq, p.parallel.threads);
-    return most(1, least(p.Tq, least(fit, most(2 * kFew, share))));
+    return max_of(1, min_of(p.Tq, min_of(fit, max_of(2 * kFew, share))));
   }
 
   struct Buffers {  // of one thread
@@ -192,7 +192,7 @@ struct Additive {
     Operands<T> of{};
 
     Tile(const Additive& additive, const Buffers& buffers, int64_t seq, int64_t tile)
-        : f(additive), m(buffers), span(f.p, seq), b(seq), i(tile * f.rows), n(least(f.rows, f.p.Tq - i)) {
+        : f(additive), m(buffers), span(f.p, seq), b(seq), i(tile * f.rows), n(min_of(f.rows, f.p.Tq - i)) {
       of.q = as_operand<T>(row_of<S>(f.p.q, b, 0, i), f.p.q.t, n, f.p.D, m.q_copy, f.ld, true, of.ldq);
       if constexpr (kFast) within = n >= kFew && all_exponentials(of.q, of.ldq, n, m.q_exp, f.rows);
     }
@@ -206,7 +206,7 @@ struct Additive {
     template <class Fn>
     void each_block(int64_t begin, int64_t end, const Fn& fn) {
       for (int64_t j = begin; j < end; j += kKeys) {
-        const int64_t nk = least(kKeys, end - j);
+        const int64_t nk = min_of(kKeys, end - j);
         of.k = as_operand<T>(row_of<S>(f.p.k, b, 0, j), f.p.k.t, nk, f.p.D, m.k_copy, f.ld, true, of.ldk);
         if constexpr (kFast)
           if (within && all_exponentials(of.k, of.ldk, nk, m.k_exp, kKeys)) {
@@ -289,7 +289,7 @@ struct AdditiveFwd : Additive<S> {
     }
     Start start = Start::zero;
     for (int64_t j = begin; j < end; j += kKeys, start = Start::c) {
-      const int64_t nk = least(kKeys, end - j);
+      const int64_t nk = min_of(kKeys, end - j);
       int64_t step;
       const T* v = as_operand<T>(values + (j - begin) * p.v.t, p.v.t, nk, p.Dv, m.v_copy, ldv, true, step);
       product<T, false>(tile.n, ldv, nk, x[at] + j - begin, ldx(), v, step, out[at], ldv, start);
@@ -300,7 +300,7 @@ struct AdditiveFwd : Additive<S> {
   void join(int64_t n, int64_t at) const {
     const int64_t b = n / tiles, first = n % tiles * rows;
     const Span span(p, b);
-    for (int64_t r = 0; r < least(rows, p.Tq - first); r++) {
+    for (int64_t r = 0; r < min_of(rows, p.Tq - first); r++) {
       T top = -kInf<T>, by[kMostParts];
       double total = 0;
       for (int64_t s = 0; s < parts; s++) top = max[at + s][r] > top ? max[at + s][r] : top;
@@ -344,7 +344,7 @@ struct AdditiveBwd : Additive<S> {
   PerThread<char> buffers;
 
   explicit AdditiveBwd(const AdditiveAttentionBwdParams& params) : Base(params), p(params) {
-    parts = busy_splits(p.B, p.parallel.threads, least(tiles, 2 * p.parallel.threads / most(1, p.B)));
+    parts = busy_splits(p.B, p.parallel.threads, min_of(tiles, 2 * p.parallel.threads / max_of(1, p.B)));
   }
   int64_t tasks() const { return p.B * parts; }
   int wanted() const { return attention_threads(p, tasks(), 3 * kTanhCost); }
@@ -399,7 +399,7 @@ struct AdditiveBwd : Additive<S> {
     int64_t ldo;
     const T* dO = as_operand<T>(row_of<S>(p.dout, b, 0, t.i), p.dout.t, t.n, p.Dv, m.dO, ldv, true, ldo);
     for (int64_t j = 0; j < keys; j += kKeys) {
-      const int64_t nk = least(kKeys, keys - j), N = round_up(nk, W);
+      const int64_t nk = min_of(kKeys, keys - j), N = round_up(nk, W);
       pack_transposed(row_of<S>(p.v, b, 0, j), p.v.t, nk, p.Dv, m.VT, kKeys, N);
       product<T, false>(t.n, N, p.Dv, dO, ldo, m.VT, kKeys, m.dS + j, lds, Start::zero);
     }
@@ -433,7 +433,7 @@ struct AdditiveBwd : Additive<S> {
       store(P + j, weight), store(dS + j, dP);
       deltas += weight * dP;
     }
-    const T delta = across<T>(deltas, [](Vec<T> a, Vec<T> b) { return a + b; });
+    const T delta = reduce_lanes<T>(deltas, [](Vec<T> a, Vec<T> b) { return a + b; });
     for (int64_t j = 0; j < keys; j += W) store(dS + j, load(P + j) * (load(dS + j) - delta));
     if (!p.dmask) return;
     T* dmask = static_cast<T*>(p.dmask) + row;

@@ -16,14 +16,14 @@ constexpr int64_t kBlock = 256 / sizeof(T);
 //
 //   C [M, N] = start + A [M, K] B [K, N],  N in lanes, both operands read where they lie.
 //
-// A is read by broadcast, along its rows (element [r, k] at a[r * lda + k]) or across them (a[k * lda + r]):
+// A is read by broadcast, element [r, k] at a[r * lda + k] or, transposed, at a[k * lda + r]:
 // no operand of attention has to be packed or transposed but the one in the lanes. With 32 registers a tile
 // is 6 rows x 4 vectors: 24 accumulators, 10 loads for 24 FMAs. bf16 operands (see Operand) come in pairs of
 // k.
 
 enum class Start { zero, c, scaled };  // C = A B, C + A B, C scale[column] + A B
 
-template <class D, int rows, int NV, bool across>
+template <class D, int rows, int NV, bool transposed>
 static void product_tile(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, Acc<D>* c, int64_t ldc,
                          Start start, const Acc<D>* scale) {
   using T = Acc<D>;
@@ -31,13 +31,13 @@ static void product_tile(int64_t K, const D* a, int64_t lda, const D* b, int64_t
   Vec<T> acc[rows][NV] = {};
   constexpr int kBases = (rows + 2) / 3;  // x86 addresses base, base + lda and base + 2 lda for free
   const D* base[kBases];
-  SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * (across ? pair : lda);
+  SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] = a + 3 * i * (transposed ? pair : lda);
   _Pragma("GCC unroll 1") for (int64_t k = 0; k < K; k += pair) {
     SEQ_UNROLL for (int r = 0; r < rows; r++) {
       SEQ_UNROLL for (int v = 0; v < NV; v++)
-          multiply_add(acc[r][v], base[r / 3] + (r % 3) * (across ? pair : lda), b + v * W * pair);
+          multiply_add(acc[r][v], base[r / 3] + (r % 3) * (transposed ? pair : lda), b + v * W * pair);
     }
-    SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += across ? lda : pair;
+    SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += transposed ? lda : pair;
     b += ldb;
   }
   SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++) {
@@ -52,14 +52,14 @@ template <class D>
 using ProductTile = void (*)(int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb, Acc<D>* c,
                              int64_t ldc, Start start, const Acc<D>* scale);
 constexpr int kTileVectors = MR == 12 ? 4 : 2, kTileRows = 6;
-template <class D, int NV, bool across, int... r>
+template <class D, int NV, bool transposed, int... r>
 SEQ_INLINE ProductTile<D> product_tile_of(int rows, std::integer_sequence<int, r...>) {
-  static constexpr ProductTile<D> tiles[] = {product_tile<D, r + 1, NV, across>...};
+  static constexpr ProductTile<D> tiles[] = {product_tile<D, r + 1, NV, transposed>...};
   return tiles[rows - 1];
 }
 
 // N is a multiple of the vector. lda and ldb in elements; a row of B is a pair of k where operands are pairs.
-template <class D, bool across>
+template <class D, bool transposed>
 static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, const D* b, int64_t ldb,
                     Acc<D>* c, int64_t ldc, Start start, const Acc<D>* scale = nullptr) {
   using T = Acc<D>;
@@ -76,10 +76,10 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = M * i / tiles;
         const int rows = int(M * (i + 1) / tiles - m);
-        const auto tile = nv == kTileVectors ? product_tile_of<D, kTileVectors, across>(rows, some)
-                          : nv == 2          ? product_tile_of<D, 2, across>(rows, many)
-                                             : product_tile_of<D, 1, across>(rows, many);
-        tile(k, across ? a + k0 / pair * lda + m * pair : a + m * lda + k0, lda,
+        const auto tile = nv == kTileVectors ? product_tile_of<D, kTileVectors, transposed>(rows, some)
+                          : nv == 2          ? product_tile_of<D, 2, transposed>(rows, many)
+                                             : product_tile_of<D, 1, transposed>(rows, many);
+        tile(k, transposed ? a + k0 / pair * lda + m * pair : a + m * lda + k0, lda,
              b + k0 / pair * ldb + n * pair, ldb, c + m * ldc + n, ldc, k0 ? Start::c : start,
              scale ? scale + n : nullptr);
       }
@@ -93,7 +93,7 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
 // C [M, N] = start + A B of bf16 in steps, so that softmax of one block can run between the products of
 // others: the matrix unit works by itself, but no reorder buffer is long enough to find it work. M and K are
 // multiples of 32 (padded with zeros), N is 16 or 32.
-struct TileProduct {
+struct SteppedProduct {
   int64_t M = 0, N = 0, K = 0;
   const bf16* a = nullptr;
   int64_t lda = 0;
@@ -111,7 +111,7 @@ struct TileProduct {
     if (m >= M) return;
     const bool wide = N > 16;
     float* to = c + m * ldc;
-    memory_barrier();
+    compiler_barrier();
     if (k == 0 && start == Start::zero) {
       _tile_zero(0);
       _tile_zero(1);
@@ -141,7 +141,7 @@ struct TileProduct {
       if (wide) _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
       k = 0, m += 32;
     }
-    memory_barrier();
+    compiler_barrier();
   }
 #else
   int64_t steps() const { return M > 0; }
@@ -158,7 +158,7 @@ struct TileProduct {
 SEQ_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b,
                              int64_t ldb, float* c, int64_t ldc, Start start) {
   for (int64_t n = 0; n < N; n += 32)
-    TileProduct{M, least(32, N - n), K, a, lda, b + 2 * n, ldb, c + n, ldc, start}.finish();
+    SteppedProduct{M, min_of(32, N - n), K, a, lda, b + 2 * n, ldb, c + n, ldc, start}.finish();
 }
 #endif
 SEQ_INLINE void prepare_tiles() {
@@ -236,19 +236,19 @@ struct Span {
       q0 = p.cu_q[b], k0 = p.cu_k[b];
       Tq = p.cu_q[b + 1] - q0, Tk = p.cu_k[b + 1] - k0;
     } else if (p.len_k) {
-      Tk = most(0, least(Tk, p.len_k[b]));
+      Tk = max_of(0, min_of(Tk, p.len_k[b]));
     }
     constexpr int64_t kNoLimit = int64_t(1) << 61;  // sums of positions stay in range
     offset = p.bottom_right ? Tk - Tq : 0;
-    left = most(-kNoLimit, least(p.left, kNoLimit)), right = most(-kNoLimit, least(p.right, kNoLimit));
+    left = max_of(-kNoLimit, min_of(p.left, kNoLimit)), right = max_of(-kNoLimit, min_of(p.right, kNoLimit));
     lse_h = p.cu_q ? p.cu_q[p.B] : Tq;
     lse = p.cu_q ? q0 : b * p.Hq * Tq;
   }
   // Query i sees keys [first_key(i), end_key(i)); key j is seen by queries [first_query(j), end_query(j)).
-  int64_t first_key(int64_t i) const { return most(0, least(Tk, i + offset - left)); }
-  int64_t end_key(int64_t i) const { return most(0, least(Tk, i + offset + right + 1)); }
-  int64_t first_query(int64_t j) const { return most(0, least(Tq, j - offset - right)); }
-  int64_t end_query(int64_t j) const { return most(0, least(Tq, j - offset + left + 1)); }
+  int64_t first_key(int64_t i) const { return max_of(0, min_of(Tk, i + offset - left)); }
+  int64_t end_key(int64_t i) const { return max_of(0, min_of(Tk, i + offset + right + 1)); }
+  int64_t first_query(int64_t j) const { return max_of(0, min_of(Tq, j - offset - right)); }
+  int64_t end_query(int64_t j) const { return max_of(0, min_of(Tq, j - offset + left + 1)); }
 };
 
 template <class S, class P>
@@ -301,7 +301,7 @@ template <class M>
 SEQ_INLINE Vec<Acc<M>> mask_values(const AttentionParams& p, int64_t offset, int64_t j, int64_t n) {
   using T = Acc<M>;
   const M* x = static_cast<const M*>(p.mask) + offset + j * p.mask_k;
-  n = least(n, kLanes<T>);
+  n = min_of(n, kLanes<T>);
   if (p.mask_k == 1) return load(x, n);
   T line[kLanes<T>] = {};
   for (int64_t i = 0; i < n; i++) line[i] = load(x + i * p.mask_k, 1)[0];
@@ -322,7 +322,7 @@ SEQ_INLINE uint32_t mask_bits(const AttentionParams& p, int64_t offset, int64_t 
 #else
   for (int64_t i = 0; i < n; i += 8) {
     uint64_t bytes = 0;
-    __builtin_memcpy(&bytes, x + i, size_t(least(8, n - i)));
+    __builtin_memcpy(&bytes, x + i, size_t(min_of(8, n - i)));
     for (int shift = 4; shift; shift /= 2) bytes |= bytes >> shift;  // the lowest bit of a byte: any of them
     // The product puts the lowest bits of the eight bytes side by side into the uppermost one.
     bits |= uint32_t((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;
@@ -373,11 +373,11 @@ struct KeyBlock {
     if (masked && !boolean)
       s += p.mask_kind == MaskKind::additive ? mask_values<S>(p, row, j + l, nk - l)
                                              : mask_values<T>(p, row, j + l, nk - l);
-    if (masked && boolean) s = lanes_of<T>(mask_bits(p, row, j + l, least(W, nk - l))) ? s : splat(-kInf<T>);
+    if (masked && boolean) s = lanes_of<T>(mask_bits(p, row, j + l, min_of(W, nk - l))) ? s : splat(-kInf<T>);
     if (limits) {
-      const int64_t end = least(nk, span.end_key(i) - j);  // lanes are small numbers, keys may be no floats
-      s = iota<T>() < T(most(0, least(W, span.first_key(i) - j - l))) ? splat(-kInf<T>) : s;
-      s = iota<T>() >= T(most(0, least(W, end - l))) ? splat(-kInf<T>) : s;
+      const int64_t end = min_of(nk, span.end_key(i) - j);  // lanes are small numbers, keys may be no floats
+      s = iota<T>() < T(max_of(0, min_of(W, span.first_key(i) - j - l))) ? splat(-kInf<T>) : s;
+      s = iota<T>() >= T(max_of(0, min_of(W, end - l))) ? splat(-kInf<T>) : s;
     }
     return s;
   }
@@ -408,7 +408,7 @@ static T softmax_row(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m
     top = logit > top ? logit : top;
     store(xs + n, logit);
   }
-  const T now = across<T>(top, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
+  const T now = reduce_lanes<T>(top, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
   const T zero = now == -kInf<T> ? T(0) : now;
   for (int64_t n = 0; n < block.N; n += W) {
     const Vec<T> e = exp2_of<T>(load(xs + n) - zero, splat(T(kLog2e)), Vec<T>{});
@@ -417,7 +417,7 @@ static T softmax_row(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m
   }
   const T by = exp2_of<T>(splat(m - zero), splat(T(kLog2e)), Vec<T>{})[0];
   m = now;
-  l = l * by + across<T>(total, [](Vec<T> a, Vec<T> b) { return a + b; });
+  l = l * by + reduce_lanes<T>(total, [](Vec<T> a, Vec<T> b) { return a + b; });
   return by;
 }
 
@@ -499,7 +499,7 @@ SEQ_INLINE Vec<float> sum_of_pairs(Vec<float> sum, __m512i pairs) {
 static int attention_threads(const AttentionParams& p, int64_t tasks, double cost = 1) {
   const double queries = p.cu_q ? double(p.cu_q[p.B]) : double(p.B) * double(p.Tq),
                work = queries * double(p.Hq) * double(p.Tk) * double(p.D + p.Dv + 8) * cost;
-  return threads_for(work, least(p.parallel.threads, tasks), 2 * kWorkPerThread);
+  return threads_for(work, min_of(p.parallel.threads, tasks), 2 * kWorkPerThread);
 }
 
 // Parts of each of n tasks, at most `limit`: as few as keep all threads busy. It depends on nothing but the
@@ -511,6 +511,6 @@ static int64_t busy_splits(int64_t n, int64_t threads, int64_t limit) {
     const int64_t all = n * parts;
     return double(all) / double(round_up(all, threads));
   };
-  while (n > 0 && parts < 2 * threads && parts < least(limit, kMostParts) && busy() < 0.9) parts++;
+  while (n > 0 && parts < 2 * threads && parts < min_of(limit, kMostParts) && busy() < 0.9) parts++;
   return parts;
 }

@@ -11,7 +11,7 @@
 // with dropout of P for dV and of dP.
 //
 // An LSE is rounded: far from 0 it has no digits left for log sum (none at -1e9, where a finite mask hides a
-// whole row). Such rows take their softmax anew, by the products that follow: P = exp(S - max - log sum).
+// whole row). For such rows the softmax is computed again from the scores: P = exp(S - max - log sum).
 //
 // Five products (not seven), Q, dO and K read where they lie. A task is every `splits`-th block of one key
 // head; dQ is summed in memory of its own, one for each task where there are several for a key head, and
@@ -59,8 +59,8 @@ struct AttentionBwd {
   explicit AttentionBwd(const AttentionBwdParams& params)
       : p(params),
         group(p.Hk ? p.Hq / p.Hk : 0),
-        ldk(kPacked ? round_up(most(p.D, 1), 32) : round_up(p.D, W)),
-        ldv(kPacked ? round_up(most(p.Dv, 1), 32) : round_up(p.Dv, W)),
+        ldk(kPacked ? round_up(max_of(p.D, 1), 32) : round_up(p.D, W)),
+        ldv(kPacked ? round_up(max_of(p.Dv, 1), 32) : round_up(p.Dv, W)),
         max_q(kPacked ? round_up(p.Tq, kQ) : p.Tq),
         rule(p),
         philox(p.dropout),
@@ -177,13 +177,13 @@ struct AttentionBwd {
       const Sum dq = f.sum_of(span, b * p.Hk + hk, split, id);
       bool far = false;
       for (int64_t g = 0; g < f.group; g++) far |= prepare_rows(span, hk * f.group + g, g);
-      if (far) take_anew(span, b, hk);
+      if (far) redo_softmax(span, b, hk);
       for (int64_t g = 0; g < f.group && p.dsinks && split == 0; g++) add_dsink(span, b, hk * f.group + g, g);
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = 0; i < span.Tq; i++)
           __builtin_memset(static_cast<void*>(dq(g, i)), 0, sizeof(T) * f.ldk);
       for (int64_t j = split * kK; j < span.Tk; j += f.splits * kK) {
-        const KeyBlock<S> keys(p, f.rule, span, b, j, least(j + kK, span.Tk));
+        const KeyBlock<S> keys(p, f.rule, span, b, j, min_of(j + kK, span.Tk));
         bool seen;
         if constexpr (kPacked)
           seen = this->packed_block(keys, hk, dq);
@@ -223,7 +223,7 @@ struct AttentionBwd {
       if constexpr (kPacked) {
         const S *q = row_of<S>(p.q, span.batch, h, span.q0), *d = row_of<S>(p.dout, span.batch, h, span.q0);
         for (int64_t i = 0; i < span.Tq; i += kQ) {
-          const int64_t row = g * f.max_q + i, n = least(kQ, span.Tq - i);
+          const int64_t row = g * f.max_q + i, n = min_of(kQ, span.Tq - i);
           pad_rows(q + i * p.q.t, p.q.t, n, p.D, m.Q + row * f.ldk, kQ, f.ldk);
           pad_rows(d + i * p.dout.t, p.dout.t, n, p.Dv, m.dO + row * f.ldv, kQ, f.ldv);
           pad_transposed(q + i * p.q.t, p.q.t, n, p.D, m.QT + row * f.ldk, f.ldk, kQ, kQ);
@@ -238,7 +238,7 @@ struct AttentionBwd {
     }
 
     // Of rows whose LSE is far: maximum and sum, while keys pass by once more.
-    void take_anew(const Span& span, int64_t b, int64_t hk) {
+    void redo_softmax(const Span& span, int64_t b, int64_t hk) {
       const auto each_far = [&](int64_t g, int64_t i, int64_t end, const auto& visit) {
         const T* lse = lse_of(span, hk * f.group + g);
         for (; i < end; i++)
@@ -247,11 +247,11 @@ struct AttentionBwd {
       for (int64_t g = 0; g < f.group; g++)
         each_far(g, 0, span.Tq, [](int64_t, T& top, T& sum) { top = -kInf<T>, sum = 0; });
       for (int64_t j = 0; j < span.Tk; j += kK) {
-        const KeyBlock<S> keys(p, f.rule, span, b, j, least(j + kK, span.Tk));
+        const KeyBlock<S> keys(p, f.rule, span, b, j, min_of(j + kK, span.Tk));
         pack_keys(keys, hk);
         for (int64_t g = 0; g < f.group; g++)
           for (int64_t i = keys.first_query() / 32 * 32, end; i < keys.end_query(); i = end) {
-            end = least(keys.end_query(), (i / kQ + 1) * kQ);
+            end = min_of(keys.end_query(), (i / kQ + 1) * kQ);
             bool far = false;
             each_far(g, i, end, [&](int64_t, T&, T&) { far = true; });
             if (!far) continue;
@@ -329,7 +329,7 @@ struct AttentionBwd {
       Start start = Start::zero;
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = keys.first_query(); i < keys.end_query(); i += kQ) {
-          const int64_t h = hk * f.group + g, n = least(kQ, keys.end_query() - i), row = g * f.max_q + i;
+          const int64_t h = hk * f.group + g, n = min_of(kQ, keys.end_query() - i), row = g * f.max_q + i;
           const Rows q = scores(keys, hk, g, i, n);
           const T* d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO,
                                      p.Dv, false, ldo);
@@ -366,7 +366,7 @@ struct AttentionBwd {
       Start start = Start::zero;
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = keys.first_query() / 32 * 32, end; i < keys.end_query(); i = end) {
-          end = least(keys.end_query(), (i / kQ + 1) * kQ);
+          end = min_of(keys.end_query(), (i / kQ + 1) * kQ);
           const int64_t h = hk * f.group + g, n = end - i, nq = round_up(n, 32), row = g * f.max_q + i;
           scores(keys, hk, g, i, n);
           tile_product(nq, N, f.ldv, m.dO + row * f.ldv, f.ldv, m.VT, 2 * kK, m.dS, kK, Start::zero);
@@ -412,7 +412,7 @@ struct AttentionBwd {
     }
     void add_dmask(T* to, int64_t j, Vec<T> ds, int64_t n) const {
       if (p.mask_k) return store(to + j, load(static_cast<const T*>(to + j), n) + ds, n);
-      for (int64_t l = 0; l < least(n, W); l++) *to += ds[l];
+      for (int64_t l = 0; l < min_of(n, W); l++) *to += ds[l];
     }
 
     template <class Row>
@@ -453,7 +453,7 @@ struct AttentionWeights {
         rule(p),
         philox(p.dropout),
         heads(p.mean ? 1 : p.Hq),
-        rows(most(1, least(kQ, p.Tq))),
+        rows(max_of(1, min_of(kQ, p.Tq))),
         blocks(divide_up(p.Tq, rows)),
         width(round_up(p.Tk, W)),
         team(p.parallel.threads) {}
@@ -478,7 +478,7 @@ struct AttentionWeights {
     const Buffers m(*this, own);
     for (int64_t task; (task = queue->take()) < tasks();) {
       const int64_t b = task / (heads * blocks), h = task / blocks % heads, i = task % blocks * rows,
-                    n = least(rows, p.Tq - i);
+                    n = min_of(rows, p.Tq - i);
       if (!p.mean) head(m, b, h, i, n);
       if (p.mean) __builtin_memset(static_cast<void*>(m.mean), 0, sizeof(T) * n * width);
       for (int64_t of = 0; p.mean && of < p.Hq; of++) {
@@ -496,12 +496,12 @@ struct AttentionWeights {
   // P of queries [i, i + n), with dropout.
   void head(const Buffers& m, int64_t b, int64_t h, int64_t i, int64_t n) const {
     const Span span(p, b);
-    const int64_t j0 = span.first_key(i) / kK * kK, j1 = most(j0, span.end_key(i + n - 1));
+    const int64_t j0 = span.first_key(i) / kK * kK, j1 = max_of(j0, span.end_key(i + n - 1));
     __builtin_memset(static_cast<void*>(m.P), 0, sizeof(T) * n * width);
     int64_t ldq;
     const T* q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
     for (int64_t j = j0; j < j1; j += kK) {
-      const int64_t nk = least(kK, j1 - j), N = round_up(nk, W);
+      const int64_t nk = min_of(kK, j1 - j), N = round_up(nk, W);
       pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, nk, p.D, m.KT, kK, N);
       product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P + j, width, Start::zero);
     }
@@ -511,7 +511,7 @@ struct AttentionWeights {
       softmax_row(seen, h, i + r, m.P + r * width + j0, top, sum);
       const T by = sum == T(0) ? T(0) : T(1) / sum;
       for (int64_t j = j0; j < j1; j += kK) {
-        const KeyBlock<S> keys(p, rule, span, b, j, least(j + kK, j1));
+        const KeyBlock<S> keys(p, rule, span, b, j, min_of(j + kK, j1));
         const uint64_t kept = keys.kept(philox, h, i + r);
         for (int64_t l = 0; l < keys.N; l += W) {
           T* to = m.P + r * width + j + l;

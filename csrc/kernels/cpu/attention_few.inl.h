@@ -53,7 +53,7 @@ static void few_values(int64_t R, int64_t nk, const Acc<S>* P, int64_t ldp, cons
 // Rows to read ahead of `features`, in elements.
 template <class S>
 static int64_t ahead_of(int64_t features, int64_t stride) {
-  return divide_up(kBytesAhead, int64_t(sizeof(S)) * most(1, features)) * stride;
+  return divide_up(kBytesAhead, int64_t(sizeof(S)) * max_of(1, features)) * stride;
 }
 
 template <class S>
@@ -132,10 +132,10 @@ struct AttentionFew {
     }
     __builtin_memset(static_cast<void*>(o), 0, sizeof(T) * R * ldv);
     if (R == 0) return;
-    const int64_t first = span.first_key(0), keys = most(0, span.end_key(span.Tq - 1) - first),
+    const int64_t first = span.first_key(0), keys = max_of(0, span.end_key(span.Tq - 1) - first),
                   j1 = first + keys * (task % parts + 1) / parts;
     for (int64_t j = first + keys * (task % parts) / parts; j < j1; j += kK) {
-      const KeyBlock<S> block(p, rule, span, b, j, least(j + kK, j1));
+      const KeyBlock<S> block(p, rule, span, b, j, min_of(j + kK, j1));
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0 + j),
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + j);
       direct_products(R, block.nk, xs, kK, Term<S, O>{k, p.k.t, qs, ldq, p.D, k_ahead});

@@ -13,7 +13,7 @@
 // L1 and L2. bf16 with dot products: K and V^T are packed first, by all threads, because products read pairs
 // along the features and along the keys; some key heads at a time, which bounds the memory and leaves what
 // was packed in L2 and L3. Softmax takes as long as the matrix unit does, so both run at once: softmax of one
-// block makes the steps of the next block's scores and of the last block's values (see TileProduct).
+// block makes the steps of the next block's scores and of the last block's values (see SteppedProduct).
 #pragma once
 
 #include "attention_few.inl.h"
@@ -50,8 +50,8 @@ struct AttentionFwd {
   struct Blocks {
     int64_t heads, queries, chunks, per_head;  // of one block; blocks of heads, of queries
     Blocks(int64_t Tq, int64_t group)
-        : heads(Tq ? most(1, least(group, kQ / Tq)) : 1),
-          queries(least(Tq, kQ)),
+        : heads(Tq ? max_of(1, min_of(group, kQ / Tq)) : 1),
+          queries(min_of(Tq, kQ)),
           chunks(divide_up(group, heads)),
           per_head(queries ? divide_up(Tq, queries) : 0) {}
     int64_t tasks() const { return chunks * per_head; }  // of one key head
@@ -62,7 +62,7 @@ struct AttentionFwd {
         group(p.Hk ? p.Hq / p.Hk : 0),
         rule(p),
         philox(p.dropout),
-        depth(kPacked ? round_up(most(p.D, 1), kDepth<O>) : p.D),
+        depth(kPacked ? round_up(max_of(p.D, 1), kDepth<O>) : p.D),
         ldv(kPacked ? round_up(p.Dv, 32) : p.Dv),
         team(p.parallel.threads),
         at_once(heads()) {
@@ -80,13 +80,13 @@ struct AttentionFwd {
       const Span span(p, b);
       all_blocks += blocks_of(span.Tk) * p.Hk;
       all_tasks += Blocks(span.Tq, group).tasks() * p.Hk;
-      longest = most(longest, blocks_of(span.Tk));
+      longest = max_of(longest, blocks_of(span.Tk));
     }
     const int64_t fit = kPass / (longest * block_size() * int64_t(sizeof(O))),
-                  busy = 4 * p.parallel.threads * heads() / most(1, all_tasks) + 1,
-                  passes = divide_up(heads(), most(fit, busy));
+                  busy = 4 * p.parallel.threads * heads() / max_of(1, all_tasks) + 1,
+                  passes = divide_up(heads(), max_of(fit, busy));
     at_once = divide_up(heads(), passes);
-    room = least(all_blocks, at_once * longest);
+    room = min_of(all_blocks, at_once * longest);
   }
 
   void layout(Arena& a) {
@@ -98,8 +98,8 @@ struct AttentionFwd {
     OT = a.take_each<T>(team, ldv * kQ);
     ST = a.take_each<T>(team, kBuffers * kK * kUnit);
     packed = a.take<O>(room * block_size());
-    const int64_t rows_size = most(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
-                                   std::is_same_v<S, T> || kPacked ? 0 : kK * most(p.D, p.Dv));
+    const int64_t rows_size = max_of(kQ * p.D * int64_t(sizeof(S)) / int64_t(sizeof(T)) + W,
+                                     std::is_same_v<S, T> || kPacked ? 0 : kK * max_of(p.D, p.Dv));
     rows = a.take_each<T>(team, rows_size);
   }
   int64_t tasks() const { return first_task[p.B]; }
@@ -121,7 +121,7 @@ struct AttentionFwd {
 #if defined(__AVX512BF16__)
   // Packed block of keys: K [kK, depth] as it lies, V^T [ldv, kK], zeros around.
   void pack(const Span& span, int64_t hk, int64_t i, O* K) const {
-    const int64_t j = span.k0 + i * kK, n = least(kK, span.Tk - i * kK), to = round_up(n, 32);
+    const int64_t j = span.k0 + i * kK, n = min_of(kK, span.Tk - i * kK), to = round_up(n, 32);
     pad_rows(row_of<S>(p.k, span.batch, hk, j), p.k.t, n, p.D, K, to, depth);
     pad_transposed(row_of<S>(p.v, span.batch, hk, j), p.v.t, n, p.Dv, K + kK * depth, ldv, kK, to);
   }
@@ -143,7 +143,7 @@ struct AttentionFwd {
     Worker worker(*this, id);
     int64_t task = queue->take(), b = 0;
     for (int64_t n = 0; n < heads(); n += at_once) {
-      const int64_t end = least(heads(), n + at_once), blocks_before = first_of(first_block, n);
+      const int64_t end = min_of(heads(), n + at_once), blocks_before = first_of(first_block, n);
       if constexpr (kPacked) {  // this->: looked up only where there is such a function
         if (n > 0) barrier->wait(size);
         this->pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
@@ -158,8 +158,8 @@ struct AttentionFwd {
                       chunk = i % blocks.chunks, h = chunk * blocks.heads, q = block * blocks.queries;
         if (kPacked)
           worker.keys = packed + (first_of(first_block, b * p.Hk + head) - blocks_before) * block_size();
-        worker.run(span, b, head, head * group + h, least(blocks.heads, group - h), q,
-                   least(blocks.queries, span.Tq - q));
+        worker.run(span, b, head, head * group + h, min_of(blocks.heads, group - h), q,
+                   min_of(blocks.queries, span.Tq - q));
       }
     }
     release_tiles();
@@ -195,7 +195,7 @@ struct AttentionFwd {
       lanes = heads * n;
       started = false;
       for (int64_t l = 0; l < round_up(lanes, W); l++) {
-        const int64_t h = h0 + least(l, lanes - 1) / n, i = i0 + least(l, lanes - 1) % n;
+        const int64_t h = h0 + min_of(l, lanes - 1) / n, i = i0 + min_of(l, lanes - 1) % n;
         query[l] = i;
         max[l] = reference[l] = -kInf<T>;
         sum[l] = rounded[l] = 0;
@@ -205,7 +205,7 @@ struct AttentionFwd {
         row[l] = b * p.Hq + h;
       }
       full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0);
-      j0 = span.first_key(i0) / 32 * 32, j1 = most(j0, span.end_key(i0 + n - 1));
+      j0 = span.first_key(i0) / 32 * 32, j1 = max_of(j0, span.end_key(i0 + n - 1));
       pack_queries(span, h0, heads, i0, n);
       if constexpr (kPacked)
         this->packed_blocks(span);
@@ -214,7 +214,7 @@ struct AttentionFwd {
       finish(span, h0, i0, n);
     }
 
-    int64_t block_end(int64_t j) const { return least(j1, (j / kK + 1) * kK); }
+    int64_t block_end(int64_t j) const { return min_of(j1, (j / kK + 1) * kK); }
 
     void blocks(const Span& span, int64_t hk) {
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0), *v = row_of<S>(p.v, span.batch, hk, span.k0);
@@ -251,8 +251,8 @@ struct AttentionFwd {
       const auto stage = [&](int64_t t) {
         Stage s;
         const int64_t u = t % units, block = first_block + t / units;
-        s.l = u * kUnit, s.N = least(kUnit, round_up(lanes - s.l, W));
-        s.j = most(j0, block * kK), s.nk = block_end(s.j) - s.j;
+        s.l = u * kUnit, s.N = min_of(kUnit, round_up(lanes - s.l, W));
+        s.j = max_of(j0, block * kK), s.nk = block_end(s.j) - s.j;
         O* const K = keys + block * f.block_size();
         s.K = K + s.j % kK * f.depth, s.VT = K + kK * f.depth + s.j % kK;
         s.QT = QT + u * f.depth * kUnit, s.OT = OT + u * f.ldv * kUnit;
@@ -260,31 +260,31 @@ struct AttentionFwd {
         return s;
       };
       const auto scores = [&](const Stage& s) {
-        return TileProduct{round_up(s.nk, 32), s.N, f.depth, s.K, f.depth, s.QT, 2 * kUnit, s.ST, kUnit};
+        return SteppedProduct{round_up(s.nk, 32), s.N, f.depth, s.K, f.depth, s.QT, 2 * kUnit, s.ST, kUnit};
       };
       const auto values = [&](const Stage& s) {
-        return TileProduct{f.ldv,
-                           s.N,
-                           round_up(s.nk, 32),
-                           s.VT,
-                           kK,
-                           reinterpret_cast<const O*>(s.ST),
-                           2 * kUnit,
-                           s.OT,
-                           kUnit,
-                           s.j == j0 ? Start::zero : Start::c};
+        return SteppedProduct{f.ldv,
+                              s.N,
+                              round_up(s.nk, 32),
+                              s.VT,
+                              kK,
+                              reinterpret_cast<const O*>(s.ST),
+                              2 * kUnit,
+                              s.OT,
+                              kUnit,
+                              s.j == j0 ? Start::zero : Start::c};
       };
       if (stages == 0) return;
       started = true;
       Stage now = stage(0), then{};
-      TileProduct before, after = scores(now);
+      SteppedProduct before, after = scores(now);
       after.finish();
       for (int64_t t = 0; t < stages; t++, now = then) {
-        after = TileProduct{};
+        after = SteppedProduct{};
         if (t + 1 < stages) after = scores(then = stage(t + 1));
         const Mask mask = look_at_mask(now.l, now.N, now.j, now.nk);
         adjust(span, mask, now.ST, now.l, now.N, now.j, now.nk);
-        const int64_t calls = most(1, now.nk / 8), steps = divide_up(before.steps() + after.steps(), calls);
+        const int64_t calls = max_of(1, now.nk / 8), steps = divide_up(before.steps() + after.steps(), calls);
         const bool grew = softmax(now.ST, now.l, now.N, now.nk, [&]() __attribute__((always_inline)) {
           for (int64_t i = 0; i < steps; i++) (before.m < before.M ? before : after).step();
         });
@@ -315,7 +315,7 @@ struct AttentionFwd {
       if constexpr (kPacked) {
         if (p.D == 0) __builtin_memset(static_cast<void*>(QT), 0, sizeof(O) * f.depth * kQ);
         for (int64_t l = 0; l < lanes; l += kUnit)
-          pack_panel(q + l * stride, stride, least(kUnit, lanes - l), p.D, QT + l * f.depth, kUnit);
+          pack_panel(q + l * stride, stride, min_of(kUnit, lanes - l), p.D, QT + l * f.depth, kUnit);
       } else {
         pack_transposed(q, stride, lanes, p.D, QT, kQ, round_up(lanes, W));
       }
@@ -333,7 +333,7 @@ struct AttentionFwd {
       uint32_t some = 0, hidden = 0;
       for (int64_t k = 0; k < nk; k += 32)
         for (int64_t l = 0; l < N; l++) {
-          const int64_t n = least(32, nk - k);
+          const int64_t n = min_of(32, nk - k);
           if (l && mask_row[l0 + l] == mask_row[l0 + l - 1]) {
             seen[k / 32][l] = seen[k / 32][l - 1];
             continue;
@@ -366,24 +366,24 @@ struct AttentionFwd {
         if (p.mask_kind == MaskKind::boolean && mask != Mask::changes_nothing)
           for (int64_t k0 = 0; k0 < nk; k0 += 32) {
             const Vec<Word<T>> bits = *reinterpret_cast<const VecOf<Word<T>>::unaligned*>(seen[k0 / 32] + l);
-            each(k0, least(nk, k0 + 32), [&](Vec<T> s, int64_t k) {
+            each(k0, min_of(nk, k0 + 32), [&](Vec<T> s, int64_t k) {
               return (bits & (Word<T>(1) << (k - k0))) != 0 ? s : splat(-kInf<T>);
             });
           }
         if (j >= full0 && j + nk <= full1) continue;
         T first[W], end[W];
         for (int i = 0; i < W; i++) {
-          first[i] = T(most(0, least(nk, span.first_key(query[l0 + l + i]) - j)));
-          end[i] = T(most(0, least(nk, span.end_key(query[l0 + l + i]) - j)));
+          first[i] = T(max_of(0, min_of(nk, span.first_key(query[l0 + l + i]) - j)));
+          end[i] = T(max_of(0, min_of(nk, span.end_key(query[l0 + l + i]) - j)));
         }
         const Vec<T> low = load(first), high = load(end);
         const auto limit = [&](Vec<T> s, int64_t k) {
           s = T(k) < low ? splat(-kInf<T>) : s;
           return T(k) >= high ? splat(-kInf<T>) : s;
         };
-        const int64_t full = most(0, least(nk, full0 - j));  // from here to full1 - j all see all
+        const int64_t full = max_of(0, min_of(nk, full0 - j));  // from here to full1 - j all see all
         each(0, full, limit);
-        each(most(full, full1 - j), nk, limit);
+        each(max_of(full, full1 - j), nk, limit);
       }
     }
 
@@ -454,7 +454,7 @@ struct AttentionFwd {
         for (int64_t l = 0; l < N; l++) kept[l] = Word<T>(f.philox.kept(row[l0 + l], query[l0 + l], j + k0));
         for (int64_t l = 0; l < N; l += W) {
           const Vec<Word<T>> bits = load(kept + l);
-          for (int64_t k = 0; k < least(32, nk - k0); k += kPacked ? 2 : 1) {
+          for (int64_t k = 0; k < min_of(32, nk - k0); k += kPacked ? 2 : 1) {
             T* to = P + (kPacked ? (k0 + k) / 2 : k0 + k) * kUnit + l;
             const auto stays = [&](int64_t key) { return (Vec<Word<T>>)((bits & Word<T>(1) << key) != 0); };
             Vec<Word<T>> both = stays(k);
@@ -532,7 +532,7 @@ struct AttentionFwd {
         const auto row = [&](int64_t l) __attribute__((always_inline)) {
           return row_of<S>(p.out, span.batch, h0 + (l0 + l) / n, span.q0 + i0 + (l0 + l) % n);
         };
-        const int64_t count = least(kUnit, lanes - l0);
+        const int64_t count = min_of(kUnit, lanes - l0);
         if (started)
           write_columns<S>(OT + l0 * f.ldv, kUnit, count, p.Dv, alpha + l0, row);
         else

@@ -1,3 +1,4 @@
+// Which instruction sets this processor and its system support, and which one is chosen.
 #include "kernels/cpu/dispatch.h"
 
 #include <atomic>

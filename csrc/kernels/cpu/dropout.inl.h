@@ -7,7 +7,6 @@
 // never read. 32 keys of a query take some 75 instructions with AVX-512, 42 of them the rounds.
 #pragma once
 
-#include "kernels/attention.h"
 #include "vec.h"
 
 using U64 = Vec<uint64_t>;
@@ -54,6 +53,6 @@ struct Philox {
         bits |= (stays & (uint64_t(1) << n)) << quad * 4;
       }
     }
-    return uint32_t(across<uint64_t>(bits, [](U64 a, U64 b) { return a | b; }));
+    return uint32_t(reduce_lanes<uint64_t>(bits, [](U64 a, U64 b) { return a | b; }));
   }
 };

@@ -27,8 +27,9 @@ constexpr int64_t kAhead = 32;
 
 SEQ_INLINE int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
-SEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+SEQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SEQ_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+SEQ_INLINE double max_of(double a, double b) { return a > b ? a : b; }
 
 // bf16 dot products take pairs of k: B holds rows k and k + 1 interleaved. K is padded with zeros to kDepth:
 // 2 for vdpbf16ps, 32 for AMX tiles.
@@ -145,7 +146,7 @@ struct TileShapes {
   uint8_t rows[16] = {};
 };
 // GCC's tile intrinsics do not say which memory they touch.
-SEQ_INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+SEQ_INLINE void compiler_barrier() { __asm__ volatile("" ::: "memory"); }
 
 static thread_local int64_t tile_rows = -1;  // what is configured now
 
@@ -155,7 +156,7 @@ static void shape_tiles(int64_t upper, int64_t lower) {
   TileShapes shapes;
   const int64_t rows[] = {upper, upper, lower, lower, upper, lower, 16, 16};
   for (int i = 0; i < 8; i++) shapes.rows[i] = uint8_t(rows[i] ? rows[i] : 1);
-  memory_barrier();
+  compiler_barrier();
   _tile_loadconfig(&shapes);
 }
 // The state is large and is saved with the thread: call when a thread is done. Other libraries set shapes of
@@ -187,9 +188,9 @@ static void multiply_tiles(int64_t K, const bf16* a, int64_t lda, const bf16* b,
 static void amx_panel(int64_t M, int64_t width, int64_t K, const bf16* a, int64_t lda, const bf16* b,
                       int64_t ldb, const float* init, int64_t ldi, float* c, int64_t ldc) {
   const bool wide = width > 16;
-  memory_barrier();
+  compiler_barrier();
   for (int64_t m = 0; m < M; m += 32) {
-    const int64_t upper = least(16, M - m), lower = least(16, M - m - upper);
+    const int64_t upper = min_of(16, M - m), lower = min_of(16, M - m - upper);
     shape_tiles(upper, lower ? lower : 16);
     const float* from = init + m * ldi;
     if (init) {
@@ -215,7 +216,7 @@ static void amx_panel(int64_t M, int64_t width, int64_t K, const bf16* a, int64_
     if (lower) _tile_stored(2, to + 16 * ldc, ldc * 4);
     if (lower && wide) _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
   }
-  memory_barrier();
+  compiler_barrier();
 }
 #else
 SEQ_INLINE void release_tiles() {}
@@ -236,7 +237,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
   const bool several = tiles > 2 && K <= kc;
   int64_t k0 = 0;
   do {
-    const int64_t k = least(kc, K - k0);
+    const int64_t k = min_of(kc, K - k0);
     const D* then = next && k0 + k == K ? next : b + (k0 + k) * ldb;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t m = M * i / tiles, end = M * (i + 1) / tiles;
@@ -261,7 +262,7 @@ struct Panels {
   int64_t depth() const { return round_up(K, kDepth<D>); }
   int64_t count() const { return divide_up(N, NR<D>); }
   int64_t padded() const { return round_up(N, kLanes<T>); }
-  int64_t width(int64_t j) const { return least(NR<D>, padded() - j * NR<D>); }
+  int64_t width(int64_t j) const { return min_of(NR<D>, padded() - j * NR<D>); }
   int64_t offset(int64_t j) const { return j * NR<D> * depth(); }
   int64_t size() const { return padded() * depth(); }
 };
@@ -291,7 +292,7 @@ static void pack_transposed(const S* w, int64_t ldw, int64_t n, int64_t K, D* ou
   using T = Acc<S>;
   constexpr int W = kLanes<T>;
   for (int64_t k = 0; k < K; k += W) {
-    const int64_t kn = least(W, K - k);
+    const int64_t kn = min_of(W, K - k);
     for (int64_t j = 0; j < width; j += W) {
       const S* from = w + j * ldw + k;
       Vec<T> v[W];
@@ -324,7 +325,7 @@ static void pack_panel(const S* w, int64_t ldw, int64_t n, int64_t K, T* out, in
 static void pack_panel(const bf16* w, int64_t ldw, int64_t n, int64_t K, bf16* out, int64_t width) {
   constexpr int W = kLanes<float>;
   for (int64_t k = 0; k < round_up(K, kDepth<bf16>); k += 2 * W) {
-    const int64_t left = least(2 * W, K - k), pairs = round_up(K, kDepth<bf16>) / 2 - k / 2;
+    const int64_t left = min_of(2 * W, K - k), pairs = round_up(K, kDepth<bf16>) / 2 - k / 2;
     for (int64_t j = 0; j < width; j += W) {
       Vec<float> v[W];
       for (int64_t r = 0; r < W; r++) {

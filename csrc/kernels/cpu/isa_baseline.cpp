@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "table.h"

@@ -10,9 +10,9 @@
 #include "rnn.inl.h"
 #include "step_fwd.inl.h"
 
-// What the products of storage type S are made of, on registers only. 24 independent chains in AVX-512
-// registers (12 elsewhere), as many as a tile has accumulators: more than enough for two units of 4 cycles
-// latency. AMX has 4 tiles of sums. Returns the flops done.
+// What the products of storage type S are made of, on registers only. 24 independent chains
+// where there are 32 vector registers (AVX-512, NEON), else 12: as many as a tile has accumulators, more than
+// enough for two units of 4 cycles latency. AMX has 4 tiles of sums. Returns the flops done.
 template <class S>
 static double fma_peak(int64_t n) {
   using T = Acc<S>;

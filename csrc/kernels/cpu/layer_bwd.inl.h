@@ -111,8 +111,8 @@ struct LayerBwd {
     // The sums dW are read and written once a chunk: the larger they are, the longer the chunk has to be.
     const int64_t weight_bytes = G * H * (I + P) * int64_t(sizeof(T));
     const int64_t wanted = weight_bytes <= (2 << 20) ? 256 : weight_bytes <= (8 << 20) ? 512 : 1024;
-    steps = average > 0 ? least(p.T, most(1, wanted / average)) : 1;
-    chunk_tokens = least(steps * B, seq.tokens);
+    steps = average > 0 ? min_of(p.T, max_of(1, wanted / average)) : 1;
+    chunk_tokens = min_of(steps * B, seq.tokens);
     const Panels<O> xs{I, chunk_tokens}, hs{P, chunk_tokens};
     const auto rows = [&](bool wanted, int64_t ld) {
       return a.take<T>(wanted ? B * ld + apart<T>(team) : 0);
@@ -149,17 +149,17 @@ struct LayerBwd {
     busy = a.take<Shares::Busy>(2 * team);
     shares = a.take_each<int64_t>(team, 2 * team + 1);
     // Some for every thread of dx, which comes first; many of dW, which fill the gaps.
-    const int64_t threads = most(1, team / D), tile = kDepth<O> == 32 ? 32 : MR;
-    dx_tokens = round_up(most(2 * tile, divide_up(chunk_tokens, 2 * threads)), tile);
-    dw_rows = round_up(least(kTaskRows, divide_up(G * H, 8 * threads)), tile);
+    const int64_t threads = max_of(1, team / D), tile = kDepth<O> == 32 ? 32 : MR;
+    dx_tokens = round_up(max_of(2 * tile, divide_up(chunk_tokens, 2 * threads)), tile);
+    dw_rows = round_up(min_of(kTaskRows, divide_up(G * H, 8 * threads)), tile);
     for (int d = 0; d < D; d++) tasks[d] = a.take_zeros<Queue>(divide_up(p.T, steps));
     once_blocks = a.take_zeros<Queue>(D);
     const int64_t rebuilt = rebuild ? kRebuildTokens : 0;
-    const int64_t local_rows = most(most(chunk_tokens, kGradientRows), (G + 3) * rebuilt);
-    int64_t operand_size = (projected ? most(H, P) + NR<T> : dw_rows) * depth_of(chunk_tokens);
+    const int64_t local_rows = max_of(max_of(chunk_tokens, kGradientRows), (G + 3) * rebuilt);
+    int64_t operand_size = (projected ? max_of(H, P) + NR<T> : dw_rows) * depth_of(chunk_tokens);
     const int64_t rebuild_size = rebuilt * (forward.in.depth() + forward.rec.depth() + 2 * NR<T>);
-    operand_size = most(operand_size, rebuild_size);
-    if (weights.once) operand_size = most(operand_size, weights.kBlockSize);
+    operand_size = max_of(operand_size, rebuild_size);
+    if (weights.once) operand_size = max_of(operand_size, weights.kBlockSize);
     local = a.take_each<T>(team, local_rows * NR<T>);
     local_operand = a.take_each<O>(team, operand_size);
   }
@@ -252,7 +252,7 @@ struct LayerBwd {
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
     int64_t row_of(int64_t t) const { return seq.token(t) - seq.token(lo); }  // of a chunk's buffers
     int64_t chunk_size() const { return seq.token(hi) - seq.token(lo); }
-    int64_t width(int64_t n, int64_t j) const { return least(NR<T>, n - j * NR<T>); }
+    int64_t width(int64_t n, int64_t j) const { return min_of(NR<T>, n - j * NR<T>); }
 
     // The state before step t is the initial one.
     bool initial(int64_t t, int64_t b) const {
@@ -351,7 +351,7 @@ struct LayerBwd {
     void each_token(int64_t begin, int64_t end, const Fn& fn) const {
       for (int64_t t = lo, row = 0; t < hi; t++) {
         const int64_t n = seq.rows(t);
-        for (int64_t b = most(0, begin - row); b < n && row + b < end; b++) fn(row + b, t, b);
+        for (int64_t b = max_of(0, begin - row); b < n && row + b < end; b++) fn(row + b, t, b);
         row += n;
       }
     }
@@ -365,7 +365,7 @@ struct LayerBwd {
       __builtin_memset(static_cast<void*>(unused_h), 0, sizeof(O) * kRebuildTokens * NR<T>);
       __builtin_memset(static_cast<void*>(unused_c), 0, sizeof(T) * kRebuildTokens * NR<T>);
       for (int64_t m0 = m * rank / group; m0 < end; m0 += kRebuildTokens) {
-        const int64_t n = least(kRebuildTokens, end - m0);
+        const int64_t n = min_of(kRebuildTokens, end - m0);
         each_token(m0, m0 + n, [&](int64_t row, int64_t t, int64_t b) {
           copy_row(seq.template x<S>(t, b), f.I, x + (row - m0) * ldx, ldx);
           copy_row(h_prev(t, b), f.P, h + (row - m0) * ldp, ldp);
@@ -501,12 +501,12 @@ struct LayerBwd {
       for (int64_t task; (task = tasks.take()) < of_dx + G * row_blocks;) {
         if (task >= of_dx) {
           const int64_t g = (task - of_dx) / row_blocks, u = (task - of_dx) % row_blocks * f.dw_rows;
-          weight_gradients(g, u, least(f.dw_rows, f.H - u));
+          weight_gradients(g, u, min_of(f.dw_rows, f.H - u));
         } else if (f.weights.once) {
           input_gradient(0, m, task, task + 1);
         } else {
           const int64_t m0 = task * f.dx_tokens;
-          input_gradient(m0, least(f.dx_tokens, m - m0), 0, blocks(f.I));
+          input_gradient(m0, min_of(f.dx_tokens, m - m0), 0, blocks(f.I));
         }
       }
     }
@@ -572,7 +572,7 @@ struct LayerBwd {
       const int64_t ld = convert ? NR<T> : f.padded(columns), depth = depth_of(shape.K),
                     at_once = convert ? kGradientRows : n;
       for (int64_t i = 0; i < n; i += at_once) {
-        const int64_t rows = least(at_once, n - i);
+        const int64_t rows = min_of(at_once, n - i);
         for (int64_t j = 0; j < shape.count(); j++) {
           T* to = convert ? local : sums + (first + i) * ld + j * NR<T>;
           gemm_panel(rows, shape.width(j), shape.depth(), local_operand + i * depth, depth,
@@ -623,7 +623,7 @@ struct LayerBwd {
         }
       for (int64_t n = n0, end; out.b_ih && n < n1; n = end) {
         const int64_t g = n / f.H, u = n % f.H;
-        end = least((g + 1) * f.H, n1);
+        end = min_of((g + 1) * f.H, n1);
         write_row(f.db[d] + Cell::kInputSlot[g] * f.H + u, static_cast<S*>(out.b_ih) + n, end - n);
         write_row(f.db[d] + Cell::kRecurrentSlot[g] * f.H + u, static_cast<S*>(out.b_hh) + n, end - n);
       }

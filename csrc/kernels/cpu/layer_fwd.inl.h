@@ -122,12 +122,12 @@ struct LayerFwd {
     // Each chunk reads all input weights once. Where a thread's share of them comes from L3 or memory, C is
     // half as large: H = 1024 +4 to 6 %.
     const int64_t half = G * weights.in.size() * int64_t(sizeof(O)) / (2 * team) / kChunkBytes,
-                  chunks = most(1, least(half, kMostChunks));
+                  chunks = max_of(1, min_of(half, kMostChunks));
     chunk_tokens = chunks * kChunkTokens;
     const int64_t all = p.T == 1 ? 0 : seq.tokens * (G * weights.in.padded() + kLanes<T>);
-    c_size = most(least(chunks * kChunkBytes / int64_t(sizeof(T)), all),
-                  B * (G * NR<T>));  // a block of units of one step
-    const int64_t x_size = x_in_place() || direct ? 0 : most(B, chunk_tokens) * ldx;
+    c_size = max_of(min_of(chunks * kChunkBytes / int64_t(sizeof(T)), all),
+                    B * (G * NR<T>));  // a block of units of one step
+    const int64_t x_size = x_in_place() || direct ? 0 : max_of(B, chunk_tokens) * ldx;
     C = a.take_each<T>(team, c_size);
     Q = a.take_each<T>(team, B * NR<T>);
     X = a.take_each<O>(team, x_size);
@@ -191,7 +191,7 @@ struct LayerFwd {
           X(layer.X[id]),
           packed_block(layer.block[id]) {
       const int64_t widest = Shares::most_blocks(weights.in.count(), shares.size) * NR<T>,
-                    fits = f.c_size / (G * widest + kLanes<T>), tokens = least(fits, f.chunk_tokens);
+                    fits = f.c_size / (G * widest + kLanes<T>), tokens = min_of(fits, f.chunk_tokens);
       steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
       by_block = steps == 1;
       shares.begin(weights.in.count());
@@ -199,7 +199,7 @@ struct LayerFwd {
     }
     void take_units() {
       j0 = shares.first[shares.rank], j1 = shares.first[shares.rank + 1];
-      u0 = j0 * NR<T>, width = least(j1 * NR<T>, weights.in.padded()) - u0;
+      u0 = j0 * NR<T>, width = min_of(j1 * NR<T>, weights.in.padded()) - u0;
       gate = by_block ? NR<T> : width;
       ldc = G * gate + (by_block ? 0 : kLanes<T>);
     }
@@ -215,7 +215,7 @@ struct LayerFwd {
     // What step s reads after this panel; at its end, what the next step reads first.
     const O* next_panel(int64_t s, int g, int64_t j) const {
       const int64_t first = j0 * G, last = j1 * G - 1, n = j * G + g + (s % 2 ? -1 : 1);
-      const int64_t at = most(first, least(n, last));
+      const int64_t at = max_of(first, min_of(n, last));
       return recurrent_panel(int(at % G), at / G);
     }
     int64_t time(int64_t step) const { return d ? p.T - 1 - step : step; }
@@ -228,7 +228,7 @@ struct LayerFwd {
       barrier->wait(shares.size);
       shares.begin_round();
       for (int64_t begin = 0; begin < p.T; begin += steps) {
-        const int64_t end = least(begin + steps, p.T);
+        const int64_t end = min_of(begin + steps, p.T);
         const int64_t lo = d ? time(end - 1) : begin,
                       hi = d ? time(begin) + 1 : end;  // chunk in memory order
         load_inputs(lo, hi);
@@ -264,7 +264,7 @@ struct LayerFwd {
     }
     // Own columns of h and c back to their initial values.
     int64_t h_begin() const { return weights.projected ? k0 * NR<T> : u0; }
-    int64_t h_end() const { return least(f.P, weights.projected ? k1 * NR<T> : u0 + width); }
+    int64_t h_end() const { return min_of(f.P, weights.projected ? k1 * NR<T> : u0 + width); }
     void set_h(int64_t b, O* to, const S* h0) const {
       const int64_t j = h_begin(), n = h_end() - j;
       copy_row(h0 + b * f.P + j, n, to + b * f.ldh + j, n);
@@ -369,7 +369,7 @@ struct LayerFwd {
     // the split gate's W_hh h + b_hh.
     void direct_block(int64_t s, int64_t t, int64_t n, int64_t j) {
       const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
-      const int64_t u = j * NR<T>, units = least(NR<T>, f.H - u);
+      const int64_t u = j * NR<T>, units = min_of(NR<T>, f.H - u);
       for (int g = 0; g < G; g++) {
         const int64_t row = g * f.H + u;
         const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
@@ -394,7 +394,7 @@ struct LayerFwd {
     void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, T* block) {
       const int64_t u = j * NR<T>, token = seq.token(t) + r0, D = p.D;
       FwdTile<S> tile{};
-      tile.rows = n, tile.units = least(NR<T>, f.H - u), tile.H = f.H;
+      tile.rows = n, tile.units = min_of(NR<T>, f.H - u), tile.H = f.H;
       tile.C = block, tile.ldc = ldc, tile.gate = gate;
       tile.q = Q, tile.ldq = NR<T>;
       tile.h_prev = state(s) + r0 * f.ldh + u, tile.ldh_prev = f.ldh;
@@ -420,7 +420,7 @@ struct LayerFwd {
     // h = m W_hr^T, own columns.
     void project_state(int64_t s, int64_t t, int64_t n) {
       for (int64_t k = k0; k < k1; k++) {
-        const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = least(NR<T>, f.P - u);
+        const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = min_of(NR<T>, f.P - u);
         gemm_panel(n, w, weights.proj.depth(), f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w,
                    static_cast<const T*>(nullptr), 0, Q, NR<T>);
         for (int64_t b = 0; b < n; b++)

@@ -11,12 +11,12 @@
 #include "direct.inl.h"
 #include "team.inl.h"
 
-// Element [i, j] at data[i * ld + j], or where it lies across (transposed) at data[j * ld + i].
+// Element [i, j] at data[i * ld + j], or where it is transposed at data[j * ld + i].
 template <class S>
 struct Matrix {
   const S* data;
   int64_t ld;
-  bool across = false;
+  bool transposed = false;
 };
 
 // C [M, N] = A [M, K] B [K, N] + bias.
@@ -35,7 +35,7 @@ struct Product {
   const Parallel& parallel;
 
   const bool in_place = sizeof(S) == sizeof(T) && N % W == 0;  // C itself holds the sums
-  const int64_t passes = most(1, divide_up(K, kPass)), pass = round_up(divide_up(K, passes), 32);
+  const int64_t passes = max_of(1, divide_up(K, kPass)), pass = round_up(divide_up(K, passes), 32);
   const int64_t panels = divide_up(N, NR<O>);
   const int64_t ld_rows = row_stride<O>(pass), ld_sums = in_place ? N : passes > 1 ? round_up(N, W) : NR<O>;
   int team = 1;
@@ -51,7 +51,7 @@ struct Product {
   Panels<O> panels_of(int64_t k) const { return {N, k}; }
   // Rows of A that the tiles can read: of their type, padded, and not all in one set of L1 (see LayerFwd).
   bool a_as_it_lies(int64_t k) const {
-    return !a.across && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
+    return !a.transposed && sizeof(S) == sizeof(O) && k == panels_of(k).depth() &&
            a.ld * int64_t(sizeof(S)) % 4096 != 0;
   }
 
@@ -72,7 +72,7 @@ struct Product {
 
   void run() {
     team = threads_for(double(M) * double(N) * double(K), parallel.threads);
-    column_blocks = row_blocks >= 2 * team ? 1 : most(1, least(panels, team));
+    column_blocks = row_blocks >= 2 * team ? 1 : max_of(1, min_of(panels, team));
     if (row_blocks > team) {  // about as many for each thread
       block_rows = divide_up(M, round_up(row_blocks, team));
       row_blocks = divide_up(M, block_rows);
@@ -82,7 +82,7 @@ struct Product {
 
   void thread(int id, int size) {
     for (int64_t i = 0; i < passes; i++) {
-      const int64_t k0 = i * pass, k = least(pass, K - k0);
+      const int64_t k0 = i * pass, k = min_of(pass, K - k0);
       for (int64_t j = panels * id / size; j < panels * (id + 1) / size; j++) pack(k0, k, j);
       barrier->wait(size);
       const int64_t tasks = row_blocks * column_blocks;
@@ -97,7 +97,7 @@ struct Product {
     const Panels<O> shape = panels_of(k);
     O* to = packed + shape.offset(j);
     const int64_t n = j * NR<O>, width = shape.width(j);
-    if (b.across) return pack_panel(b.data + n * b.ld + k0, b.ld, N - n, k, to, width);
+    if (b.transposed) return pack_panel(b.data + n * b.ld + k0, b.ld, N - n, k, to, width);
     pack_rows(b.data + k0 * b.ld + n, b.ld, N - n, to, 0, k, width);
     pack_padding(to, k, width);
   }
@@ -105,7 +105,7 @@ struct Product {
   // Rows [m, m + block_rows) by a share of the panels.
   void block(int id, int64_t i, int64_t k0, int64_t k, int64_t row_block, int64_t column_block) const {
     const Panels<O> shape = panels_of(k);
-    const int64_t m = row_block * block_rows, n = least(block_rows, M - m);
+    const int64_t m = row_block * block_rows, n = min_of(block_rows, M - m);
     const bool first = i == 0, last = i + 1 == passes;
     const O* from = rows[id];
     int64_t ld = ld_rows;
@@ -128,7 +128,7 @@ struct Product {
   }
   void gather(int64_t m, int64_t n, int64_t k0, int64_t k, O* to) const {
     const int64_t padded = round_up(k, 32);
-    if (!a.across) {
+    if (!a.transposed) {
       for (int64_t r = 0; r < n; r++) copy_row(a.data + (m + r) * a.ld + k0, k, to + r * ld_rows, padded);
       return;
     }
@@ -165,7 +165,7 @@ struct FewRows {
     const S *x = static_cast<const S*>(p.x), *w = static_cast<const S*>(p.w), *b = static_cast<const S*>(p.b);
     T y[kRows * W];
     for (int64_t n = begin * W; n < end * W && n < p.N; n += W) {
-      const int64_t columns = least(W, p.N - n);
+      const int64_t columns = min_of(W, p.N - n);
       direct_products(p.M, columns, y, W, Term<S, S>{w + n * p.K, p.K, x, p.x_m, p.K});
       const Vec<T> bias = b ? load(b + n, columns) : Vec<T>{};
       for (int64_t m = 0; m < p.M; m++)
@@ -181,7 +181,7 @@ static void linear_fwd(const LinearFwdParams& p) {
              .N = p.N,
              .K = p.K,
              .a = {.data = static_cast<const S*>(p.x), .ld = p.x_m},
-             .b = {.data = static_cast<const S*>(p.w), .ld = p.K, .across = true},
+             .b = {.data = static_cast<const S*>(p.w), .ld = p.K, .transposed = true},
              .bias = static_cast<const S*>(p.b),
              .c = static_cast<S*>(p.y),
              .parallel = p.parallel}
@@ -203,7 +203,7 @@ static void linear_bwd(const LinearBwdParams& p) {
     Product<S>{.M = p.N,
                .N = p.K,
                .K = p.M,
-               .a = {.data = dy, .ld = p.dy_m, .across = true},
+               .a = {.data = dy, .ld = p.dy_m, .transposed = true},
                .b = {.data = x, .ld = p.x_m},
                .c = static_cast<S*>(p.dw),
                .row_sums = static_cast<S*>(p.db),

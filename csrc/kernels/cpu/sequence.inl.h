@@ -28,7 +28,7 @@ struct Sequence {
   // Rows of [r0, r1) that live at step t.
   int64_t rows(int64_t t, int64_t r0, int64_t r1) const {
     const int64_t n = rows(t);
-    return most(0, least(n, r1) - r0);
+    return max_of(0, min_of(n, r1) - r0);
   }
   template <class S>
   const S* x(int64_t t, int64_t b) const {
@@ -121,13 +121,13 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only, 
   auto consider = [&](int concurrent, int rg, int ug) {
     const int64_t units = divide_up(blocks, ug) * NR<D>;
     // Steps looked at: fewer for each of many groups, so that no candidate costs much more than another.
-    const int64_t samples = p.batch_sizes ? least(p.T, most(8, least(64, 256 / rg))) : 1;
+    const int64_t samples = p.batch_sizes ? min_of(p.T, max_of(8, min_of(64, 256 / rg))) : 1;
     double worst = 0;
     each_row_group(seq, rg, [&](int, int64_t begin, int64_t end) {
       double sum = 0;
       for (int64_t s = 0; s < samples; s++)
         sum +=
-            step_cycles<D>(seq.rows(p.T * s / samples, begin, end), least(units, p.H), p.I, p.P, G, ug > 1);
+            step_cycles<D>(seq.rows(p.T * s / samples, begin, end), min_of(units, p.H), p.I, p.P, G, ug > 1);
       if (sum > worst) worst = sum;
       return true;
     });
@@ -139,7 +139,7 @@ static Plan make_plan(const Sequence& seq, int threads, int G, bool units_only, 
     const int size = threads / concurrent;
     if (!units_only) consider(concurrent, 1, 1);  // steps shorter than a barrier
     for (int rg = 1; rg <= (units_only ? 1 : size) && (rg <= p.B || rg == 1); rg++)
-      consider(concurrent, rg, int(least(size / rg, blocks)));
+      consider(concurrent, rg, int(min_of(size / rg, blocks)));
   }
   return best;
 }

@@ -29,7 +29,7 @@ struct StepFwd {
   // Each thread begins with a share that is the same in every call, because some of it may still be in its
   // L2.
   void run() {
-    shares = int(least(kShares, team_size(Sequence(p), G)));
+    shares = int(min_of(kShares, team_size(Sequence(p), G)));
     for (int i = 0; i < shares; i++) share[i].next = first_block(i);
     run_ranges(p.parallel, shares, [&](int64_t begin, int64_t) { take_blocks(int(begin)); });
   }
@@ -42,7 +42,7 @@ struct StepFwd {
   void block(int d, int64_t j) const {
     alignas(64) T C[kRows * G * NR<T>], Q[kRows * NR<T>], c[kRows * NR<T>];
     alignas(64) O h_prev[kRows * NR<T>], h[kRows * NR<T>];
-    const int64_t u = j * NR<T>, units = least(NR<T>, p.H - u);
+    const int64_t u = j * NR<T>, units = min_of(NR<T>, p.H - u);
     const S* h0 = static_cast<const S*>(p.h0) + d * p.B * p.H;
     products(d, u, units, h0, C, Q);
     for (int64_t b = 0; b < p.B; b++) {

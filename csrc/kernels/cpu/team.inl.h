@@ -8,6 +8,19 @@
 // yield.
 constexpr int kSpins = 1000;
 
+// Between two looks at what another thread does.
+SEQ_INLINE void relax(int spins) {
+  if (spins >= kSpins) {
+    sched_yield();
+    return;
+  }
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 // A barrier that spins until the phase changes: a step of the recurrence is shorter than a futex. One cache
 // line for arrivals, one for the release.
 struct Barrier {
@@ -22,17 +35,7 @@ struct Barrier {
       __atomic_store_n(&phase, now + 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int spins = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; spins++) {
-      if (spins < kSpins) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("yield");
-#endif
-      } else {
-        sched_yield();
-      }
-    }
+    for (int spins = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now;) relax(spins++);
   }
 };
 
@@ -64,7 +67,7 @@ struct Shares {
 
   // More than that are never one thread's.
   static int64_t most_blocks(int64_t blocks, int size) {
-    return least(blocks, divide_up(3 * blocks, 2 * int64_t(size)));
+    return min_of(blocks, divide_up(3 * blocks, 2 * int64_t(size)));
   }
   void begin(int64_t blocks) {
     for (int i = 0; i <= size; i++) first[i] = blocks * i / size;
@@ -82,10 +85,10 @@ struct Shares {
   void share_anew() {
     const int64_t blocks = first[size], limit = most_blocks(blocks, size);
     const auto block_ticks = [&](int i) {
-      return double(most(1, busy[i].ticks[turn])) / double(most(1, first[i + 1] - first[i]));
+      return double(max_of(1, busy[i].ticks[turn])) / double(max_of(1, first[i + 1] - first[i]));
     };
     double was = 0, would_be = 0;
-    for (int i = 0; i < size; i++) count[i] = 1, was = larger(was, double(busy[i].ticks[turn]));
+    for (int i = 0; i < size; i++) count[i] = 1, was = max_of(was, double(busy[i].ticks[turn]));
     for (int64_t left = blocks - size; left > 0; left--) {  // to whoever would be done first
       int next = -1;
       double end = 0;
@@ -95,14 +98,13 @@ struct Shares {
       }
       count[next]++;
     }
-    for (int i = 0; i < size; i++) would_be = larger(would_be, double(count[i]) * block_ticks(i));
+    for (int i = 0; i < size; i++) would_be = max_of(would_be, double(count[i]) * block_ticks(i));
     if (would_be < kWorthIt * was)
       for (int i = 0; i < size; i++) first[i + 1] = first[i] + count[i];
     turn = 1 - turn;
     begin_round();
   }
   static constexpr double kWorthIt = 0.95;
-  static double larger(double a, double b) { return a > b ? a : b; }
 };
 
 // Tasks 0, 1, 2 ...: each goes to the thread that asks next.
@@ -149,8 +151,7 @@ static void run_team(const Parallel& parallel, int want, const Body& body) {
         Team& t = *static_cast<Team*>(arg);
         const int id = __atomic_fetch_add(&t.members, 1, __ATOMIC_ACQ_REL);
         __atomic_add_fetch(&t.covered, end - begin, __ATOMIC_ACQ_REL);
-        for (int spins = 0; __atomic_load_n(&t.covered, __ATOMIC_ACQUIRE) < t.want; spins++)
-          if (spins > kSpins) sched_yield();
+        for (int spins = 0; __atomic_load_n(&t.covered, __ATOMIC_ACQUIRE) < t.want;) relax(spins++);
         t.body(id, __atomic_load_n(&t.members, __ATOMIC_ACQUIRE));
       },
       &team);

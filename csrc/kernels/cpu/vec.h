@@ -62,11 +62,12 @@ SEQ_INLINE V exchange(V v, std::integer_sequence<int, i...>) {
 }
 // All lanes joined into one value, by halves.
 template <class T, int n = kLanes<T> / 2, class Join>
-SEQ_INLINE T across(Vec<T> v, const Join& join) {
+SEQ_INLINE T reduce_lanes(Vec<T> v, const Join& join) {
   if constexpr (n == 0)
     return v[0];
   else
-    return across<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})), join);
+    return reduce_lanes<T, n / 2>(join(v, exchange<n>(v, std::make_integer_sequence<int, kLanes<T>>{})),
+                                  join);
 }
 
 using U32 = Vec<uint32_t>;

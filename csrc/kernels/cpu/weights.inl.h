@@ -143,7 +143,7 @@ struct BackwardWeights {
     for (int n = 0; n < G; n++) {
       int g = 0;
       while (slot[g] != first_slot(slot) + n) g++;
-      const int64_t first = n * p.H, begin = most(k0, first), end = least(k1, first + p.H);
+      const int64_t first = n * p.H, begin = max_of(k0, first), end = min_of(k1, first + p.H);
       const S* from = w + (g * p.H - first) * N + column;
       if (begin < end) pack_rows(from + begin * N, N, N - column, to, begin - k0, end - k0, shape.width(j));
     }
@@ -170,7 +170,7 @@ struct BackwardWeights {
     for (int64_t j = j0; j < j1; j++) {
       T* to = c + j * NR<O>;
       for (int64_t k = 0; k < shape.K; k += kBlockRows) {
-        const int64_t rows = least(kBlockRows, shape.K - k);
+        const int64_t rows = min_of(kBlockRows, shape.K - k);
         pack_gates(static_cast<const S*>(w), shape, slot, j, k, k + rows, block);
         gemm_panel(n, shape.width(j), round_up(rows, kDepth<O>), dG + first_slot(slot) * p.H + k, ldG, block,
                    shape.width(j), add || k ? to : nullptr, ldc, to, ldc);
@@ -199,7 +199,7 @@ struct BackwardWeights {
         const O* rows = static_cast<const O*>(w) + (g * p.H + k) * N;
         for (int64_t j = j0; j < j1; j++) {
           T* to = c + j * NR<O>;
-          gemm_panel(n, shape.width(j), least(kRows, p.H - k), dG + slot[g] * p.H + k, ldG, rows + j * NR<O>,
+          gemm_panel(n, shape.width(j), min_of(kRows, p.H - k), dG + slot[g] * p.H + k, ldG, rows + j * NR<O>,
                      N, add || g || k ? to : nullptr, ldc, to, ldc);
         }
       }

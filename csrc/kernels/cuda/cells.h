@@ -40,9 +40,10 @@ struct Exact {
 // For half types, which round to 2^-9 and 2^-12: errors up to 2^-22 (computed), in four and five
 // instructions.
 struct Quick {
-  static SEQKERNELS_CELL float sigmoid(float a) { return reciprocal(1.0f + power_of_two(-1.44269504f * a)); }
+  static constexpr float kLog2e = 1.44269504f;
+  static SEQKERNELS_CELL float sigmoid(float a) { return reciprocal(1.0f + power_of_two(-kLog2e * a)); }
   static SEQKERNELS_CELL float tanh(float a) {
-    return 1.0f - 2.0f * reciprocal(1.0f + power_of_two(2.88539008f * a));
+    return 1.0f - 2.0f * reciprocal(1.0f + power_of_two(2 * kLog2e * a));
   }
 };
 
@@ -50,8 +51,7 @@ struct Quick {
 template <class T>
 struct Past {
   T c, c_prev;  // LSTM
-  T h_prev;     // GRU
-  T y;          // RNN
+  T h;          // GRU h_{t-1}, RNN y
 };
 
 // A is Exact or Quick. forward(x, h, state, c, saved): x and h are both sides of each gate with their biases;
@@ -59,6 +59,7 @@ struct Past {
 // gradients of h_t and c_t to what reaches h_{t-1} past the recurrent product and c_{t-1}; dG are the
 // gradients of the gates, in slots: W_ih meets kInputSlot[g], W_hh meets kGates slots from kRecurrentSlot on.
 struct Lstm {
+  static constexpr int kOutputGate = 3;
   static constexpr int kGates = 4, kSaved = 4, kSlots = 4, kRecurrentSlot = 0;
   static constexpr int kInputSlot[] = {0, 1, 2, 3};
   static constexpr bool kCellState = true, kNeedsPreviousH = false;
@@ -103,7 +104,7 @@ struct Gru {
     const T dn = dh * (T(1) - z) * (T(1) - n * n);
     dG[0] = dn;
     dG[1] = dn * q * (r * (T(1) - r));
-    dG[2] = dh * (past.h_prev - n) * (z * (T(1) - z));
+    dG[2] = dh * (past.h - n) * (z * (T(1) - z));
     dG[3] = dn * r;
     dh *= z;
   }
@@ -121,7 +122,7 @@ struct Rnn {
   }
   template <class A, class T>
   SEQKERNELS_CELL static void backward(const T*, const Past<T>& past, T& dh, T&, T* dG, bool relu) {
-    dG[0] = relu ? (past.y <= T(0) ? T(0) : dh) : dh * (T(1) - past.y * past.y);
+    dG[0] = relu ? (past.h <= T(0) ? T(0) : dh) : dh * (T(1) - past.h * past.h);
     dh = T(0);
   }
 };

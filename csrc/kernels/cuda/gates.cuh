@@ -1,4 +1,5 @@
-// One unit of one token: what both forms of the recurrence do once the products are there.
+// One unit of one token: what step.cuh and persistent.cuh do once the products are there. single.cuh does the
+// same for neighbouring units at once.
 #pragma once
 
 #include <type_traits>
@@ -53,7 +54,7 @@ __device__ __forceinline__ void backward_unit(const BwdLayer& p, const Saved<Cel
   Acc<S> gates[Cell::kSaved + 1];
   for (int s = 0; s < Cell::kSaved; s++) gates[s] = widen(arrived<S>(saved.gates[s]));
   const Acc<S> h = widen(arrived<S>(saved.h));
-  const Past<Acc<S>> past{saved.c, saved.c_prev, h, h};
+  const Past<Acc<S>> past{saved.c, saved.c_prev, h};
   dc += saved.dc;
   Cell::template backward<Arithmetic<S>>(gates, past, dh, dc, slots, p.relu);
 }

@@ -1,3 +1,4 @@
+// Every CUDA kernel of GRU.
 #include "layer.cuh"
 #include "step.cuh"
 

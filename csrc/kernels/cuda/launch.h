@@ -62,11 +62,11 @@ void launch_together(void (*kernel)(Args), const char* name, const Args& args, S
 }
 
 // The current device, asked once per kernel, which is then allowed all shared memory that a block may have
-// there: no multiprocessors if such a block cannot be resident. What the kernel has statically counts: cubins
-// of sm_90 and newer list 1 KB that nobody declared, and with a byte too many every layer would go step by
-// step.
+// there: no multiprocessors if such a block cannot be resident, or the device knows no cooperative launch.
+// What the kernel has statically counts: cubins of sm_90 and newer list 1 KB that nobody declared, and with a
+// byte too many every layer would go step by step.
 template <class Args>
-Machine machine_for(void (*kernel)(Args)) {
+Machine machine_for(void (*kernel)(Args), int threads) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, Machine> known;
   int device = 0, count = 0, shared = 0, cooperative = 0, resident = 0;
@@ -81,7 +81,7 @@ Machine machine_for(void (*kernel)(Args)) {
   if (cudaFuncGetAttributes(&has, kernel) == cudaSuccess) shared -= static_cast<int>(has.sharedSizeBytes);
   if (cooperative &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess)
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
   cudaGetLastError();
   return at->second = {resident > 0 ? count : 0, shared};
 }

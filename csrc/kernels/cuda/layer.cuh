@@ -20,14 +20,14 @@ auto with_product_type(const Layer& p, const F& of) {
 template <class E, class Args>
 Plan plan_for(void (*kernel)(Args), const Layer& p, int64_t K, int gates, int tiles, int states) {
   if (p.P != p.H || p.dtype == DType::f64) return {};
-  return make_plan(machine_for(kernel),
+  return make_plan(machine_for(kernel, kThreads),
                    {p.B, p.H, K, p.D, gates, tiles, int(sizeof(E)), states, std::is_same_v<E, float>});
 }
 
 // Of the kernels of single.cuh.
 template <class Kernel>
 Kernel* of_size(int64_t H, Kernel* of_64, Kernel* of_128) {
-  return H <= 64 ? of_64 : of_128;
+  return single_several(H) == 1 ? of_64 : of_128;
 }
 
 template <class Cell>
@@ -59,7 +59,7 @@ void Recurrence<Cell>::bwd(const BwdLayer& p, Stream stream) {
 template <class Args>
 Plan single_plan_for(void (*kernel)(Args), const Layer& p, bool forward, int gates) {
   if (p.P != p.H) return {};
-  return make_single_plan(machine_for(kernel), p.B, p.H, p.D, forward, gates);
+  return make_single_plan(machine_for(kernel, kSingleThreads), p.B, p.H, p.D, forward, gates);
 }
 
 // The cheaper of two plans, the first if it is as cheap.

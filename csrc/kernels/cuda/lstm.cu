@@ -1,3 +1,4 @@
+// Every CUDA kernel of LSTM.
 #include "layer.cuh"
 #include "step.cuh"
 

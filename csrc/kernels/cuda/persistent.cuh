@@ -5,8 +5,8 @@
 // instruction. Every step it multiplies the slice with what its group exchanged (states h forward, gate
 // gradients dG backward: `rows` rows of `pitch` elements), its warps sharing tiles and, where tiles are few,
 // parts of K, each with the first fragments of its share in registers; the partial sums meet in shared memory
-// in fixed order, and each thread does the gates of its unit in up to kAhead rows. States, and backward the
-// gradients that bypass the product, stay in its registers in float.
+// in fixed order, and each thread does the gates of its unit in up to kMostRows rows. States, and backward
+// the gradients that bypass the product, stay in its registers in float.
 //
 // Exchange: through global memory (L2) in packets of 16 bytes that say themselves whether they are there: the
 // last word of an empty one is all ones, a NaN that no number is rounded to. Who needs a packet looks at it
@@ -359,7 +359,7 @@ struct Block {
 
   __device__ const E* weights_of(int stack) const { return weights + stack * kRows * p.plan.pitch; }
   // Where a thread has more rows, their states need the registers, and weights serve 16 rows each time.
-  static constexpr bool holds(int N) { return N <= kHolding; }
+  static constexpr bool holds(int N) { return N <= kHoldingRows; }
   // Once, when all weights are there.
   __device__ void hold() { product.hold(weights_of(item & ((1 << stacks_exponent) - 1)), begin, end); }
 
@@ -432,7 +432,7 @@ struct Block {
     else if (most == 2)
       work(Count<2>());
     else
-      work(Count<kAhead>());
+      work(Count<kMostRows>());
   }
 };
 

@@ -10,8 +10,8 @@ namespace seqkernels::cuda {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kSingleThreads = 512, kSingleWarps = kSingleThreads / 32;  // single.cuh
 constexpr int kSingleRows = 8, kSingleParts = 2;                         // of K, backward
-constexpr int kAhead = 4;                                                // rows of a thread, at most
-constexpr int kHolding = 2;  // rows of a thread, at most, where its warp holds weights in registers
+constexpr int kMostRows = 4;                                             // of a thread
+constexpr int kHoldingRows = 2;  // of a thread, at most, where its warp holds weights in registers
 
 constexpr int kFfmaChunks = 8;                    // of K, 8 elements each, that a warp receives at once
 constexpr int kLeastSlots = 16, kMostSlots = 64;  // of exchanged rows, written in turn
@@ -34,7 +34,9 @@ struct Plan {
   double clocks = 0;  // of a step, estimated
 
   // A warp multiplies 8 rows at once with what it holds, else 16 with what it reads.
-  constexpr int passes() const { return units * rows <= kHolding * kThreads ? rows / 8 : (rows + 8) / 16; }
+  constexpr int passes() const {
+    return units * rows <= kHoldingRows * kThreads ? rows / 8 : (rows + 8) / 16;
+  }
 };
 
 struct Machine {
@@ -92,7 +94,7 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
     for (int rows = 8; rows <= 64 && rows < 2 * up(w.B, 8); rows *= 2) {
       const int64_t members = (w.H + units - 1) / units, groups = (w.B + rows - 1) / rows;
       const int64_t grid = groups * w.D * members;
-      if (units * rows > kAhead * kThreads) continue;
+      if (units * rows > kMostRows * kThreads) continue;
       // Blocks of 8 units, and no more than half of all, so that two layers fit side by side (pipeline.py).
       if (w.gates > w.tiles && !w.ffma && (units > unit || 2 * grid > machine.multiprocessors)) continue;
       if (grid > machine.multiprocessors || grid == 0) continue;
@@ -122,7 +124,8 @@ inline Plan make_plan(const Machine& machine, const Work& w) {
   return best;
 }
 
-// single.cuh: all tiles forward, and floats from a row's sums to the next one's.
+// single.cuh: units of a thread; all tiles forward, and floats from a row's sums to the next one's.
+constexpr int single_several(int64_t H) { return H <= 64 ? 1 : 2; }
 constexpr int single_tiles(int gates, int several) { return 4 * several * gates; }
 constexpr int single_pitch(int sums) { return sums + 4; }  // stores have no bank conflicts
 
@@ -131,7 +134,7 @@ inline Plan make_single_plan(const Machine& machine, int64_t B, int64_t H, int D
   const int64_t groups = (B + kSingleRows - 1) / kSingleRows;
   if (machine.multiprocessors == 0 || B == 0 || H > 128 || H % 4 || groups * D > INT32_MAX) return {};
   Plan p;
-  p.single = H <= 64 ? 1 : 2;
+  p.single = single_several(H);
   p.members = 1, p.groups = static_cast<int>(groups), p.grid = p.groups * D;
   p.units = 64 * p.single, p.rows = kSingleRows;
   const int tiles = forward ? single_tiles(gates, p.single) : 4 * p.single * kSingleParts;

@@ -46,7 +46,7 @@ struct FwdLayer : Layer {
 // One step of one direction, or of all tokens at once to rebuild the gates.
 struct FwdStep : FwdLayer {
   int d = 0;
-  int64_t t = 0, rows = 0;
+  int64_t rows = 0;
   int64_t token = 0;         // the first
   int64_t next = -1;         // the step to come, or -1: none
   const void* hw = nullptr;  // h_{t-1} W_hh^T, [rows, G*H]
@@ -70,7 +70,7 @@ struct BwdStep : BwdLayer {
   int d = 0;
   int64_t t = 0, rows = 0;
   int64_t token = 0;
-  int64_t next = -1;              // the step that was done before this one, or -1
+  int64_t next = -1;              // the step after this one in time, done just before it; -1: none
   const void* product = nullptr;  // [product_rows, P]: dG W_hh of that step
   int64_t product_rows = 0;
   void* dh_now = nullptr;    // with projection: [rows, P], gradient of h_t

@@ -1,3 +1,4 @@
+// Every CUDA kernel of RNN.
 #include "layer.cuh"
 #include "step.cuh"
 

@@ -1,5 +1,4 @@
-// What surrounds the recurrence of every cell.
-
+// Kernels around the recurrence: h_t by a projection, its gradient, h_{t-1} of every token, small uploads.
 #include "sequence.cuh"
 #include "step.cuh"
 

@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kSingleThreads, 1) single_bwd_kernel(const Bwd
 #pragma unroll
       for (int i = 0; i < Cell::kSaved; i++) gates[i] = widen(now.gates[i].of[n]);
       const float h = widen(now.h.of[n]);
-      const Past<float> past{now.c.of[n], now.c_prev.of[n], h, h};
+      const Past<float> past{now.c.of[n], now.c_prev.of[n], h};
       float dh_after = dh[n] + widen(now.dy.of[n]), dc_after = dc[n] + dcells.of[n];
       Cell::template backward<Arithmetic<E>>(gates, past, dh_after, dc_after, of_gates, p.relu);
       if (now.there) {

@@ -88,11 +88,12 @@ __global__ void step_bwd_kernel(const BwdStep p) {
       A slots[Cell::kSlots];
       backward_unit<Cell, S>(p, load_saved<Cell, S>(p, d, p.t, b, u), dh, dc, slots);
       keep<Cell, S>(p, ((p.token + b) * p.D + d) * p.H + u, u, slots);
-      if (p.m) {
-        const int64_t saved = ((p.token + b) * p.D + d) * Cell::kSaved;
-        const A c = load<A>(p.cells, ((p.token + b) * p.D + d) * p.H + u);
-        store<S>(load<S>(p.gates, (saved + 3) * p.H + u) * Arithmetic<S>::tanh(c), p.m, b * p.H + u);
-      }
+      if constexpr (Cell::kCellState)
+        if (p.m) {
+          const int64_t row = (p.token + b) * p.D + d;
+          const A o = load<S>(p.gates, (row * Cell::kSaved + Cell::kOutputGate) * p.H + u);
+          store<S>(o * Arithmetic<S>::tanh(load<A>(p.cells, row * p.H + u)), p.m, b * p.H + u);
+        }
     }
     if (!p.dm) store<A>(dh, p.dh, at);
     if (Cell::kCellState) store<A>(dc, p.dc, at);
