@@ -384,6 +384,20 @@ def test_projections_go_step_by_step(dtype, lengths):
     check("LSTM", SHARED, dtype, 5, 3, 9, lengths, proj_size=4, bidirectional=True)
 
 
+@kinds
+@pytest.mark.parametrize("gpu", [STEPWISE, ALONE])
+@pytest.mark.parametrize("proj_size", [0, 4])
+def test_nothing_but_rows_without_tokens(kind, gpu, proj_size):
+    """Backward has no step then; with projections it wrote beyond the gradients of h_0."""
+    if proj_size and kind != "LSTM":
+        pytest.skip("only LSTM has projections")
+    ours, theirs = twins(kind, 5, 64, bidirectional=True, **({"proj_size": 4} if proj_size else {}))
+    x, hx = torch.randn(6, 3, 5), states(theirs, 3)
+    lengths = torch.zeros(3, dtype=torch.int64)
+    with emulated_gpu(gpu):
+        result = run(ours, x, hx, True, lengths=lengths)
+    assert_close(result, run(ours, x, hx, True, lengths=lengths), rtol=0, atol=0)
+
 @pytest.mark.parametrize("gpu", [STEPWISE, ALONE, SHARED])
 def test_cell_states_and_their_gradients(gpu):
     module = seqkernels.LSTM(5, 18, bidirectional=True)

@@ -3,7 +3,9 @@
 // Python in the loop, nothing waits for the device, and a CUDA graph can record every call.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
+#include <iterator>
 
 #include "kernels/cuda/cells.h"
 #include "kernels/cuda/recurrence.h"
@@ -234,9 +236,10 @@ class GpuLayer {
     Tensor dh_all = empty({kept, call.P}), m_all = empty({kept, call.H});
     Tensor dm = empty({call.projected ? call.B : 0, call.H});
     for (int64_t d = 0; d < call.D; d++) {
-      const Tensor recurrent = slots_of(dG, d, Cell::kRecurrentSlot, G);
+      const Tensor recurrent = slots_of(dG, d, 0, G), weights = recurrent_weights(d);
       cuda::BwdStep step{p};
       step.d = static_cast<int>(d), step.product = product.const_data_ptr(), step.dh = dh.mutable_data_ptr();
+      if (call.projected) step.dm = dm.const_data_ptr();
       if (dc) step.dc = dc->mutable_data_ptr();
       if (dh_reset) step.dh_reset = dh_reset->mutable_data_ptr();
       if (dc_reset) step.dc_reset = dc_reset->mutable_data_ptr();
@@ -246,13 +249,13 @@ class GpuLayer {
         if (step.rows == 0) continue;
         if (call.projected) {
           const Tensor dh_now = rows(dh_all, step.token, step.rows), now = rows(dm, 0, step.rows);
-          step.dh_now = dh_now.mutable_data_ptr(), step.dm = dm.const_data_ptr();
+          step.dh_now = dh_now.mutable_data_ptr();
           step.m = rows(m_all, step.token, step.rows).mutable_data_ptr();
           cuda::project_bwd(step, on.stream());
           multiply(dh_now, *w[d].w_hr, now);
         }
         cuda::Recurrence<Cell>::step_bwd(step, on.stream());
-        multiply(rows(recurrent, step.token, step.rows), w[d].w_hh, rows(product, 0, step.rows));
+        multiply(rows(recurrent, step.token, step.rows), weights, rows(product, 0, step.rows));
         step.product_rows = step.rows, step.next = step.t;
       }
       step.rows = 0;
@@ -267,44 +270,57 @@ class GpuLayer {
     return columns(dG, (d * Cell::kSlots + slot) * call.H, count * call.H);
   }
 
-  // W_ih of all directions in the order of dG's columns, so that dx is one GEMM. A slot that x has no part in
-  // (GRU's rn, between two directions) meets zeros.
-  Tensor input_weights() const {
-    if (call.D == 1 && Cell::kInputSlot[0] == 0) return w[0].w_ih;
-    const int64_t last = (call.D - 1) * Cell::kSlots + G;
-    Tensor all = empty({last * call.H, call.I});
-    if (Cell::kSlots > G && call.D == 2) {
-      Tensor none = rows(all, G * call.H, (Cell::kSlots - G) * call.H);
-      torch::stable::zero_(none);
+  // W_hh in the order of dG's columns.
+  Tensor recurrent_weights(int64_t d) const {
+    if (std::is_sorted(std::begin(Cell::kRecurrentSlot), std::end(Cell::kRecurrentSlot))) return w[d].w_hh;
+    Tensor all = empty({G * call.H, call.P});
+    for (int g = 0; g < G; g++) {
+      Tensor to = rows(all, Cell::kRecurrentSlot[g] * call.H, call.H);
+      torch::stable::copy_(to, rows(w[d].w_hh, g * call.H, call.H));
     }
-    for (int64_t d = 0; d < call.D; d++)
-      for (int g = 0; g < G; g++) {
-        Tensor to = rows(all, (d * Cell::kSlots + Cell::kInputSlot[g]) * call.H, call.H);
-        torch::stable::copy_(to, rows(w[d].w_ih, g * call.H, call.H));
-      }
     return all;
   }
 
-  // What no step waits for: dx, dW and db from the gate gradients of all tokens. dW_ih is one GEMM for gates
-  // whose slots lie together.
+  // What no step waits for: dx, dW and db from the gate gradients of all tokens. dW_hh is one GEMM for gates
+  // whose slots lie in order.
   void products(const Tensor& dG, const Tensor& h_prev, Gradients& to) const {
     const Tensor inputs = matrix(x, call.N, call.I);
     const size_t per = to.weights.size() / call.D;
     for (int64_t d = 0; d < call.D; d++) {
-      const Tensor recurrent = slots_of(dG, d, Cell::kRecurrentSlot, G);
       const Tensor* dw = &to.weights[d * per];
-      multiply(transposed(recurrent), part(h_prev, d), dw[1]);
-      if (call.has_bias) sum_rows(recurrent, dw[3]);
+      const auto sums = [&](const Tensor& slots, const Tensor& by, int64_t of, int64_t gate, int64_t gates) {
+        multiply(transposed(slots), by, rows(dw[of], gate * call.H, gates * call.H));
+        if (call.has_bias) sum_rows(slots, rows(dw[of + 2], gate * call.H, gates * call.H));
+      };
+      sums(slots_of(dG, d, Cell::kInputSlot, G), inputs, 0, 0, G);
       for (int g = 0, end; g < G; g = end) {
-        for (end = g + 1; end < G && Cell::kInputSlot[end] == Cell::kInputSlot[end - 1] + 1;) end++;
-        const Tensor slots = slots_of(dG, d, Cell::kInputSlot[g], end - g);
-        multiply(transposed(slots), inputs, rows(dw[0], g * call.H, (end - g) * call.H));
-        if (call.has_bias) sum_rows(slots, rows(dw[2], g * call.H, (end - g) * call.H));
+        for (end = g + 1; end < G && Cell::kRecurrentSlot[end] > Cell::kRecurrentSlot[end - 1];) end++;
+        sums(slots_of(dG, d, Cell::kRecurrentSlot[g], end - g), part(h_prev, d), 1, g, end - g);
       }
     }
-    if (!to.dx) return;
-    const Tensor weights = input_weights();
-    multiply(columns(dG, 0, weights.size(0)), weights, matrix(*to.dx, call.N, call.I));
+    if (to.dx) product_of_x(dG, matrix(*to.dx, call.N, call.I));
+  }
+
+  // Half types sum both directions in one GEMM, before anything is rounded; a slot between them that x has no
+  // part in (GRU's rn) meets zeros. Floats are summed in chains half as long, then added.
+  void product_of_x(const Tensor& dG, Tensor dx) const {
+    if (call.D == 1) return multiply(slots_of(dG, 0, Cell::kInputSlot, G), w[0].w_ih, dx);
+    if (call.dtype == DType::f32 || call.dtype == DType::f64) {
+      Tensor each = empty({call.D, call.N, call.I});
+      for (int64_t d = 0; d < call.D; d++)
+        multiply(slots_of(dG, d, Cell::kInputSlot, G), w[d].w_ih, part(each, d));
+      return sum_rows(each, dx);
+    }
+    Tensor weights = empty({(Cell::kSlots + G) * call.H, call.I});
+    if (Cell::kSlots > G) {
+      Tensor none = rows(weights, G * call.H, (Cell::kSlots - G) * call.H);
+      torch::stable::zero_(none);
+    }
+    for (int64_t d = 0; d < call.D; d++) {
+      Tensor to = rows(weights, d * Cell::kSlots * call.H, G * call.H);
+      torch::stable::copy_(to, w[d].w_ih);
+    }
+    multiply(slots_of(dG, 0, Cell::kInputSlot, Cell::kSlots + G), weights, dx);
   }
 };
 
