@@ -126,7 +126,7 @@ def scaled_dot_product_attention(
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras) and support.why_torch_is_faster(*dense[:4])
     both = plain and attn_mask is not None and is_causal
-    refused = not (hasattr(dropout_p, "__float__") and 0 <= dropout_p <= 1)  # by torch, as the next
+    refused = not (_is_number(dropout_p) and 0 <= dropout_p <= 1)  # by torch, as the next
     refused = refused or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))
     if not extras and (reason or forbidden or faster or refused):
         if bottom_right:  # torch has a fused kernel for the bias itself, on GPUs
@@ -188,6 +188,8 @@ def varlen_attention(
     would have to wait.
     Equal to `scaled_dot_product_attention` on each sequence alone, with `causal_lower_right`.
     """
+    if not is_plain(q, k, v) or any(t is None for t in (q, k, v)):
+        raise ValueError(f"q, k and v must be [N,Hq,D], [M,H,D] and [M,H,Dv], got {described(q, k, v)}")
     q, k, v, _ = autocast(q, k, v, None)
     same = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
     if not same or not q.dim() == k.dim() == v.dim() == 3 or q.size(2) != k.size(2) or k.size(0) != v.size(0):
@@ -234,13 +236,15 @@ def decode_attention(
     with its first n keys and values.
     """
     k, v = k_cache, v_cache
-    if q.dim() != 4:
-        raise ValueError(f"q must be [B,Hq,Tq,D], got {described(q)}")
+    if not is_plain(q, k, v) or any(t is None for t in (q, k, v)) or q.dim() != 4:
+        shapes = "[B,Hq,Tq,D], [B,H,S,D] and [B,H,S,Dv]"
+        raise ValueError(f"q, k_cache and v_cache must be {shapes}, got {described(q, k, v)}")
     lengths = cache_seqlens
     if not isinstance(lengths, Tensor) or lengths.shape != q.shape[:1] or lengths.dtype not in INTEGERS:
         raise ValueError(f"cache_seqlens must be integers [{q.size(0)}], got {described(cache_seqlens)}")
     if block_table is not None:
-        if block_table.dim() != 2 or block_table.size(0) != q.size(0) or block_table.dtype not in INTEGERS:
+        table = block_table if isinstance(block_table, Tensor) else torch.empty(0)
+        if table.dim() != 2 or table.size(0) != q.size(0) or table.dtype not in INTEGERS:
             raise ValueError(
                 f"block_table must be integers [{q.size(0)},blocks], got {described(block_table)}"
             )
@@ -266,7 +270,7 @@ def _without_pages(k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> tupl
     index = table.flatten()
     try:
         k, v = (t.index_select(0, index).unflatten(0, table.shape) for t in (k, v))
-    except IndexError:
+    except (IndexError, RuntimeError):  # the latter where there are no pages
         pages = min(k.size(0), v.size(0))
         wrong = index[(index < 0) | (index >= pages)].tolist()
         raise ValueError(
@@ -376,7 +380,7 @@ def _jagged(
 
 def _longest(t: Tensor) -> int:
     """Under torch.compile no length is known but the sum of all, which no sequence exceeds either."""
-    return t.values().size(1) if torch.compiler.is_compiling() else t._get_max_seqlen()
+    return t.values().size(1) if support.is_compiling() else t._get_max_seqlen()
 
 
 def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
@@ -421,7 +425,7 @@ def _same_lengths(a: Tensor, b: Tensor) -> bool:
     """Of jagged tensors: sizes are equal where they share their offsets, else the offsets may still be."""
     if a.size(2) == b.size(2):
         return True
-    return not torch.compiler.is_compiling() and torch.equal(a.offsets(), b.offsets())
+    return not support.is_compiling() and torch.equal(a.offsets(), b.offsets())
 
 
 def _is_causal_bias(mask: object) -> bool:
@@ -530,16 +534,18 @@ def _options(
     _check_number("softcap", softcap)
     if window is not None:
         sides = window if isinstance(window, tuple | list) else ()
-        if len(sides) != 2 or any(w is not None and not (hasattr(w, "__index__") and w >= 0) for w in sides):
+        if len(sides) != 2 or any(w is not None and not (_is_integer(w) and w >= 0) for w in sides):
             raise ValueError(f"window must be (left, right), each an integer >= 0 or None, got {window!r}")
         left, right = (NO_LIMIT if w is None or w > NO_LIMIT else w for w in sides)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
     if alibi_slopes is not None:
         shape = tuple(getattr(alibi_slopes, "shape", ()))
-        if shape not in ((Hq,), (B, Hq)) or alibi_slopes.requires_grad:
+        if (shape != (Hq,) and shape != (B, Hq)) or alibi_slopes.requires_grad:
+            learns = " that requires a gradient" if getattr(alibi_slopes, "requires_grad", False) else ""
             raise ValueError(
-                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}], no gradient, got {described(alibi_slopes)}"
+                f"alibi_slopes must be [{Hq}] or [{B}, {Hq}] and get no gradient, got"
+                f" {described(alibi_slopes)}{learns}"
             )
         alibi_slopes = alibi_slopes.float().contiguous()
     if sinks is not None:
@@ -559,10 +565,25 @@ def _options(
 
 def _check_number(name: str, value: object) -> None:
     """The ops would take a tensor for a number, and its gradient would be lost."""
-    learns = getattr(value, "requires_grad", False)
-    if value is not None and (learns or not hasattr(value, "__float__")):
-        got = type(value).__name__ + (" that requires a gradient" if learns else "")
-        raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be float, not {got}")
+    if value is None or _is_number(value):
+        return
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got += " that requires a gradient" if value.requires_grad else f" {list(value.shape)}"
+    raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be float, not {got}")
+
+
+# torch.compile knows its symbolic numbers by isinstance, and not what attributes they have.
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad
+    return isinstance(value, float | int | torch.SymFloat | torch.SymInt) or hasattr(value, "__float__")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) or hasattr(value, "__index__")
 
 
 def _why_torchs_only(*arguments: object) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqkernels import support
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -18,7 +20,7 @@ class Ragged:
 
     def pack(self, padded: Tensor) -> Tensor:
         rows = padded.flatten(0, 1)
-        if not torch.compiler.is_compiling() and len(self.tokens) == 0:
+        if not support.is_compiling() and len(self.tokens) == 0:
             return rows[:0]  # embedding has no second derivative of nothing
         return F.embedding(self.tokens, rows)  # as index_select, whose backward is slow
 
@@ -48,7 +50,7 @@ def from_lengths(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged |
         )
     lengths = lengths.to("cpu", torch.int64)
     steps = T
-    if B > 0 and not torch.compiler.is_compiling():  # reading values would break the graph
+    if B > 0 and not support.is_compiling():  # reading values would break the graph
         shortest, longest = map(int, lengths.aminmax())
         if shortest < 0 or longest > T:
             raise ValueError(
@@ -57,7 +59,7 @@ def from_lengths(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged |
         if shortest == T:
             return None
         steps = max(longest, 1)
-    elif torch.compiler.is_compiling():
+    elif support.is_compiling():
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "lengths must lie between 0 and T")
     lengths, order = lengths.sort(descending=True, stable=True)
     running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)

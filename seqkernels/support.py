@@ -21,6 +21,20 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("seqkernels::lstm_layer_fwd", "CUDA")
 
 
+def is_compiling() -> bool:
+    """torch.compile or torch.export looks on, and not in another thread: torch's flag is of the process."""
+    return torch.compiler.is_compiling() and _is_traced()
+
+
+def is_exporting() -> bool:
+    return torch.compiler.is_exporting() and _is_traced()
+
+
+def _is_traced() -> bool:
+    """By Dynamo, which takes the first for true, or by what it hands on to, and torch.export, in a mode."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def autocasts(device: str) -> bool:
     """Autocast is on there; where there is none torch.is_autocast_enabled raises."""
     return _knows_autocast(device) and torch.is_autocast_enabled(device)
@@ -44,7 +58,7 @@ def why_torch(x: Tensor) -> str | None:
 
 def _why_torch_alone() -> str | None:
     """What looks on and knows torch's operators only."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "ONNX has no operators for our kernels" if _exports_to_onnx() else _why_not_transformed()
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace, and the ONNX export on top of it, know torch's operators only"
@@ -58,7 +72,7 @@ def _why_not_transformed() -> str | None:
         return "the kernels do not know torch.vmap"
     if torch.is_grad_enabled() and _inside("Functionalize"):
         return "torch.func.functionalize does not know the gradients of our kernels"
-    if torch.compiler.is_compiling() and _inside("Grad"):
+    if torch.compiler.is_compiling() and _inside("Grad"):  # Dynamo calls this function and does not trace it
         return "in torch.compile the gradients that torch.func takes of our kernels have no gradients"
     return None
 
@@ -101,7 +115,7 @@ def is_plain_call() -> bool:
 def is_eager() -> bool:
     """No compiler, tracer, vmap, torch.func.grad or forward-mode AD looks on."""
     return not (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0

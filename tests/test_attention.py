@@ -943,7 +943,7 @@ BAD_EXTRAS = {
     "lengths in a list": (lambda: decode([1, 2]), r"cache_seqlens must be integers \[2\], got list"),
     "a query of three dims": (
         lambda: seqkernels.decode_attention(q[0], k, v, lengths),
-        r"q must be \[B,Hq,Tq,D\], got torch.float32 \[4,",
+        r"must be \[B,Hq,Tq,D\], \[B,H,S,D\] and \[B,H,S,Dv\], got torch.float32 \[4,",
     ),
     "a negative window": (lambda: ours(q, k, v, window=(-1, 0)), r"window must be .*got \(-1, 0\)"),
     "no softcap": (lambda: ours(q, k, v, softcap=0.0), "softcap must be > 0 or None, got 0.0"),
@@ -952,7 +952,7 @@ BAD_EXTRAS = {
     "softcap that is no number": (lambda: ours(q, k, v, softcap=math.nan), "softcap must be > 0 .* got nan"),
     "slopes of other sequences": (
         lambda: packed(cu, cu, alibi_slopes=torch.rand(1, 4)),
-        r"alibi_slopes must be \[4\] or \[2, 4\], no gradient, got torch.float32 \[1, 4\]",
+        r"alibi_slopes must be \[4\] or \[2, 4\] and get no gradient, got torch.float32 \[1, 4\]",
     ),
     "slopes of other rows": (
         lambda: ours(*[jagged(2, 3)] * 3, alibi_slopes=torch.rand(1, 4)),
@@ -1031,6 +1031,22 @@ BAD_EXTRAS = {
     "pages of three dims": (
         lambda: seqkernels.decode_attention(q, k[0], v[0], lengths, block_table=torch.zeros(2, 1).long()),
         r"caches in pages must be \[pages,H,page size,D or Dv\]",
+    ),
+    "no cache": (
+        lambda: seqkernels.decode_attention(q, k, None, lengths),
+        r"q, k_cache and v_cache must be \[B,Hq,Tq,D\]",
+    ),
+    "a table in a list": (
+        lambda: decode(lengths, block_table=[[0], [1]]),
+        r"block_table must be integers \[2,blocks\], got list",
+    ),
+    "no values": (
+        lambda: seqkernels.varlen_attention(q[0], q[0], None, cu, cu, 3, 3),
+        r"q, k and v must be \[N,Hq,D\]",
+    ),
+    "no pages at all": (
+        lambda: seqkernels.decode_attention(q, k[:0], v[:0], lengths, block_table=torch.zeros(2, 1).long()),
+        r"block_table must hold numbers of pages",
     ),
     "pages that are not there": (
         lambda: decode(lengths, block_table=torch.tensor([[0], [7]])),

@@ -277,6 +277,29 @@ def test_trains_in_one_graph(call):
             assert_close(compiled(*inputs), call(*inputs))
 
 
+@pytest.mark.parametrize("name", ["scale", "dropout_p", "softcap", "window"])
+def test_numbers_that_change_in_one_graph(name):
+    """torch.compile makes symbols of them at their second value."""
+
+    def call(q, k, v, number):
+        value = (number, 0) if name == "window" else 0.0 * number if name == "dropout_p" else number
+        return ours(q, k, v, **{name: value})
+
+    compiled, inputs = in_one_graph(call), leaves(5, 7)
+    for number in (2, 3, 4) if name == "window" else (0.3, 0.4, 0.5):
+        assert_close(compiled(*inputs, number), call(*inputs, number))
+
+
+def test_dynamic_sizes_in_one_graph():
+    slopes = torch.linspace(0.1, 1, 4)
+
+    def call(q, k, v):
+        return ours(q, k, v), ours(q, k, v, alibi_slopes=slopes)
+
+    inputs = leaves(5, 7)
+    assert_close(results(in_one_graph(call, dynamic=True), *inputs), results(call, *inputs))
+
+
 def test_sinks_and_packed_sequences_in_one_graph():
     def call(q, k, v, sinks):
         dense = ours(q, k, v, sinks=sinks)

@@ -398,6 +398,7 @@ def test_nothing_but_rows_without_tokens(kind, gpu, proj_size):
         result = run(ours, x, hx, True, lengths=lengths)
     assert_close(result, run(ours, x, hx, True, lengths=lengths), rtol=0, atol=0)
 
+
 @pytest.mark.parametrize("gpu", [STEPWISE, ALONE, SHARED])
 def test_cell_states_and_their_gradients(gpu):
     module = seqkernels.LSTM(5, 18, bidirectional=True)

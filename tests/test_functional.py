@@ -122,7 +122,12 @@ def test_mistakes_are_told(kind):
         (TypeError, "batch_sizes must be a tensor, got list", (x[0], hx, weights), {"batch_sizes": [3]}),
         (RuntimeError, "expected", (x, narrow, weights), {}),
         (RuntimeError, "expected", (x[..., :4], hx, weights), {}),
-        (RuntimeError, "dtype", (x.double(), hx, weights), {}),
+        (
+            RuntimeError,
+            r"expected h0 as float64 \[1, 3, 7\] on cpu, got float32",
+            (x.double(), hx, weights),
+            {},
+        ),
         (ValueError, r"input \[N,I\] with batch_sizes", (x, hx, weights), {"batch_sizes": torch.tensor([3])}),
         (ValueError, "batch_sizes .* one step", (x[0], hx, weights), {"batch_sizes": torch.tensor([])}),
         (ValueError, "batch_sizes .* one step", (x[0], hx, weights), {"batch_sizes": torch.tensor([[3]])}),

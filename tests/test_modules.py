@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -227,6 +228,71 @@ def test_checkpoints(kind, use_reentrant):
     expected = torch.autograd.grad(theirs(x)[0].sum(), [x, *theirs.parameters()])
     y.sum().backward()
     assert_close([leaf.grad for leaf in leaves], list(expected))
+
+
+@kinds
+def test_gradients_of_gradients_in_checkpoints(kind):
+    def penalty(module, x):
+        (grad,) = torch.autograd.grad(module(x)[0].pow(2).sum(), x, create_graph=True)
+        return grad.pow(2).sum()
+
+    x, grads = torch.randn(5, 4, 6, requires_grad=True), []
+    for module in twins(kind, 6, 9, 2, bidirectional=True):
+        loss = checkpoint(penalty, module, x, use_reentrant=False)
+        grads.append(torch.autograd.grad(loss, [x, *module.parameters()], allow_unused=True))
+    assert_close(*grads)
+
+
+@kinds
+@pytest.mark.parametrize("looks_on", ["compile", "export"])
+def test_gradients_while_another_thread_is_traced(kind, looks_on):
+    """torch's flags are of the process: gradients were lost in an export, second ones in a compilation."""
+    begun, done = threading.Event(), threading.Event()
+
+    def wait(graph, _):
+        begun.set()
+        done.wait(60)
+        return graph.forward
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            begun.set()
+            done.wait(60)
+            return x + 1
+
+    def trace():
+        if looks_on == "compile":
+            torch.compile(lambda x: x.sin(), backend=wait)(torch.ones(3))
+        else:
+            torch.export.export(Waits(), (torch.ones(3),))
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        modules, x = twins(kind, 6, 9), torch.randn(5, 4, 6)
+        results = [run(module, x, None, True) for module in modules]
+        hessians = [torch.autograd.functional.hessian(lambda x, m=m: m(x)[0].sin().sum(), x) for m in modules]
+    finally:
+        done.set()
+        thread.join()
+    assert_close(*results)
+    assert_close(*hessians)
+
+
+@kinds
+def test_layouts_that_torch_alone_makes_sense_of(kind):
+    ours, theirs = twins(kind, 6, 9)
+    nested = torch.nested.nested_tensor([torch.ones(4, 6)] * 2)
+    hx = [torch.ones(1, 4, 9)] * (2 if kind == "LSTM" else 1)
+    hidden = tuple(h.to_sparse() for h in hx) if kind == "LSTM" else hx[0].to_sparse()
+    for arguments in ((nested,), (torch.ones(5, 4, 6), hidden)):
+        expected = outcome(theirs, *arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert outcome(ours, *arguments) == expected
+            if expected is None:
+                assert_close(ours(*arguments), theirs(*arguments))
 
 
 @everywhere

@@ -197,6 +197,16 @@ def test_the_hint_of_causality(options, need_weights):
         assert_close(result, run(theirs, qkv, **kwargs, is_causal=True))
 
 
+@constructions
+def test_the_hint_of_causality_beside_a_mask_that_learns(options):
+    """torch goes by the hint alone, which hides the keys that bias_k and zeros add from most queries."""
+    ours, theirs = twins(**options)
+    qkv = inputs(ours, keys=L)
+    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64).requires_grad_()
+    kwargs = {"attn_mask": mask, "need_weights": False, "is_causal": True}
+    assert_close(run(ours, qkv, **kwargs), run(theirs, qkv, **kwargs))
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_wrong_hint_of_causality(need_weights, padded):

@@ -76,7 +76,7 @@ class Recurrent(RNNBase):
 
     def _weights(self) -> list[Tensor]:
         """All weights in torch's order, those of today."""
-        if torch.compiler.is_compiling():  # export does not want to see a module change its attributes
+        if support.is_compiling():  # export does not want to see a module change its attributes
             return [getattr(self, name) for name in self._flat_weights_names]
         self._update_flat_weights()
         return self._flat_weights
@@ -95,7 +95,7 @@ class Recurrent(RNNBase):
         """None if `_run` can; else why torch has to run, or to raise because the arguments do not fit."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, self._flat_weights_names[0])
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
             return MISFIT
         if isinstance(states, Tensor) and x.dim() == 3:  # elsewhere torch unpacks what it gets
             return MISFIT
@@ -105,6 +105,8 @@ class Recurrent(RNNBase):
 
         def fits(t: Tensor, shape: tuple[int, ...]) -> bool:
             if not isinstance(t, Tensor):
+                return False
+            if t.layout is not torch.strided or t.is_nested:
                 return False
             alike = t.dtype == weight.dtype or (casts and torch.float64 not in (t.dtype, weight.dtype))
             return t.shape == shape and t.device == weight.device and alike
@@ -248,7 +250,7 @@ class Recurrent(RNNBase):
 
     def _fresh_packs(self) -> list[Tensor] | None:
         prepacked = self._prepacked  # read once: another thread may drop them
-        if prepacked is None or torch.compiler.is_compiling():
+        if prepacked is None or support.is_compiling():
             return None
         packed_from, packs = prepacked
         trains = torch.is_grad_enabled() and any(w.requires_grad for w in self._flat_weights)

@@ -70,7 +70,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         more = k.size(2) - key.size(-2 if self.batch_first or unbatched else 0)
         # The hint replaces the mask where it does so in torch, and where both are seen to mean the same. What
         # torch.nn.Transformer finds out under torch.compile is no bool yet: then the mask stays.
-        hint = is_causal is True and not attn_mask.requires_grad
+        hint = is_causal is True and (more > 0 or not attn_mask.requires_grad)
         if hint and (need_weights or key_padding_mask is not None):
             hint = not more and _is_causal(attn_mask)
         masks = None if hint else attn_mask, key_padding_mask
@@ -217,7 +217,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def _warn_of_mismatch(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
-    both = attn_mask is not None and key_padding_mask is not None and not torch.compiler.is_compiling()
+    both = attn_mask is not None and key_padding_mask is not None and not support.is_compiling()
     if both and attn_mask.dtype != key_padding_mask.dtype:
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. "

@@ -7,6 +7,7 @@ modules are: autocast, and torch where the kernels cannot follow.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def records(*tensors: Tensor | None) -> bool:
     """A Function has to stand around the op."""
-    return needs_grad(*tensors) and not torch.compiler.is_exporting()
+    return needs_grad(*tensors) and not support.is_exporting()
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def one_step(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def distinct(*args: object) -> Sequence[object]:
     """Dynamo wants the inputs of a Function distinct."""
-    if not torch.compiler.is_compiling():
+    if not support.is_compiling():
         return args
     seen: list[object] = []
     for a in args:
@@ -164,13 +165,13 @@ def pad_biases(weights: Sequence[Tensor]) -> list[Tensor | None]:
 
 def keep_none_grads(ctx) -> None:
     """An unused output costs nothing in backward. Dynamo cannot trace this call and fills in zeros."""
-    if not torch.compiler.is_compiling():
+    if not support.is_compiling():
         ctx.set_materialize_grads(False)
 
 
 def beyond_native(*grads: Tensor | None) -> bool:
     """In backward: the gradients will themselves be differentiated, or come in batches (is_grads_batched)."""
-    if torch.compiler.is_compiling():
+    if support.is_compiling():
         return False
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
     return differentiated or any(g is not None and _is_batched(g) for g in grads)
@@ -185,9 +186,21 @@ def differentiate(
     reference: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
     """The gradients of reference(*inputs) as differentiable torch ops; a grad of None counts as zero."""
-    outputs, vjp = torch.func.vjp(reference, *inputs)
-    zeros_for_none = (torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
-    return vjp(tuple(g.to(o.dtype) for o, g in zip(outputs, zeros_for_none, strict=True)))
+    looked_on = support.is_compiling() or support.is_transformed()
+    if looked_on or any(g is not None and _is_batched(g) for g in grads):
+        outputs, vjp = torch.func.vjp(reference, *inputs)
+        zeros = (torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
+        return vjp(tuple(g.to(o.dtype) for o, g in zip(outputs, zeros, strict=True)))
+    # torch.func refuses saved tensor hooks, those of checkpoints too.
+    again = torch.is_grad_enabled()
+    device = inputs[0].device.type
+    exact = torch.autocast(device, enabled=False) if support.autocasts(device) else nullcontext()
+    with torch.enable_grad(), exact:
+        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        outputs = reference(*leaves)
+        given = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        outputs, grads = zip(*[pair for pair in given if pair[0].requires_grad], strict=True)
+        return torch.autograd.grad(outputs, leaves, grads, create_graph=again, allow_unused=True)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

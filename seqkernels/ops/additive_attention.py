@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seqkernels import support
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import additive_attention as reference
 
@@ -31,7 +32,7 @@ def additive_attention(
         mask = mask.to(ag.accumulation_dtype(q.dtype))
     if ag.records(q, k, v, w, mask):
         return _AdditiveAttention.apply(*ag.distinct(q, k, v, w, mask, len_k, need_weights))
-    return (_exported if torch.compiler.is_exporting() else _fwd)(q, k, v, w, mask, len_k, need_weights)
+    return (_exported if support.is_exporting() else _fwd)(q, k, v, w, mask, len_k, need_weights)
 
 
 class _AdditiveAttention(ag.Function):

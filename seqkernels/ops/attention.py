@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seqkernels import triton
+from seqkernels import support, triton
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import attention as reference
 from seqkernels.reference.attention import NO_LIMIT
@@ -59,7 +59,7 @@ def attention(
         args = ag.distinct(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
         out, lse = _Attention.apply(*args)
     else:
-        fwd = _exported_fwd if torch.compiler.is_exporting() else _fwd
+        fwd = _exported_fwd if support.is_exporting() else _fwd
         out, lse = fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
     return out.transpose(1, 2), lse
 
@@ -108,7 +108,7 @@ def attention_weights(
         mask = readable(mask, q)
     if ag.records(q, k, mask):
         return _Weights.apply(*ag.distinct(q, k, lse.detach(), mask, scale, right, dropout, rng, mean))
-    weights = _exported_weights if torch.compiler.is_exporting() else _weights
+    weights = _exported_weights if support.is_exporting() else _weights
     return weights(q, k, lse, mask, None, None, scale, 0.0, NO_LIMIT, right, False, dropout, rng, mean)
 
 

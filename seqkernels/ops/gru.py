@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqkernels import support
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import gru as reference
 
@@ -30,7 +31,7 @@ def gru_layer(
     if ag.records(x, h0, *weights):
         args = ag.distinct(x, h0, batch_sizes, resets, bidirectional, not recompute, *weights)
         return _Layer.apply(*args)[:2]
-    fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
+    fwd = _exported_layer if support.is_exporting() else layer_fwd
     return fwd(x, h0, weights, batch_sizes, resets, panels, bidirectional, False)[:2]
 
 
@@ -41,7 +42,7 @@ def gru_cell(
     x, h = x.contiguous(), h.contiguous()
     if ag.records(x, h, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(*ag.distinct(x, h, *ag.present(w_ih, w_hh, b_ih, b_hh)))[0]
-    fwd = _exported_cell if torch.compiler.is_exporting() else _cell_fwd
+    fwd = _exported_cell if support.is_exporting() else _cell_fwd
     return fwd(x, h, w_ih, w_hh, b_ih, b_hh, False)[0]
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqkernels import support
 from seqkernels.ops import _autograd as ag
 
 _fwd = torch.ops.seqkernels.linear_fwd.default
@@ -20,7 +21,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if ag.records(x, w, b):
         y = _Linear.apply(*ag.distinct(rows, w, b))
     else:
-        y = (_exported if torch.compiler.is_exporting() else _fwd)(rows, w, b)
+        y = (_exported if support.is_exporting() else _fwd)(rows, w, b)
     return y.view(*x.shape[:-1], w.size(0))
 
 

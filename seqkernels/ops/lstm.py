@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqkernels import support
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import lstm as reference
 
@@ -38,7 +39,7 @@ def lstm_layer(
         args = ag.distinct(x, h0, c0, batch_sizes, resets, bidirectional, not recompute, *weights)
         y, hn, cn, cells, _ = _Layer.apply(*args)
     else:
-        fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
+        fwd = _exported_layer if support.is_exporting() else layer_fwd
         y, hn, cn, cells, _ = fwd(
             x, h0, c0, weights, batch_sizes, resets, panels, bidirectional, return_cells, False
         )
@@ -52,7 +53,7 @@ def lstm_cell(
     x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
     if ag.records(x, h, c, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(*ag.distinct(x, h, c, *ag.present(w_ih, w_hh, b_ih, b_hh)))[:2]
-    fwd = _exported_cell if torch.compiler.is_exporting() else _cell_fwd
+    fwd = _exported_cell if support.is_exporting() else _cell_fwd
     return fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, False)[:2]
 
 

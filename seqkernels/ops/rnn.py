@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqkernels import support
 from seqkernels.ops import _autograd as ag
 from seqkernels.reference import rnn as reference
 
@@ -30,7 +31,7 @@ def rnn_layer(
     relu = _is_relu(nonlinearity)
     if ag.records(x, h0, *weights):
         return _Layer.apply(*ag.distinct(x, h0, batch_sizes, resets, bidirectional, relu, *weights))
-    fwd = _exported_layer if torch.compiler.is_exporting() else layer_fwd
+    fwd = _exported_layer if support.is_exporting() else layer_fwd
     return fwd(x, h0, weights, batch_sizes, resets, panels, bidirectional, relu)
 
 
@@ -48,7 +49,7 @@ def rnn_cell(
     x, h = x.contiguous(), h.contiguous()
     if ag.records(x, h, w_ih, w_hh, b_ih, b_hh):
         return _Cell.apply(*ag.distinct(x, h, relu, *ag.present(w_ih, w_hh, b_ih, b_hh)))
-    fwd = _exported_cell if torch.compiler.is_exporting() else _cell_fwd
+    fwd = _exported_cell if support.is_exporting() else _cell_fwd
     return fwd(x, h, w_ih, w_hh, b_ih, b_hh, relu)
 
 
