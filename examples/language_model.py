@@ -161,8 +161,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    if args.steps < 1 or args.vocabulary < 2:
-        parser.error("--steps must be at least 1, --vocabulary at least 2")
+    for name in ("steps", "batch", "length", "width", "hidden", "layers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.vocabulary < 2:
+        parser.error(f"--vocabulary must be at least 2, got {args.vocabulary}")
     try:
         vocabulary = Vocabulary(read_text(args.text), args.vocabulary)
     except OSError as error:

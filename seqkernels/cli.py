@@ -30,3 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough; nothing more is to be written when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:  # what a verb has not caught itself
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -75,6 +75,8 @@ def swap_(
     Equal to setting `module.__class__` of each. `unswap_` undoes it. LSTM, GRU and RNN are then instances of
     torch.nn.RNNBase, not of torch.nn.LSTM and its kin: code that asks which it has may look at `.mode`.
     """
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
     if on_unsupported not in ("keep", "raise"):
         raise ValueError(f"on_unsupported must be 'keep' or 'raise', got {on_unsupported!r}")
     decisions = []
@@ -85,7 +87,7 @@ def swap_(
         if filter_fn is not None and not filter_fn(name, module):
             reason = "left out by filter_fn"
         elif reason is not None and on_unsupported == "raise":
-            raise ValueError(f"cannot swap {name or 'the model'}, a {type(module).__name__}: {reason}")
+            raise ValueError(f"cannot swap {name or 'the model'} ({type(module).__name__}): {reason}")
         decisions.append(Decision(name, module, reason))
     report = SwapReport(decisions)
     for decision in report.swapped:
@@ -99,13 +101,15 @@ def unswap_(model: Module) -> Module:
     """Make all our modules in `model` torch.nn's, in place. Returns the model.
 
     One whose forward is replaced on the instance stays ours, with a warning: what replaced it may call ours.
+    Instances of your own subclasses of our classes stay what they are.
     """
+    modules = list(_modules(model))
     layers = _layers_of_ours(model)
-    for name, module in _modules(model):
+    for name, module in modules:
         if _class(module) not in TORCHS:
             continue
         if "forward" in module.__dict__:
-            which = f"{name or 'the model'}, a {type(module).__name__}"
+            which = f"{name or 'the model'} ({type(module).__name__})"
             warnings.warn(f"seqkernels cannot unswap {which}: {REPLACED}", stacklevel=2)
             continue
         for attribute in ("recompute", "_prepacked"):
@@ -318,6 +322,8 @@ def _cuda_plan(module: Module, call: Call) -> str:
 
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule) and module.original_name in nn.DROP_INS
         if scripted or isinstance(module, RNNBase | RNNCellBase | torch.nn.MultiheadAttention):

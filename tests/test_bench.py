@@ -354,6 +354,9 @@ def test_html_is_whole_and_needs_nothing_from_outside(tmp_path, suite):
     assert page.count("<svg") == page.count("</svg>") >= 4
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#[^"]*"', "", page))
     assert "url(http" not in page
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)) <= set(ids)
     assert "Some &lt;CPU&gt;" in page
     assert "#040404" not in page  # every stand-in colour became one of the page
     assert "SLOWER" in page  # against the made-up ONNX Runtime
@@ -477,6 +480,7 @@ def test_without_the_extra_packages(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(report, "find_spec", find_spec)
     monkeypatch.setattr(contestants, "find_spec", find_spec)
+    (tmp_path / "report.html").write_text("of another run")
     assert main(arguments(tmp_path)) == 0
     out = capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.json"}

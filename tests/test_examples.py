@@ -50,7 +50,8 @@ def test_language_model_notices_different_losses(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--vocabulary", "1"], "--vocabulary at least 2"),
+        (["--vocabulary", "1"], "--vocabulary must be at least 2, got 1"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--text", "/there/is/none"], "--text .*No such file"),
         (["--batch", "1000000"], "the text is too short"),
     ],

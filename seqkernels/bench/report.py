@@ -157,6 +157,7 @@ def changes(old: Mapping[str, Any], rows: Iterable[Row]) -> list[Change]:
 def write(report: Report, folder: Path, page: bool = True) -> list[Path]:
     """Write what can be written; returns the files. report.html needs the extra packages, and CPU cases."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").unlink(missing_ok=True)  # of another run, or this one's so far
     files = [write_csv(report, folder / "results.csv"), write_json(report, folder / "results.json")]
     if page and not missing_packages(("jinja2", "matplotlib")):
         files.append(write_html(report, folder / "report.html"))

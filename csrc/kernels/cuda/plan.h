@@ -80,7 +80,7 @@ struct Layout {
 };
 
 // The cheapest of all spreads that fit, by clocks of a step. They put 1,100 spreads of 46 layers, timed on an
-// H100, in such an order that what is picked was the fastest of all, and 770 of 30 layers after the kernels
+// H100, in such an order that what is picked was the fastest of all, and 769 of 30 layers after the kernels
 // had changed so that it was 0.5 % slower (docs/cuda.md):
 //   hop 300 beside the 600 of all
 //   received rows 10 bytes a clock; the warps of every stack receive them
