@@ -11,7 +11,7 @@ from seqkernels import pipeline, ragged, support
 from seqkernels.ops import gru as gru_ops
 from seqkernels.ops import lstm as lstm_ops
 from seqkernels.ops import rnn as rnn_ops
-from seqkernels.ops._autograd import autocast, autocast_dtypes
+from seqkernels.ops._autograd import autocast, autocast_dtypes, autocast_weights
 from seqkernels.reference import gru, lstm, rnn
 
 States = Sequence[Tensor]
@@ -104,7 +104,7 @@ def run(
         dtype = torch.get_autocast_dtype(x.device.type)
         dtypes = autocast_dtypes(cell.gates, dtype, states, batch_sizes)
         x, *states = autocast(dtype, x, *states)
-        weights, prepacked = autocast(dtype, *weights), None
+        weights, prepacked = autocast_weights(dtype, *weights), None
 
     rows = None if lengths is None else ragged.from_lengths(lengths, x, batch_first)
     if rows is not None:

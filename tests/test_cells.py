@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 import seqkernels
 from seqkernels.bench.cases import Case
 from seqkernels.bench.memory import MemoryMeter
+from seqkernels.ops._autograd import autocast_weights
 
 KINDS = ("LSTMCell", "GRUCell", "RNNCell")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -277,3 +279,38 @@ def test_training_takes_no_more_memory_than_torchs(kind):
         weights, rows = 2 * 4 * H * H, 4 * B * H
         torchs = max(torchs, weights + 7.5 * rows)
     assert ours <= torchs
+
+
+# ------------------------------------------------------------------------------------------------- autocast
+
+
+@kinds
+def test_autocast_casts_weights_once(kind):
+    """As torch does until autocast ends; what is written into a weight meanwhile counts."""
+    cell, x = getattr(seqkernels, kind)(5, 7), torch.randn(3, 5)
+    weights = [cell.weight_ih, cell.weight_hh]
+
+    def cast() -> list[torch.Tensor]:
+        return autocast_weights(torch.bfloat16, *weights)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            frozen = cast()
+        first = cast()
+        assert [w.data_ptr() for w in frozen] == [w.data_ptr() for w in first]
+        assert not any(w.requires_grad for w in frozen)
+        assert all(a is b for a, b in zip(cast(), first, strict=True))
+        hx = None
+        for _ in range(3):
+            hx = cell(x, hx)
+        loss = (hx[0] if kind == "LSTMCell" else hx).float().sum()
+        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, weights))
+        with torch.no_grad():
+            cell.weight_hh.mul_(2)
+        assert_close(cast(), [w.bfloat16() for w in weights], rtol=0, atol=0)
+        seen = [weakref.ref(w) for w in first]
+        del first, frozen
+    assert not any(w() for w in seen)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() * 0, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        assert_close(cast(), [w.bfloat16() for w in weights], rtol=0, atol=0)

@@ -198,9 +198,7 @@ def _svg(figure: Figure, salt: str) -> str:
     head, body = text[text.index("<svg") :].split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    used = set(
-        re.findall(r'(?:url\(|href=")#([^)"]+)', body)
-    )  # all pictures have an axes_1, which nothing uses
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))  # not axes_1, which all pictures have
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     for stand_in, variable in VARIABLES.items():
         body = body.replace(stand_in, f"var({variable})")

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack, support
 from seqkernels.attention import is_plain
-from seqkernels.ops._autograd import blended
+from seqkernels.ops._autograd import autocast_weights, blended
 from seqkernels.ops.linear import linear
 
 States = Sequence[Tensor]
@@ -331,7 +331,7 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
         if not isinstance(cell, torch.nn.RNNCell):
             out_dtype = blended(dtype, states[-1])
         x, *states = stack.autocast(dtype, x, *states)
-        weights = stack.autocast(dtype, *weights)
+        weights = autocast_weights(dtype, *weights)
     try:
         new = op(x, *states, *(None if w is None else w.contiguous() for w in weights), *options)
     except (RuntimeError, TypeError) as error:
