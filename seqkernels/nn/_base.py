@@ -7,6 +7,7 @@ graph at every instance of those.
 from collections.abc import Callable, Sequence
 from inspect import signature
 from operator import is_
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from seqkernels import stack, support
 from seqkernels.attention import is_plain
 from seqkernels.ops._autograd import autocast_weights, blended
 from seqkernels.ops.linear import linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 States = Sequence[Tensor]
 
@@ -127,7 +131,7 @@ class Recurrent(RNNBase):
         shapes = [(L, *rows, size) for size in sizes]
         return None if len(states) == len(shapes) and all(map(fits, states, shapes)) else MISFIT
 
-    def _short_cut(self, input: Tensor | PackedSequence, states: States | None) -> Sequence[Tensor] | None:
+    def _short_cut(self, input: Tensor | PackedSequence, states: States | None) -> tuple[Tensor, ...] | None:
         """[output, *final states] of a dense batch, or None: go the whole way instead.
 
         That way takes 20 us of Python, as long as the kernels of a short call, and 200 us after kernels that
@@ -217,7 +221,7 @@ class Recurrent(RNNBase):
             outputs, states = [o.squeeze(batch_dim) for o in outputs], [s.squeeze(1) for s in states]
         return outputs, states
 
-    def prepack_(self):
+    def prepack_(self) -> "Self":
         """Pack frozen weights for the kernels, once, so that calls need not. Returns self.
 
         The packs serve calls that want no gradients, outside autocast and torch.compile. A call that wants
@@ -243,7 +247,7 @@ class Recurrent(RNNBase):
         self._prepacked = [(w, _version(w), w.detach()) for w in weights], packs
         return self
 
-    def unprepack_(self):
+    def unprepack_(self) -> "Self":
         """Forget what `prepack_` made. Returns self."""
         self._prepacked = None
         return self
@@ -271,6 +275,29 @@ class Recurrent(RNNBase):
         state = super().__getstate__()
         state.pop("_prepacked", None)
         return state
+
+
+class OfOneState(Recurrent):
+    """GRU and RNN."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        extras = lengths is not None or resets is not None
+        states = None if hx is None else (hx,)
+        if not extras and (short := self._short_cut(input, states)):
+            return short
+        if isinstance(input, Proxy):
+            return as_one_node(self, input, hx, lengths=lengths, resets=resets)
+        if reason := self._why_torch(input, states, extras):
+            return leave_to_torch(self, input, hx, reason, extras)
+        (output,), (h_n,) = self._run(input, states, lengths, resets)
+        return output, h_n
 
 
 def _version(weight: Tensor) -> list[int]:

@@ -1,5 +1,7 @@
 """LSTM and LSTMCell: torch.nn's own constructors, parameters and errors, on the kernels of seqkernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Proxy
@@ -39,7 +41,7 @@ class LSTM(Recurrent):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
-    ):
+    ) -> tuple[Any, ...]:
         extras = lengths is not None or resets is not None or return_cell_states
         if not extras and (short := self._short_cut(input, hx)):
             return short[0], short[1:]

@@ -2,17 +2,15 @@
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
-from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack
-from seqkernels.nn._base import Recurrent, as_one_node, leave_to_torch, step, torchs_twin
+from seqkernels.nn._base import OfOneState, step, torchs_twin
 from seqkernels.ops.rnn import rnn_cell
 
 _CELLS = {"RNN_TANH": stack.RNN["tanh"], "RNN_RELU": stack.RNN["relu"]}
 
 
-class RNN(Recurrent):
+class RNN(OfOneState):
     """torch.nn.RNN, with the same constructor, parameters, state_dict and results.
 
     forward(input, hx=None, *, lengths=None, resets=None) -> output, h_n
@@ -37,25 +35,6 @@ class RNN(Recurrent):
 
     def _cell(self) -> stack.Cell:
         return _CELLS[self.mode]
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-    ):
-        extras = lengths is not None or resets is not None
-        states = None if hx is None else (hx,)
-        if not extras and (short := self._short_cut(input, states)):
-            return short
-        if isinstance(input, Proxy):
-            return as_one_node(self, input, hx, lengths=lengths, resets=resets)
-        if reason := self._why_torch(input, states, extras):
-            return leave_to_torch(self, input, hx, reason, extras)
-        (output,), (h_n,) = self._run(input, states, lengths, resets)
-        return output, h_n
 
 
 class RNNCell(torch.nn.RNNCell):
