@@ -43,12 +43,11 @@ def other_ops(make: Callable[[torch._ops.OpOverload], Callable]) -> Iterator[Non
 def on_device(device: str, op: torch._ops.OpOverload) -> Callable:
     """The op with CPU tensors, computed on another device."""
     stays = {"batch_sizes"}  # which every device takes on the CPU
-    packs = {"packed"}  # of weights, for the CPU alone
     names = [argument.name for argument in op._schema.arguments]
 
     def call(*args: object) -> object:
         named = zip(names, args, strict=False)
-        moved = [a if n in stays else None if n in packs else _to(device, a) for n, a in named]
+        moved = [a if n in stays else _to(device, a) for n, a in named]
         return _to("cpu", op(*moved))
 
     return call
