@@ -3,9 +3,7 @@
 // Python in the loop, nothing waits for the device, and a CUDA graph can record every call.
 #pragma once
 
-#include <algorithm>
 #include <initializer_list>
-#include <iterator>
 
 #include "kernels/cuda/cells.h"
 #include "kernels/cuda/recurrence.h"
@@ -272,10 +270,10 @@ class GpuLayer {
 
   // W_hh in the order of dG's columns.
   Tensor recurrent_weights(int64_t d) const {
-    if (std::is_sorted(std::begin(Cell::kRecurrentSlot), std::end(Cell::kRecurrentSlot))) return w[d].w_hh;
+    if (Cell::recurrent_slot(0) == 0) return w[d].w_hh;
     Tensor all = empty({G * call.H, call.P});
     for (int g = 0; g < G; g++) {
-      Tensor to = rows(all, Cell::kRecurrentSlot[g] * call.H, call.H);
+      Tensor to = rows(all, Cell::recurrent_slot(g) * call.H, call.H);
       torch::stable::copy_(to, rows(w[d].w_hh, g * call.H, call.H));
     }
     return all;
@@ -294,8 +292,8 @@ class GpuLayer {
       };
       sums(slots_of(dG, d, Cell::kInputSlot, G), inputs, 0, 0, G);
       for (int g = 0, end; g < G; g = end) {
-        for (end = g + 1; end < G && Cell::kRecurrentSlot[end] > Cell::kRecurrentSlot[end - 1];) end++;
-        sums(slots_of(dG, d, Cell::kRecurrentSlot[g], end - g), part(h_prev, d), 1, g, end - g);
+        for (end = g + 1; end < G && Cell::recurrent_slot(end) > Cell::recurrent_slot(end - 1);) end++;
+        sums(slots_of(dG, d, Cell::recurrent_slot(g), end - g), part(h_prev, d), 1, g, end - g);
       }
     }
     if (to.dx) product_of_x(dG, matrix(*to.dx, call.N, call.I));

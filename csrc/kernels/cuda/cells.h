@@ -58,11 +58,11 @@ struct Past {
 // state goes from h_{t-1} to h_t, c from c_{t-1} to c_t. backward(saved, past, dh, dc, dG): dh and dc go from
 // gradients of h_t and c_t to what reaches h_{t-1} past the recurrent product and c_{t-1}; dG are the
 // gradients of the gates, in slots: W_ih meets kGates slots from kInputSlot on, W_hh the first kGates, of
-// gate g kRecurrentSlot[g].
+// gate g recurrent_slot(g).
 struct Lstm {
   static constexpr int kOutputGate = 3;
   static constexpr int kGates = 4, kSaved = 4, kSlots = 4, kInputSlot = 0;
-  static constexpr int kRecurrentSlot[] = {0, 1, 2, 3};
+  static constexpr int recurrent_slot(int gate) { return gate; }
   static constexpr bool kCellState = true, kNeedsPreviousH = false;
 
   template <class A, class T>
@@ -90,7 +90,7 @@ struct Gru {
   // Slots rn (r times n's), r, z, n: those of either side lie together, and a sum over them adds n's, the
   // largest, last. With n's first float32 gradients of x had 2.8 times the error (H 512, simulated).
   static constexpr int kGates = 3, kSaved = 4, kSlots = 4, kInputSlot = 1;
-  static constexpr int kRecurrentSlot[] = {1, 2, 0};
+  static constexpr int recurrent_slot(int gate) { return (gate + 1) % 3; }
   static constexpr bool kCellState = false, kNeedsPreviousH = true;
 
   template <class A, class T>
@@ -114,7 +114,7 @@ struct Gru {
 
 struct Rnn {
   static constexpr int kGates = 1, kSaved = 0, kSlots = 1, kInputSlot = 0;
-  static constexpr int kRecurrentSlot[] = {0};
+  static constexpr int recurrent_slot(int gate) { return gate; }
   static constexpr bool kCellState = false, kNeedsPreviousH = false;
 
   template <class A, class T>

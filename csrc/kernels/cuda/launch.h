@@ -64,7 +64,8 @@ void launch_together(void (*kernel)(Args), const char* name, const Args& args, S
 // The current device, asked once per kernel, which is then allowed all shared memory that a block may have
 // there: no multiprocessors if such a block cannot be resident, or the device knows no cooperative launch.
 // What the kernel has statically counts: cubins of sm_90 and newer list 1 KB that nobody declared, and with a
-// byte too many every layer would go step by step.
+// byte too many every layer would go step by step. What fails, for lack of memory for the code say, is asked
+// again next time.
 template <class Args>
 Machine machine_for(void (*kernel)(Args), int threads) {
   static std::mutex mutex;
@@ -72,18 +73,21 @@ Machine machine_for(void (*kernel)(Args), int threads) {
   int device = 0, count = 0, shared = 0, cooperative = 0, resident = 0;
   cudaGetDevice(&device);
   const std::lock_guard lock(mutex);
-  const auto [at, fresh] = known.try_emplace({reinterpret_cast<const void*>(kernel), device});
-  if (!fresh) return at->second;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  const std::pair key{reinterpret_cast<const void*>(kernel), device};
+  if (const auto at = known.find(key); at != known.end()) return at->second;
   cudaFuncAttributes has{};
-  if (cudaFuncGetAttributes(&has, kernel) == cudaSuccess) shared -= static_cast<int>(has.sharedSizeBytes);
-  if (cooperative &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess)
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
+  bool told = true;
+  const auto ask = [&](cudaError_t answer) { told &= answer == cudaSuccess; };
+  ask(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  ask(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  ask(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+  ask(cudaFuncGetAttributes(&has, kernel));
+  shared -= static_cast<int>(has.sharedSizeBytes);
+  ask(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  ask(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared));
   cudaGetLastError();
-  return at->second = {resident > 0 ? count : 0, shared};
+  const Machine machine{told && cooperative && resident > 0 ? count : 0, shared};
+  return told ? known[key] = machine : machine;
 }
 
 }  // namespace seqkernels::cuda

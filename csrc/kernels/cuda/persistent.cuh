@@ -613,7 +613,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       for (int n = 0; n < N; n++)
         if (row + n * gap < rows)
 #pragma unroll
-          for (int g = 0; g < G; g++) block.put(slots[n][Cell::kRecurrentSlot[g]], s, n, g);
+          for (int g = 0; g < G; g++) block.put(slots[n][Cell::recurrent_slot(g)], s, n, g);
       block.exchange(s);
       const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll

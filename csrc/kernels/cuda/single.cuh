@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kSingleThreads, 1) single_bwd_kernel(const Bwd
       }
     }
 #pragma unroll
-    for (int g = 0; g < G; g++) at.put(slots[Cell::kRecurrentSlot[g]], rows, g);
+    for (int g = 0; g < G; g++) at.put(slots[Cell::recurrent_slot(g)], rows, g);
     __syncthreads();
     if (now.there)
 #pragma unroll
