@@ -109,8 +109,9 @@ _versions: MutableMapping[Tensor, tuple[ref, int]] = WeakIdKeyDictionary()
 
 def _cached(dtype: torch.dtype, w: Tensor | None) -> Tensor | None:
     """Out of the graph of an empty product: torch hands its copies to its own operators only."""
-    known_to_torch = w is not None and w.dtype == torch.float32 and w.is_leaf and w.requires_grad
-    if known_to_torch and w.dim() == 2 and not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+    plain = type(w) in (Tensor, torch.nn.Parameter) and w.dim() == 2 and w.dtype == torch.float32
+    kept = plain and w.is_leaf and w.requires_grad  # by torch too
+    if kept and not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
         with torch.inference_mode(False), torch.enable_grad():
             nothing = torch.empty(0, w.size(0), dtype=dtype, device=w.device, requires_grad=True)
             copy = getattr(torch.mm(nothing, w).grad_fn, "_saved_mat2", None)
