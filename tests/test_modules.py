@@ -243,6 +243,30 @@ def test_gradients_of_gradients_in_checkpoints(kind):
     assert_close(*grads)
 
 
+class LeavesNothing(torch.autograd.Function):
+    """Whose backward gives no gradient to what it was made of."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+@kinds
+def test_gradients_of_gradients_of_nothing(kind):
+    x, grads = torch.randn(5, 4, 6, requires_grad=True), []
+    for module in twins(kind, 6, 9):
+        loss = LeavesNothing.apply(module(x)[0]).sum() + x.square().sum()
+        grads.append(
+            torch.autograd.grad(loss, [x, *module.parameters()], create_graph=True, allow_unused=True)
+        )
+    assert_close(grads[0][0], grads[1][0])
+    assert all(g is None or not g.any() for g in (*grads[0][1:], *grads[1][1:]))
+
+
 @kinds
 @pytest.mark.parametrize("looks_on", ["compile", "export"])
 def test_gradients_while_another_thread_is_traced(kind, looks_on):
