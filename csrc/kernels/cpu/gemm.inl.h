@@ -24,6 +24,9 @@ constexpr int64_t KC = 256;
 constexpr int sets_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 // Rows of B prefetched: 4 KiB, some 300 cycles, as long as L3 takes.
 constexpr int64_t kAhead = 32;
+// Elements of a cache line.
+template <class D>
+constexpr int kLine = 64 / sizeof(D);
 
 SEQ_INLINE int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 SEQ_INLINE int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -70,7 +73,9 @@ SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
 #endif
 
 // `first`: the first tile that reads a panel brings it to L1 for the others. `several`: each brings the rows
-// of the next: projections 8 % faster, layers 1 to 3 %.
+// of the next: projections 8 % faster, layers 1 to 3 %. Only with AVX-512: narrower vectors have half as much
+// work for each instruction of it (AVX2 on Zen 4: 1 to 3 % slower, beside a neighbour on the core 35 %).
+constexpr bool kFetchRows = SEQKERNELS_VEC_BYTES == 64;
 template <class D, int rows, int NV, bool first, bool several>
 static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]] const D* next_rows,
                  const D* __restrict b, int64_t ldb, const D* next, const Acc<D>* init, int64_t ldi,
@@ -89,10 +94,10 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]]
   auto step = [&](int u) __attribute__((always_inline)) {
     if constexpr (several) {  // a line of one row with each step
       if (row < rows) __builtin_prefetch(row_ahead), row_ahead += lda;
-      if (++row == 64 / int(sizeof(D)) / pair) row = 0, row_ahead = next_rows += 64 / sizeof(D);
+      if (++row == kLine<D> / pair) row = 0, row_ahead = next_rows += kLine<D>;
     }
     if constexpr (fetch) {
-      SEQ_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * W * pair);
+      SEQ_UNROLL for (int i = 0; i < NV * W * pair; i += kLine<D>) __builtin_prefetch(ahead + i);
       ahead += ldb * pair;
     }
     SEQ_UNROLL for (int r = 0; r < rows; r++) {
@@ -103,8 +108,8 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]]
     SEQ_UNROLL for (int i = 0; i < kBases; i++) base[i] += pair;
   };
   if (init && ldi) {  // large projections have left L2 by the time the recurrence adds to them
-    SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int v = 0; v < NV; v++)
-        __builtin_prefetch(init + r * ldi + v * W);
+    SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int i = 0; i < NV * W; i += kLine<T>)
+        __builtin_prefetch(init + r * ldi + i);
   }
   int64_t k = 0;
   if constexpr (KU > 1) {
@@ -131,8 +136,8 @@ SEQ_INLINE TileFn<D> tile_of(int vectors, int rows, bool first, bool several,
   static constexpr TileFn<D> narrow[] = {tile<D, r + 1, 1, false, false>...};
   static constexpr TileFn<D> wide[][sizeof...(r)] = {{tile<D, r + 1, 2, false, false>...},
                                                      {tile<D, r + 1, 2, true, false>...},
-                                                     {tile<D, r + 1, 2, false, true>...},
-                                                     {tile<D, r + 1, 2, true, true>...}};
+                                                     {tile<D, r + 1, 2, false, kFetchRows>...},
+                                                     {tile<D, r + 1, 2, true, kFetchRows>...}};
   return (vectors == 1 ? narrow : wide[2 * several + first])[rows - 1];
 }
 
@@ -234,7 +239,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
   // Also where one tile is all there is: a chain of 900 sums has four times the error of torch's.
   const int64_t tiles = divide_up(M, MR), kc = KC * kPair<D> * sets_of(M);
   // Not for two tiles, whose rows stay in L1, nor for more blocks of K: there it cost 1 to 3 %.
-  const bool several = tiles > 2 && K <= kc;
+  const bool several = kFetchRows && tiles > 2 && K <= kc;
   int64_t k0 = 0;
   do {
     const int64_t k = min_of(kc, K - k0);
