@@ -237,18 +237,19 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
   if constexpr (sizeof(D) == 2) return amx_panel(M, width, K, a, lda, b, ldb, init, ldi, c, ldc);
 #endif
   // Also where one tile is all there is: a chain of 900 sums has four times the error of torch's.
-  const int64_t tiles = divide_up(M, MR), kc = KC * kPair<D> * sets_of(M);
+  const int64_t kc = KC * kPair<D> * sets_of(M), tiles = divide_up(M, MR), share = M / max_of(1, tiles),
+                larger = M - share * tiles;
   // Not for two tiles, whose rows stay in L1, nor for more blocks of K: there it cost 1 to 3 %.
   const bool several = kFetchRows && tiles > 2 && K <= kc;
   int64_t k0 = 0;
   do {
     const int64_t k = min_of(kc, K - k0);
     const D* then = next && k0 + k == K ? next : b + (k0 + k) * ldb;
-    for (int64_t i = 0; i < tiles; i++) {
-      const int64_t m = M * i / tiles, end = M * (i + 1) / tiles;
-      const D* next_rows = a + (i + 1 < tiles ? end * lda : 0);
+    for (int64_t i = 0, m = 0, rows; i < tiles; i++, m += rows) {
+      rows = share + (i < larger);
+      const D* next_rows = a + (i + 1 < tiles ? (m + rows) * lda : 0);
       const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
-      tile_of<D>(int(width / kLanes<Acc<D>>), int(end - m), i == 0, several,
+      tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), i == 0, several,
                  std::make_integer_sequence<int, MR>{})(k, a + m * lda + k0, lda, next_rows, b + k0 * ldb,
                                                         ldb, then, from, k0 ? ldc : ldi, c + m * ldc, ldc);
     }
