@@ -406,7 +406,7 @@ static T softmax_row(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m
   Vec<T> top = splat(m), total{}, unused;
   for (int64_t n = 0; n < block.N; n += W) {
     const Vec<T> logit = block.logits(load(xs + n), h, i, n, limits, unused);
-    top = logit > top ? logit : top;
+    top = max_of(logit, top);
     store(xs + n, logit);
   }
   const T now = reduce_lanes<T>(top, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });

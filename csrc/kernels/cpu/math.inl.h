@@ -70,23 +70,17 @@ SEQ_INLINE Vec<float> reciprocal(Vec<float> d) { return 1.0f / d; }
 SEQ_INLINE Vec<float> divide(Vec<float> n, Vec<float> d) { return n / d; }
 #endif
 
-// min(max(x, lo), hi); x86's minps and maxps return the second operand when one is NaN, so a NaN stays.
+// A NaN stays one.
 template <class T>
 SEQ_INLINE Vec<T> clamp(Vec<T> x, T lo, T hi) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)splat(hi),
-                                       _mm512_maskz_max_ps(0xffff, (__m512)splat(lo), (__m512)x));
-#endif
-  x = x < lo ? splat(lo) : x;
-  return x > hi ? splat(hi) : x;
+  return min_of(splat(hi), max_of(splat(lo), x));
 }
 
 template <class T>
 SEQ_INLINE Vec<T> sigmoid(Vec<T> x) {  // 1 / (1 + e^-x)
   using E = Exp<T>;
-  const Vec<T> t = clamp<T>(-x, -E::kLimit, E::kLimit);
-  const Vec<T> z = t * E::kLog2e + E::kMagic, k = z - E::kMagic, r = t - k * E::kLn2Hi - k * E::kLn2Lo;
+  const Vec<T> t = clamp<T>(x, -E::kLimit, E::kLimit);
+  const Vec<T> z = E::kMagic - t * E::kLog2e, k = z - E::kMagic, r = -t - k * E::kLn2Hi - k * E::kLn2Lo;
   const Vec<T> y = reciprocal(exp_near_0(r) * power_of_2<T>(z) + T(1));
   return x < -E::kLimit ? Vec<T>{} : y;
 }

@@ -70,6 +70,29 @@ SEQ_INLINE T reduce_lanes(Vec<T> v, const Join& join) {
                                   join);
 }
 
+// The larger (smaller) of each lane, b where one of them is NaN: x86's own rule, for which GCC would take a
+// comparison and a blend.
+SEQ_INLINE Vec<double> max_of(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+SEQ_INLINE Vec<double> min_of(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+#if defined(__AVX512F__)
+SEQ_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+SEQ_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+}
+#elif defined(__AVX2__)
+SEQ_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+}
+SEQ_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+}
+#else
+SEQ_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+SEQ_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
+#endif
+
 using U32 = Vec<uint32_t>;
 typedef uint16_t U16 __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2)));
 typedef uint16_t U16u __attribute__((vector_size(SEQKERNELS_VEC_BYTES / 2), aligned(2), may_alias));
