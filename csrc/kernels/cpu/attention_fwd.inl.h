@@ -470,10 +470,9 @@ struct AttentionFwd {
       Vec<T> top[4];
       SEQ_UNROLL for (int i = 0; i < 4; i++) top[i] = splat(-kInf<T>);
       int64_t k = 0;
-      const auto see = [&](int i, int64_t row)
-                           __attribute__((always_inline)) { top[i] = max_of(load(s + row * kUnit), top[i]); };
-      for (; k + 4 <= nk; k += 4) SEQ_UNROLL for (int i = 0; i < 4; i++) see(i, k + i);
-      for (; k < nk; k++) see(0, k);
+      for (; k + 4 <= nk; k += 4)
+        SEQ_UNROLL for (int i = 0; i < 4; i++) top[i] = max_of(load(s + (k + i) * kUnit), top[i]);
+      for (; k < nk; k++) top[0] = max_of(load(s + k * kUnit), top[0]);
       SEQ_UNROLL for (int i = 1; i < 4; i++) top[0] = max_of(top[i], top[0]);
 
       const Vec<T> was = load(max + l);
