@@ -72,11 +72,10 @@ static void product(int64_t M, int64_t N, int64_t K, const D* a, int64_t lda, co
       const int nv = (N - n) / W >= kTileVectors ? kTileVectors : (N - n) / W >= 2 ? 2 : 1;
       constexpr auto some = std::make_integer_sequence<int, kTileRows>{};
       constexpr auto many = std::make_integer_sequence<int, MR>{};
-      const int64_t rows_at_most = nv == kTileVectors ? kTileRows : MR, tiles = divide_up(M, rows_at_most),
-                    share = M / max_of(1, tiles), larger = M - share * tiles;
-      int rows;
-      for (int64_t i = 0, m = 0; i < tiles; i++, m += rows) {
-        rows = int(share) + (i < larger);
+      const int64_t rows_at_most = nv == kTileVectors ? kTileRows : MR, tiles = divide_up(M, rows_at_most);
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t m = M * i / tiles;
+        const int rows = int(M * (i + 1) / tiles - m);
         const auto tile = nv == kTileVectors ? product_tile_of<D, kTileVectors, transposed>(rows, some)
                           : nv == 2          ? product_tile_of<D, 2, transposed>(rows, many)
                                              : product_tile_of<D, 1, transposed>(rows, many);
