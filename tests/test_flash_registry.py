@@ -4,6 +4,7 @@ import pytest
 import torch
 from tolerances import assert_as_exact
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.testing import assert_close
 
 from seqkernels import varlen_attention
@@ -117,17 +118,18 @@ def test_other_modes_stay_torchs(active, calls):
 
 def test_operators_for_gpus(calls):
     """Called by hand with CPU tensors, for which the kernels for CPUs answer."""
-    q, k, v = (torch.randn(2, h, T, 8, dtype=torch.float64) for h, T in ((4, 9), (2, 7), (2, 7)))
-    dout = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    q, k, v = (torch.randn(2, h, T, 8, dtype=torch.float64) for h, T in ((4, 7), (2, 9), (2, 9)))
+    dout = torch.randn(2, 4, 7, 8, dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
+    mask = causal_lower_right(7, 9)._materialize()
+    expected = F.scaled_dot_product_attention(*leaves, attn_mask=mask, scale=0.3, enable_gqa=True)
     grads = torch.autograd.grad(expected, leaves, dout)
     out, lse, cu_q, cu_k, max_q, max_k, rng, unused, _ = integration._scaled_dot_product_flash_attention(
         q, k, v, 0.0, True, scale=0.3
     )
     assert_close(out, expected)
     assert out.stride() == q.stride()
-    assert (max_q, max_k, rng.dtype) == (9, 7, torch.uint64)
+    assert (max_q, max_k, rng.dtype) == (7, 9, torch.uint64)
     found = integration._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, rng, unused, scale=0.3
     )

@@ -100,6 +100,8 @@ def rows_hidden_by_finite_masks(device):
         sinks = sinks if sinks is None else torch.full((2,), sinks, device=device)
         options = (mask, None, None, None, None, sinks)
         out, lse = forward(q, k, v, *options)
+        parts = in_parts(3, q, k, v, *options)
+        torch.testing.assert_close(parts, (out, lse), rtol=1e-5, atol=1e-5)
         if hiding < -1e8 and sinks is None:  # where one unit in the last place is more than all logits
             torch.testing.assert_close(out[:, 4], v.mean(2).expand(-1, 2, -1), rtol=1e-5, atol=1e-5)
         exact = [t.double().requires_grad_() for t in (q, k, v)]
@@ -123,10 +125,10 @@ def rows_hidden_by_finite_masks(device):
 
 
 def no_queries_or_keys(device):
-    for B, Tq, Tk in ((2, 0, 5), (2, 5, 0), (0, 5, 5)):
-        q, k, v = (torch.randn(B, 2, T, 16, device=device) for T in (Tq, Tk, Tk))
+    for B, H, Tq, Tk in ((2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 0, 5, 5), (2, 0, 40, 40)):
+        q, k, v = (torch.randn(B, H, T, 16, device=device) for T in (Tq, Tk, Tk))
         out, lse = forward(q, k, v)
-        assert out.shape == (B, Tq, 2, 16)
+        assert out.shape == (B, Tq, H, 16)
         assert (out == 0).all()
         assert (lse == -math.inf).all()
         grads = backward(torch.ones_like(out), q, k, v, out, lse)
@@ -231,15 +233,20 @@ def paged(device):
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+def in_parts(splits, *arguments):
+    """`forward` with the keys split among so many programs."""
+    usual, decode.key_splits = decode.key_splits, lambda *_: splits
+    try:
+        return forward(*arguments)
+    finally:
+        decode.key_splits = usual
+
+
 def many_splits(device):
     """More parts than `combine` reads at a time, most of them empty."""
-    splits, decode.key_splits = decode.key_splits, lambda *_: 37
-    try:
-        q, k, v = (torch.randn(1, 2, T, 16, device=device) for T in (3, 200, 200))
-        sinks = torch.randn(2, device=device)
-        out, lse = forward(q, k, v, *PLAIN[:5], sinks)
-    finally:
-        decode.key_splits = splits
+    q, k, v = (torch.randn(1, 2, T, 16, device=device) for T in (3, 200, 200))
+    sinks = torch.randn(2, device=device)
+    out, lse = in_parts(37, q, k, v, *PLAIN[:5], sinks)
     exact, exact_lse = attention(q.double(), k.double(), v.double(), sinks=sinks, scale=0.3)
     torch.testing.assert_close(out.transpose(1, 2).double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)

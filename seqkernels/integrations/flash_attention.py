@@ -95,9 +95,10 @@ def _scaled_dot_product_flash_attention(
     *,
     scale: float | None = None,
 ):
+    """Causal is aligned to the last query and key, as torch's `causal_lower_right` asks for by this name."""
     _refuse(return_debug_mask=return_debug_mask)
     rng = _rng(query, dropout_p)
-    options = _options(query, scale, right=0 if is_causal else NO_LIMIT)
+    options = _options(query, scale, *_limits(is_causal, None, None), True)
     out, lse = _forward(query, key, value, options, dropout_p, rng=rng)
     out = _lying_like(query, out.transpose(1, 2))
     return out, lse, None, None, query.size(2), key.size(2), *_rest(query, rng)
@@ -121,7 +122,7 @@ def _scaled_dot_product_flash_attention_backward(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
-    options = _options(query, scale, right=0 if is_causal else NO_LIMIT)
+    options = _options(query, scale, *_limits(is_causal, None, None), True)
     outs = (out.transpose(1, 2), logsumexp)
     rng = philox_seed.view(torch.int64)
     grads = _backward(grad_out.transpose(1, 2), query, key, value, *outs, options, dropout_p, rng=rng)

@@ -37,10 +37,13 @@ def key_splits(programs: int, keys: int, multiprocessors: int, least: int = 512)
 
 @triton.jit(do_not_specialize=["heads", "Tq", "splits", "part"])
 def combine(
-    Parts, PartLse, Sinks, Out, Lse, heads, Tq, splits, part: tl.int64,
+    Parts, Sums, Sinks, Out, Lse, heads, Tq, splits, part: tl.int64,
     SINKS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One row of out from its parts: the weight of a part is e^(its LSE - the LSE of all)."""
+    """One row of out from its parts: the weight of a part is norm 2^(m - the largest m).
+
+    An LSE would not do: that of a row that a mask of -1e9 hides has no digits left for norm.
+    """
     row = tl.program_id(0).to(tl.int64)  # [B, Tq, heads]
     h = row % heads
     t = row // heads % Tq
@@ -49,23 +52,24 @@ def combine(
 
     top = tl.full([], -INF, tl.float32)
     if SINKS:
-        top = tl.load(Sinks + h)
+        top = tl.load(Sinks + h) * LOG2E
     for s0 in tl.range(0, splits, CHUNK):
-        lse = tl.load(PartLse + (s0 + s) * part + lse_row, mask=s0 + s < splits, other=-INF)
-        top = tl.maximum(top, tl.max(lse, 0))
+        m = tl.load(Sums + (s0 + s) * part + lse_row, mask=s0 + s < splits, other=-INF)
+        top = tl.maximum(top, tl.max(m, 0))
     base = tl.where(top == -INF, 0.0, top)
     total = tl.zeros([], tl.float32)
     if SINKS:
-        total = tl.exp2((tl.load(Sinks + h) - base) * LOG2E)
+        total = tl.exp2(tl.load(Sinks + h) * LOG2E - base)
     acc = tl.zeros([WIDTH], tl.float32)
     for s0 in tl.range(0, splits, CHUNK):
         ok = s0 + s < splits
-        lse = tl.load(PartLse + (s0 + s) * part + lse_row, mask=ok, other=-INF)
-        weight = tl.exp2((lse - base) * LOG2E)
+        m = tl.load(Sums + (s0 + s) * part + lse_row, mask=ok, other=-INF)
+        norm = tl.load(Sums + (splits + s0 + s) * part + lse_row, mask=ok, other=0.0)
+        weight = norm * tl.exp2(m - base)
         rows = ((s0 + s) * part + row) * DV
         x = tl.load(Parts + rows[:, None] + d[None, :], mask=ok[:, None] & (d < DV)[None, :], other=0.0)
         acc += tl.sum(x * weight[:, None], 0)
         total += tl.sum(weight, 0)
     out = tl.where(total == 0.0, 0.0, acc / total)
     tl.store(Out + row * DV + d, out.to(Out.dtype.element_ty), mask=d < DV)
-    tl.store(Lse + lse_row, tl.where(total == 0.0, -INF, base + tl.log2(total) * LN2))
+    tl.store(Lse + lse_row, tl.where(total == 0.0, -INF, (base + tl.log2(total)) * LN2))

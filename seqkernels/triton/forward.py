@@ -47,7 +47,7 @@ def attention_forward(
     Out, Lse, Table, table_b: tl.int64, tiles, splits, part: tl.int64,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Two splits write their parts `part` rows [B, Tq, heads] apart."""
+    """Two splits write their parts `part` rows [B, Tq, heads] apart; for an LSE all m, then all norms."""
     pid = tl.program_id(0)
     split = pid % splits
     pid = pid // splits
@@ -116,11 +116,13 @@ def attention_forward(
     inverse = tl.where(none, 0.0, 1.0 / norm)
     if F.DROPOUT:
         inverse *= factor
-    lse = tl.where(none, -INF, (m + tl.log2(norm)) * LN2)
     to = (row * Tq + t) * heads + h
     lse_to = (row * heads + h) * Tq + t
     if F.SPLIT:
         to += split * part
         lse_to += split * part
+        tl.store(Lse + lse_to, m, mask=ok)
+        tl.store(Lse + splits * part + lse_to, norm, mask=ok)
+    else:
+        tl.store(Lse + lse_to, tl.where(none, -INF, (m + tl.log2(norm)) * LN2), mask=ok)
     store_rows(Out, to * F.DV, ok, scale_rows(acc, inverse[:, None]), F, True)
-    tl.store(Lse + lse_to, lse, mask=ok)

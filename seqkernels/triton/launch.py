@@ -226,7 +226,7 @@ def attention_weights(
         rng, 0, 0,
     )  # fmt: skip
     B, heads, Tq, Tk = *q.shape[:3], k.size(2)
-    average = heads if mean else 1
+    average = max(heads, 1) if mean else 1
     p = q.new_empty((B, Tq, Tk) if mean else (B, heads, Tq, Tk))
     tile = problem.tile(TILES)
     programs = B * (heads // average) * cdiv(Tq, tile.BM) * cdiv(Tk, tile.BN)
@@ -246,7 +246,7 @@ def prepare(
     batches = q.size(0) if cu_q is None else cu_q.numel() - 1
     check(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, rng, *others, batches=batches, paged=page > 0)
     (_, heads, Tq, D), (_, key_heads, Tk, DV) = q.shape, v.shape
-    group = heads // max(key_heads, 1)
+    group = max(heads // max(key_heads, 1), 1)
     q, k, v = rows_of(q), rows_of(k, page), rows_of(v, page)
     align = common_divisor(16 // q.itemsize, q, k, v, *others)
 
@@ -367,7 +367,7 @@ def run_forward(
     lse = new(B, heads, Tq, dtype=torch.float32)
     parts = out, lse
     if splits > 1:
-        parts = [new(splits, *x.shape, dtype=torch.float32) for x in parts]
+        parts = [new(n, *x.shape, dtype=torch.float32) for n, x in ((splits, out), (2 * splits, lse))]
     part = B * Tq * heads
     with torch.cuda.device_of(q):
         launch(
