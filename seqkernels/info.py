@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,18 @@ def installed(package: str) -> str:
         return "not installed"
 
 
+def commit() -> str:
+    """Of the working tree that this package is used from."""
+    folder = Path(seqkernels.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return "none: installed, or a copy without .git"
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {type(error).__name__}"
+
+
 def gpus() -> str:
     if not torch.cuda.is_available():
         return "none"
@@ -54,6 +67,7 @@ def collect() -> dict[str, str]:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "seqkernels": f"{seqkernels.__version__} ({Path(seqkernels.__file__).parent})",
+        "commit": commit(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": torch.__version__,
         "onnxruntime": installed("onnxruntime"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from statistics import mean
 
 import pytest
@@ -118,16 +120,35 @@ def test_verdicts():
     assert timing.verdict(0.1, 0.9) == "SLOWER"  # which no width excuses
 
 
-def test_contestants_take_turns_in_every_order(monkeypatch):
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_everybody_comes_after_everybody_as_often(monkeypatch, names):
     monkeypatch.setattr(timing, "settle", lambda: None)
     monkeypatch.setattr(
         timing, "_first_look", lambda call: 1.0
     )  # long: one call a turn, none of them untimed
     calls = []
-    seconds = timing.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, budget=0)
-    assert [len(values) for values in seconds.values()] == [timing.MIN_ROUNDS] * 3
-    rounds = {tuple(calls[k : k + 3]) for k in range(0, len(calls), 3)}
-    assert len(rounds) == 6
+    seconds = timing.interleave({n: lambda n=n: calls.append(n) for n in names}, budget=0)
+    assert [len(values) for values in seconds.values()] == [timing.MIN_ROUNDS] * len(names)
+    pairs = Counter(itertools.pairwise([*calls, calls[0]]))  # the next rounds begin as the first did
+    assert set(pairs.values()) == {timing.MIN_ROUNDS // len(names)}
+    assert len(pairs) == len(names) ** 2
+
+
+def test_turns_are_of_as_many_calls_for_all(monkeypatch):
+    """The first call of a turn finds colder caches: who made fewer calls seemed slower by a fifth."""
+    monkeypatch.setattr(timing, "settle", lambda: None)
+    calls = []
+
+    def fast():
+        calls.append("fast")
+
+    def slow():
+        calls.append("slow")
+
+    looks = {fast: timing.TURN_SECONDS / 7, slow: 2 * timing.WAKE_SECONDS}
+    monkeypatch.setattr(timing, "_first_look", looks.get)
+    timing.interleave({"fast": fast, "slow": slow}, budget=0)
+    assert Counter(calls) == dict.fromkeys(("fast", "slow"), timing.MIN_ROUNDS * (1 + 7))  # one untimed
 
 
 def test_speedup_is_paired():
@@ -153,6 +174,12 @@ def test_error_may_be_twice_that_of_torch_and_thrice_for_gradients():
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.full((4,), math.nan), torch.full((4,), math.inf)])
 def test_wrong_shape_nan_and_inf_are_wrong(bad):
     assert not compare(bad).ok
+
+
+def test_a_wrong_torch_excuses_nothing():
+    assert not compare(torch.full((4,), math.nan), torch_error=math.inf).ok
+    assert not compare(torch.ones(4), torch_error=math.inf).ok
+    assert compare(torch.zeros(4), torch_error=math.inf).ok
 
 
 def test_the_worst_output_is_the_one_that_counts():

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,15 @@ def test_info_as_text_has_the_same_lines():
     assert result.returncode == 0, result.stderr
     names = [line.partition("  ")[0].strip() for line in result.stdout.splitlines()]
     assert names == list(info())
+
+
+def test_the_commit_of_a_checkout():
+    root = Path(seqkernels.__file__).parents[1]
+    if not (root / ".git").exists():
+        assert info()["commit"].startswith("none")
+        return
+    head = subprocess.check_output(["git", "-C", root, "rev-parse", "HEAD"], text=True)
+    assert head.startswith(info()["commit"].partition("-")[0])
 
 
 def test_best_supported_isa_is_the_default():

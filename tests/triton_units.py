@@ -364,7 +364,7 @@ def torchs_registry(device):
         )
         dropped = {"dropout": 0.3, "rng": rng.view(torch.int64).cpu()}
         leaves = [t.double().cpu().requires_grad_() for t in (q, k, v)]
-        exact, exact_lse = attention(*leaves, scale=0.25, right=0, **dropped)
+        exact, exact_lse = attention(*leaves, scale=0.25, right=0, bottom_right=True, **dropped)
         wanted = (exact, exact_lse, *torch.autograd.grad(exact, leaves, dout.double().cpu()))
         found = [t.double().cpu() for t in (out, lse, *grads)]
         torch.testing.assert_close(tuple(found), wanted, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ struct LinearFwdParams : LinearParams {
   const void* b = nullptr;  // [N] or null
   void* y = nullptr;        // [M, N]
 };
-// What is null is not wanted; db is summed while dw is made, and comes only together with it.
+// What is null is not wanted. dx needs w, dw needs x; db is summed while dw is made, and comes only with it.
 struct LinearBwdParams : LinearParams {
   const void* dy = nullptr;  // [M, N], rows dy_m elements apart
   int64_t dy_m = 0;

@@ -90,11 +90,11 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "additive_attention_bwd(Tensor dout, Tensor? dweights, Tensor q, Tensor k, Tensor v, Tensor w, "
       "Tensor? mask, Tensor? len_k, bool need_dscores) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor dscores)");
-  // x [M,K] and dy [M,N] with unit stride in the last dimension, w [N,K]; dx, or dw and db of size 0: not
-  // wanted.
+  // x [M,K] and dy [M,N] with unit stride in the last dimension, w [N,K]. Without w there is no dx, without x
+  // neither dw nor db: they have size 0.
   forward("linear_fwd", "(Tensor x, Tensor w, Tensor? b) -> Tensor");
   m.def(
-      "linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) "
+      "linear_bwd(Tensor dy, Tensor? x, Tensor? w) "
       "-> (Tensor dx, Tensor dw, Tensor db)");
   m.def("set_isa(str name) -> ()");
   m.def("get_isa() -> str");

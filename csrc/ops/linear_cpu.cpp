@@ -6,29 +6,27 @@ namespace seqkernels::ops {
 
 namespace {
 
-// x [M, K] by strides, w [N, K]: what both ops take, checked.
-LinearParams params_of(const char* op, const Tensor& x, Tensor& w) {
-  const DType dtype = dtype_of(op, "x", x);
-  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "seqkernels::", op,
-                  ": expected x [M, K] and w [N, K], got ", text(x.sizes()), " and ", text(w.sizes()));
-  expect(op, w, "w", x.scalar_type(), {w.size(0), x.size(1)}, x);
-  lay_contiguously(w);
-  LinearParams p;
-  p.dtype = dtype, p.M = x.size(0), p.N = w.size(0), p.K = w.size(1);
-  p.w = w.const_data_ptr();
-  p.parallel = torch_threads();
-  return p;
-}
 // Rows of `t` [M, columns], which may lie apart; returns their stride.
 int64_t rows_of(const char* op, Tensor& t, const char* name, const Tensor& like, int64_t M, int64_t columns) {
   expect(op, t, name, like.scalar_type(), {M, columns}, like);
   lay_last_dimension(t);
   return t.stride(0);
 }
+const void* weights_of(const char* op, Tensor& w, const Tensor& like, int64_t N, int64_t K) {
+  expect(op, w, "w", like.scalar_type(), {N, K}, like);
+  lay_contiguously(w);
+  return w.const_data_ptr();
+}
 
 Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
-  LinearFwdParams p{params_of("linear_fwd", x, w)};
+  LinearFwdParams p;
+  p.dtype = dtype_of("linear_fwd", "x", x);
+  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1),
+                  "seqkernels::linear_fwd: expected x [M, K] and w [N, K], got ", text(x.sizes()), " and ",
+                  text(w.sizes()));
+  p.M = x.size(0), p.N = w.size(0), p.K = x.size(1), p.parallel = torch_threads();
   p.x_m = rows_of("linear_fwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
+  p.w = weights_of("linear_fwd", w, x, p.N, p.K);
   if (b) {
     expect("linear_fwd", *b, "b", x.scalar_type(), {p.N}, x);
     lay_contiguously(*b);
@@ -40,16 +38,26 @@ Tensor linear_fwd(Tensor x, Tensor w, OptionalTensor b) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor w, bool need_dx, bool need_dw) {
-  LinearBwdParams p{params_of("linear_bwd", x, w)};
-  p.x_m = rows_of("linear_bwd", x, "x", w, p.M, p.K), p.x = x.const_data_ptr();
-  p.dy_m = rows_of("linear_bwd", dy, "dy", w, p.M, p.N), p.dy = dy.const_data_ptr();
-  const auto type = x.scalar_type();
-  Tensor dx = need_dx ? large_empty(x, {p.M, p.K}) : none_like(x, type);
-  Tensor dw = need_dw ? kept_empty(x, {p.N, p.K}) : none_like(x, type);
-  Tensor db = need_dw ? empty(x, {p.N}) : none_like(x, type);
-  if (need_dx) p.dx = dx.mutable_data_ptr();
-  if (need_dw) p.dw = dw.mutable_data_ptr(), p.db = db.mutable_data_ptr();
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, OptionalTensor x, OptionalTensor w) {
+  LinearBwdParams p;
+  p.dtype = dtype_of("linear_bwd", "dy", dy);
+  const bool fits = dy.dim() == 2 && (x || w) && (!x || x->dim() == 2) && (!w || w->dim() == 2);
+  STD_TORCH_CHECK(fits, "seqkernels::linear_bwd: expected dy [M, N] and x [M, K], w [N, K] or both, got ",
+                  text(dy.sizes()), ", ", x ? text(x->sizes()) : "none", " and ",
+                  w ? text(w->sizes()) : "none");
+  p.M = dy.size(0), p.N = dy.size(1), p.K = (x ? *x : *w).size(1), p.parallel = torch_threads();
+  const auto type = dy.scalar_type();
+  Tensor dx = none_like(dy, type), dw = none_like(dy, type), db = none_like(dy, type);
+  if (w) {
+    p.w = weights_of("linear_bwd", *w, dy, p.N, p.K);
+    dx = large_empty(dy, {p.M, p.K}), p.dx = dx.mutable_data_ptr();
+  }
+  if (x) {
+    p.x_m = rows_of("linear_bwd", *x, "x", dy, p.M, p.K), p.x = x->const_data_ptr();
+    dw = kept_empty(dy, {p.N, p.K}), p.dw = dw.mutable_data_ptr();
+    db = empty(dy, {p.N}), p.db = db.mutable_data_ptr();
+  }
+  p.dy_m = rows_of("linear_bwd", dy, "dy", dy, p.M, p.N), p.dy = dy.const_data_ptr();
   seqkernels::linear_bwd(p);
   return {dx, dw, db};
 }

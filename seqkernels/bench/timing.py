@@ -2,8 +2,8 @@
 
 Two things would spoil such a comparison and are dealt with here. Thread pools keep spinning for some
 milliseconds after a call (libgomp about 4 ms) and would steal a core from whoever runs next: every turn
-waits until this process is quiet. And a few microseconds are too short for a clock: a turn repeats a short
-call until it has lasted a while.
+waits until this process is quiet. And a few microseconds are too short for a clock: where calls are short a
+turn is several, as many for one as for another, as the first of them finds colder caches than the rest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-TURN_SECONDS = 300e-6  # a turn of a short call lasts at least so long
-WAKE_SECONDS = 20e-3  # below that, a turn starts with one untimed call that wakes threads and warms caches
+TURN_SECONDS = 300e-6  # a turn of the fastest lasts at least so long
+WAKE_SECONDS = 20e-3  # where it is faster than that, turns start with an untimed call that wakes threads
 MIN_ROUNDS, MAX_ROUNDS = 6, 400  # with fewer than six rounds the median has no 95 % interval
 WIDE = 1.5  # an interval that spans such a factor says more about the machine than about anybody's speed
 NARROW = 0.02  # stop early once every speed-up's interval is narrower than this (relative)
+# Rounds of two and of three contestants after which everybody, itself too, came before everybody as often.
+BALANCED = {2: ((0, 1), (1, 0)), 3: ((0, 1, 2), (2, 0, 1), (1, 0, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0))}
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
@@ -52,16 +54,17 @@ def interleave(
     """Seconds per call of each contestant, one a round, for about `budget` seconds and at least six rounds.
 
     The i-th values of all contestants belong together: they were measured one after the other. `turn` times
-    a call whose duration is roughly known, by the clock of the CPU if None.
+    a call of which the fastest's duration is roughly known, by the clock of the CPU if None.
     """
     turn = turn or _turn
-    looks = {name: _first_look(call) for name, call in calls.items()}
+    fastest = min(_first_look(call) for call in calls.values())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    orders, start = itertools.cycle(itertools.permutations(calls)), time.perf_counter()
+    names, start = list(calls), time.perf_counter()
+    orders = itertools.cycle(BALANCED.get(len(names)) or itertools.permutations(range(len(names))))
     next_look = 2 * MIN_ROUNDS  # then twice as many: after every round 92 % of the intervals hold, not 95
     for done, order in zip(range(1, MAX_ROUNDS + 1), orders, strict=False):
-        for name in order:  # everybody comes after everybody as often, so that nobody finds warmer caches
-            seconds[name].append(turn(calls[name], looks[name]))
+        for name in (names[i] for i in order):
+            seconds[name].append(turn(calls[name], fastest))
         late = time.perf_counter() - start > budget
         if done == next_look:
             late, next_look = late or _narrow(seconds), 2 * next_look
@@ -90,8 +93,9 @@ def busy(seconds: float = 0.3) -> float:
 
     def ticks() -> tuple[int, int]:
         with open("/proc/stat", encoding="ascii") as stat:
-            user, nice, system, idle, iowait, *_ = map(int, stat.readline().split()[1:])
-        return user + nice + system, idle + iowait
+            ticks = [int(n) for n in stat.readline().split()[1:9]]  # without guests, whom user includes
+        waiting = sum(ticks[3:5])
+        return sum(ticks) - waiting, waiting  # what a hypervisor gave to others counts as used
 
     settle()
     try:
@@ -112,10 +116,10 @@ def _first_look(call: Callable[[], object]) -> float:
     return max(time.perf_counter() - start, 1e-7)
 
 
-def _turn(call: Callable[[], object], look: float) -> float:
-    repeats = math.ceil(TURN_SECONDS / look)
+def _turn(call: Callable[[], object], fastest: float) -> float:
+    repeats = math.ceil(TURN_SECONDS / fastest)
     settle()
-    if look < WAKE_SECONDS:
+    if fastest < WAKE_SECONDS:
         call()
     start = time.perf_counter()
     for _ in range(repeats):

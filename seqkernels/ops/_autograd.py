@@ -7,7 +7,7 @@ modules are: autocast, and torch where the kernels cannot follow.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from weakref import ref
 
 import torch
@@ -227,9 +227,7 @@ def differentiate(
         return vjp(tuple(g.to(o.dtype) for o, g in zip(outputs, zeros, strict=True)))
     # torch.func refuses saved tensor hooks, those of checkpoints too.
     again = torch.is_grad_enabled()
-    device = inputs[0].device.type
-    exact = torch.autocast(device, enabled=False) if support.autocasts(device) else nullcontext()
-    with torch.enable_grad(), exact:
+    with torch.enable_grad(), without_autocast(inputs[0].device.type):
         leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
         outputs = reference(*leaves)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
@@ -237,6 +235,10 @@ def differentiate(
             return [None] * len(inputs)
         outputs, grads = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, leaves, grads, create_graph=again, allow_unused=True)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if support.autocasts(device) else nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

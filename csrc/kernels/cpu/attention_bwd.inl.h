@@ -185,9 +185,11 @@ struct AttentionBwd {
       for (int64_t j = split * kK; j < span.Tk; j += f.splits * kK) {
         const KeyBlock<S> keys(p, f.rule, span, b, j, min_of(j + kK, span.Tk));
         bool seen;
+#if defined(__AVX512BF16__)
         if constexpr (kPacked)
-          seen = this->packed_block(keys, hk, dq);
+          seen = packed_block(keys, hk, dq);
         else
+#endif
           seen = block(keys, hk, dq);
         write(m.dKT, keys.nk, p.D, seen, T(p.scale),
               [&](int64_t l) { return row_of<S>(p.dk, span.batch, hk, span.k0 + j + l); });

@@ -138,17 +138,19 @@ struct AttentionFwd {
   }
 #endif
 
-  void thread(int id, int size) {
+  void thread(int id, [[maybe_unused]] int size) {
     if (kPacked) prepare_tiles();
     Worker worker(*this, id);
     int64_t task = queue->take(), b = 0;
     for (int64_t n = 0; n < heads(); n += at_once) {
       const int64_t end = min_of(heads(), n + at_once), blocks_before = first_of(first_block, n);
-      if constexpr (kPacked) {  // this->: looked up only where there is such a function
+#if defined(__AVX512BF16__)
+      if constexpr (kPacked) {
         if (n > 0) barrier->wait(size);
-        this->pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
+        pack_heads(n, first_of(first_block, end) - blocks_before, id, size);
         barrier->wait(size);
       }
+#endif
       for (const int64_t last = first_of(first_task, end); task < last; task = queue->take()) {
         while (first_task[b + 1] <= task) b++;
         const Span span(p, b);
@@ -207,9 +209,11 @@ struct AttentionFwd {
       full0 = span.first_key(i0 + n - 1), full1 = span.end_key(i0);
       j0 = span.first_key(i0) / 32 * 32, j1 = max_of(j0, span.end_key(i0 + n - 1));
       pack_queries(span, h0, heads, i0, n);
+#if defined(__AVX512BF16__)
       if constexpr (kPacked)
-        this->packed_blocks(span);
+        packed_blocks(span);
       else
+#endif
         blocks(span, hk);
       finish(span, h0, i0, n);
     }
