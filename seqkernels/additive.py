@@ -31,7 +31,8 @@ def additive_attention(
     Returns [B,Tq,Dv]. A query that attends to no key gives 0. Memory beyond inputs and results grows with
     Tq + Tk, but with Tq * Tk for the gradient of attn_mask.
     Raises ValueError for arguments that do not fit.
-    Equal to `((query[:, :, None] + key[:, None] + bias).tanh() @ v + attn_mask).softmax(-1) @ value`.
+    Equal to `((query[:, :, None] + key[:, None] + bias).tanh() @ v + attn_mask).softmax(-1) @ value`, with
+    -inf where a bool attn_mask is False.
     Bahdanau, Cho & Bengio 2015, Neural Machine Translation by Jointly Learning to Align and Translate, A.1.2.
     """
     given = query, key, value, v, bias, attn_mask

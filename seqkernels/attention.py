@@ -181,11 +181,11 @@ def varlen_attention(
 
     q [N,Hq,D], k [M,H,D], v [M,H,Dv] -> [N,Hq,Dv], and lse [Hq,N] if return_lse. Sequence s has the queries
     cu_seqlens_q[s] to cu_seqlens_q[s+1] and the keys cu_seqlens_k[s] to cu_seqlens_k[s+1] (int32 or int64,
-    [S+1], from 0 to N and M), none longer than max_q and max_k. The rest as in
+    [S+1], from 0 to N and M), none longer than max_q and max_k (0: not known). The rest as in
     `scaled_dot_product_attention`, but causal and window are aligned to the last query and the last key of
     each sequence, and alibi_slopes are [Hq] or [S,Hq].
-    Raises ValueError for arguments that do not fit. On a GPU nobody looks at what cu_seqlens hold: the host
-    would have to wait.
+    Raises ValueError for arguments that do not fit. On a GPU nobody looks at what cu_seqlens hold, as the
+    host would have to wait: rows beyond max_q would be 0.
     Equal to `scaled_dot_product_attention` on each sequence alone, with `causal_lower_right`.
     """
     if not is_plain(q, k, v) or any(t is None for t in (q, k, v)):
@@ -202,6 +202,8 @@ def varlen_attention(
         or cu[0].shape != cu[1].shape
     ):
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be integers [S+1], got {described(*cu)}")
+    if max_q < 0 or max_k < 0:
+        raise ValueError(f"max_q and max_k must be the longest sequences, got {max_q} and {max_k}")
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     options = _options(q, scale, window, is_causal, softcap, alibi_slopes, sinks, cu[0].size(0) - 1)
     options |= {"cu_q": int64(cu[0]), "cu_k": int64(cu[1]), "bottom_right": True}

@@ -86,7 +86,7 @@ def run(
     if sum(a is not None for a in (batch_sizes, lengths, resets)) > 1:
         raise ValueError("packed input, lengths= and resets= exclude each other, got more than one of them")
     _check_counts(cell, config, states, weights)
-    _check_dims(x, states, weights, batch_sizes)
+    _check_dims(cell, x, states, weights, batch_sizes)
     batch_first = config.batch_first and batch_sizes is None
     if batch_sizes is None and x.size(1 if batch_first else 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -153,9 +153,9 @@ def _check_counts(cell: Cell, config: Config, states: States | None, weights: Se
 
 
 def _check_dims(
-    x: Tensor, states: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
+    cell: Cell, x: Tensor, states: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> None:
-    """Sizes are for the kernels to check."""
+    """Other sizes are for the kernels to check, which would take those of states for right."""
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
         wanted = "[N,I] with batch_sizes" if packed else "[T,B,I]"
@@ -168,6 +168,10 @@ def _check_dims(
     ):
         if any(t.dim() not in dims for t in given):
             raise ValueError(f"expected {name} dimensions, got {[list(t.shape) for t in given]}")
+    sizes = [weights[1].size(-1), weights[0].size(0) // cell.gates][: cell.states]
+    if states is not None and any(s.size(2) != n for s, n in zip(states, sizes, strict=True)):
+        got = [list(s.shape) for s in states]
+        raise ValueError(f"expected states of {sizes} units, as the weights have, got {got}")
 
 
 def native_layer(cell: Cell, config: Config, return_cells: bool) -> Callable:

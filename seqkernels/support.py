@@ -13,6 +13,8 @@ from seqkernels.triton import choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+GRADIENTS_IN_A_GRAPH = "in torch.compile the gradients that torch.func takes of our kernels have no gradients"
+
 _told: set[str] = set()
 
 
@@ -51,6 +53,8 @@ def why_torch(x: Tensor) -> str | None:
             return reason
     elif x.device.type != "cpu":
         return f"there are kernels for cpu and cuda tensors, not for {x.device.type}"
+    if type(x).__module__.startswith("torch.distributed"):
+        return "the kernels have no strategy for the shards of a DTensor"
     if x.dtype not in DTYPES:
         return f"there are no kernels for {x.dtype}"
     return _why_torch_alone()
@@ -73,7 +77,7 @@ def _why_not_transformed() -> str | None:
     if torch.is_grad_enabled() and _inside("Functionalize"):
         return "torch.func.functionalize does not know the gradients of our kernels"
     if torch.compiler.is_compiling() and _inside("Grad"):  # Dynamo calls this function and does not trace it
-        return "in torch.compile the gradients that torch.func takes of our kernels have no gradients"
+        return GRADIENTS_IN_A_GRAPH
     return None
 
 

@@ -497,6 +497,10 @@ def test_module_in_a_decoder():
     for arguments in ((query, None), (query, None, key)):
         with pytest.raises(ValueError, match="key may be None only where"):
             module(*arguments)
+    with pytest.raises(ValueError, match=r"query must be \[...,6\], got \[2, 3, 8\]"):
+        module(torch.randn(2, 3, 8), key)
+    with pytest.raises(ValueError, match=r"key must be \[...,8\], got \[2, 3, 6\]"):
+        module(query, query)
 
 
 def test_module_starts_as_it_says_and_stays_itself():

@@ -1003,6 +1003,18 @@ BAD_EXTRAS = {
     "offsets that end too late": (lambda: packed(cu, torch.tensor([0, 2, 6])), "to rise from 0 to the 5"),
     "offsets below zero": (lambda: packed(torch.tensor([-1, 2, 5]), cu), "to rise from 0 to the 5"),
     "no offsets": (lambda: packed(cu[:0], cu[:0]), "offsets|sequences"),
+    "longer than the longest query": (
+        lambda: seqkernels.varlen_attention(*tokens, cu, cu, 2, 5),
+        r"expected cu_seqlens_q of sequences no longer than max_q = 2, got one of 3",
+    ),
+    "longer than the longest key": (
+        lambda: seqkernels.varlen_attention(*tokens, cu, cu, 5, 1),
+        r"expected cu_seqlens_k of sequences no longer than max_k = 1, got one of 3",
+    ),
+    "the longest below zero": (
+        lambda: seqkernels.varlen_attention(*tokens, cu, cu, -1, 5),
+        "max_q and max_k must be the longest sequences, got -1 and 5",
+    ),
     "lengths of one row": (lambda: decode(lengths[:1]), r"cache_seqlens must be integers \[2\]"),
     "float lengths": (lambda: decode(lengths.float()), r"cache_seqlens must be integers \[2\]"),
     "lengths beyond the cache": (

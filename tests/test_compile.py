@@ -113,6 +113,18 @@ def test_torch_func_grad_in_one_graph(kind, frozen):
     assert_close(in_one_graph(gradient)(x), gradient(x))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *CELLS])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_torch_func_grad_of_weights_compiles(kind):
+    """With breaks at layers, as torch's own have them; compiled torch's loops raise."""
+    module = getattr(seqkernels, kind)(5, 7)
+    weights = {name: w.detach() for name, w in module.named_parameters()}
+    x = torch.randn(*((3, 5) if kind in CELLS else (4, 3, 5)))
+    loss = lambda weights: tree_leaves(torch.func.functional_call(module, weights, (x,)))[0].sin().sum()  # noqa: E731
+    gradient = torch.func.grad(loss)
+    assert_close(torch.compile(gradient, backend="aot_eager")(weights), gradient(weights))
+
+
 @pytest.mark.parametrize("kind", ["GRU", "RNN", *CELLS])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.filterwarnings("ignore:seqkernels falls back")

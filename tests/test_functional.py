@@ -120,7 +120,7 @@ def test_mistakes_are_told(kind):
             {"lengths": torch.tensor([1, 2])},
         ),
         (TypeError, "batch_sizes must be a tensor, got list", (x[0], hx, weights), {"batch_sizes": [3]}),
-        (RuntimeError, "expected", (x, narrow, weights), {}),
+        (ValueError, r"states of \[7.* units, as the weights have, got .*, 6\]", (x, narrow, weights), {}),
         (RuntimeError, "expected", (x[..., :4], hx, weights), {}),
         (
             RuntimeError,

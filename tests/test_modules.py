@@ -813,6 +813,27 @@ def test_autocast_casts_no_double_of_the_weights(kind):
                 call()
 
 
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+@pytest.mark.filterwarnings("ignore:seqkernels falls back")
+def test_distributed_tensors_are_left_to_torch(kind):
+    """torch's LSTM refuses them on a CPU."""
+    tensor = pytest.importorskip("torch.distributed.tensor", reason="this torch has no DTensor")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        ours, theirs = (tensor.distribute_module(m, mesh) for m in twins(kind, 5, 7))
+        x, hx = (
+            tensor.distribute_tensor(t, mesh, [tensor.Replicate()])
+            for t in (torch.randn(4, 3, 5), torch.zeros(1, 3, 7))
+        )
+        for got, expected in zip(ours(x, hx), theirs(x, hx), strict=True):
+            assert isinstance(got, tensor.DTensor)
+            assert_close(got.full_tensor(), expected.full_tensor())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_importing_and_running_warns_nothing():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

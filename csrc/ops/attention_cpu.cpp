@@ -18,7 +18,7 @@ struct AttentionCall {
   AttentionParams p;
 
   AttentionCall(const char* op_name, Tensor& q_, Tensor& k, Tensor* v, OptionalTensor& cu_q,
-                OptionalTensor& cu_k)
+                OptionalTensor& cu_k, int64_t max_q = 0, int64_t max_k = 0)
       : op(op_name), q(q_) {
     p.dtype = dtype_of(op, "q", q);
     p.parallel = torch_threads();
@@ -40,8 +40,8 @@ struct AttentionCall {
     if (!cu_q) return;
     STD_TORCH_CHECK(rows == 1, "seqkernels::", op, ": expected q of one row with cu_q, got ", rows);
     p.B = cu_q->dim() == 1 ? cu_q->size(0) - 1 : -1;
-    p.cu_q = offsets(*cu_q, "cu_q", p.Tq);
-    p.cu_k = offsets(*cu_k, "cu_k", p.Tk);
+    p.cu_q = offsets(*cu_q, "cu_q", p.Tq, max_q);
+    p.cu_k = offsets(*cu_k, "cu_k", p.Tk, max_k);
   }
 
   void expect(const Tensor& t, const char* name, Shape shape) const {
@@ -65,8 +65,9 @@ struct AttentionCall {
     return {h.data, h.b, h.t, h.h};
   }
 
-  // [S + 1] from 0 to the number of tokens, never falling; `longest` in: tokens, out: of one sequence.
-  const int64_t* offsets(Tensor& t, const char* name, int64_t& longest) const {
+  // [S + 1] from 0 to the number of tokens, never falling; `longest` in: tokens, out: of one sequence, no
+  // more than `most` if that is given, as on a GPU rows beyond would have no program.
+  const int64_t* offsets(Tensor& t, const char* name, int64_t& longest, int64_t most) const {
     STD_TORCH_CHECK(
         t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == p.B + 1 && p.B >= 0,
         "seqkernels::", op, ": expected ", name, " as int64 [",
@@ -81,6 +82,8 @@ struct AttentionCall {
     }
     STD_TORCH_CHECK(rising, "seqkernels::", op, ": expected ", name, " to rise from 0 to the ", tokens,
                     " tokens, got ", at[0], " to ", at[p.B], rising ? "" : ", or a fall between");
+    STD_TORCH_CHECK(most == 0 || longest <= most, "seqkernels::", op, ": expected ", name,
+                    " of sequences no longer than max_", name[3], " = ", most, ", got one of ", longest);
     return at;
   }
 
@@ -131,8 +134,8 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
                                          OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k,
                                          OptionalTensor alibi, OptionalTensor sinks, double scale,
                                          double softcap, int64_t left, int64_t right, bool bottom_right,
-                                         double dropout, OptionalTensor rng, int64_t, int64_t) {
-  AttentionCall call("attention_fwd", q, k, &v, cu_q, cu_k);
+                                         double dropout, OptionalTensor rng, int64_t max_q, int64_t max_k) {
+  AttentionCall call("attention_fwd", q, k, &v, cu_q, cu_k, max_q, max_k);
   call.visibility(scale, softcap, left, right, bottom_right);
   call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);
@@ -149,9 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor mask, OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor len_k, OptionalTensor alibi,
     OptionalTensor sinks, double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
-    double dropout, OptionalTensor rng, int64_t, int64_t, bool need_dmask) {
+    double dropout, OptionalTensor rng, int64_t max_q, int64_t max_k, bool need_dmask) {
   if (mask && need_dmask) lay_contiguously(*mask);  // a gradient for each element, those of one place too
-  AttentionCall call("attention_bwd", q, k, &v, cu_q, cu_k);
+  AttentionCall call("attention_bwd", q, k, &v, cu_q, cu_k, max_q, max_k);
   call.visibility(scale, softcap, left, right, bottom_right);
   call.dropout(dropout, rng);
   call.modifiers(mask, len_k, alibi, sinks ? &*sinks : nullptr);

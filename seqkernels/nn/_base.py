@@ -288,6 +288,7 @@ class OfOneState(Recurrent):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """output and h_n; arguments: see the class."""
         extras = lengths is not None or resets is not None
         states = None if hx is None else (hx,)
         if not extras and (short := self._short_cut(input, states)):
@@ -322,6 +323,10 @@ def leave_to_torch(
         module.check_input(input.data, input.batch_sizes)
         if hx is not None:
             module.check_forward_args(input.data, hx, input.batch_sizes)
+    if reason == support.GRADIENTS_IN_A_GRAPH and isinstance(module, RNNBase):
+        weights = [getattr(module, name) for name in module._flat_weights_names]
+        if not all(isinstance(w, torch.nn.Parameter) for w in weights):  # but what functional_call was given
+            torch._dynamo.graph_break()  # as at torch's layers: their gradients of weights cannot be traced
     result = module._torch.forward(module, input, hx)
     if extras:
         raise ValueError(

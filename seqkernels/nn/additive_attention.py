@@ -56,8 +56,17 @@ class AdditiveAttention(Module):
             init.constant_(self.g, self.hidden_size**-0.5)
 
     def project_keys(self, key: Tensor) -> Tensor:
-        """W_k key [...,hidden_size], for `projected_keys`: once for all steps of a decoder."""
-        return project(key, self.k_proj_weight, None)
+        """W_k key [...,hidden_size], for `projected_keys`: once for all steps of a decoder.
+
+        Raises ValueError for a key that is not [...,key_size].
+        """
+        return self._project("key", key, self.k_proj_weight)
+
+    @staticmethod
+    def _project(name: str, x: Tensor, weight: Tensor) -> Tensor:
+        if x.dim() == 0 or x.size(-1) != weight.size(1):
+            raise ValueError(f"{name} must be [...,{weight.size(1)}], got {list(x.shape)}")
+        return project(x, weight, None)
 
     def forward(
         self,
@@ -88,7 +97,7 @@ class AdditiveAttention(Module):
         one_step = query.dim() == 2 and keys.dim() == 3
         if one_step and attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask.unsqueeze(1)
-        queries = project(query, self.q_proj_weight, None)
+        queries = self._project("query", query, self.q_proj_weight)
         v = self.v if self.g is None else self.g * self.v / self.v.norm()
         result = additive_attention(
             queries.unsqueeze(1) if one_step else queries,

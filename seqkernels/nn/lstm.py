@@ -42,6 +42,7 @@ class LSTM(Recurrent):
         resets: Tensor | None = None,
         return_cell_states: bool = False,
     ) -> tuple[Any, ...]:
+        """output, (h_n, c_n), and the last layer's c_t if return_cell_states; arguments: see the class."""
         extras = lengths is not None or resets is not None or return_cell_states
         if not extras and (short := self._short_cut(input, hx)):
             return short[0], short[1:]
@@ -63,4 +64,5 @@ class LSTMCell(torch.nn.LSTMCell):
     __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The next h and c, [B,H] or [H] as input is."""
         return step(self, lstm_cell, input, hx, hx)

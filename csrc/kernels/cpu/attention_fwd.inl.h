@@ -369,7 +369,8 @@ struct AttentionFwd {
         if (p.mask_kind == MaskKind::additive_acc) add_mask<T>(ST_ + l, factor, mask_row + l0 + l, j, nk);
         if (p.mask_kind == MaskKind::boolean && mask != Mask::changes_nothing)
           for (int64_t k0 = 0; k0 < nk; k0 += 32) {
-            const Vec<Word<T>> bits = *reinterpret_cast<const VecOf<Word<T>>::unaligned*>(seen[k0 / 32] + l);
+            const Vec<Word<T>> bits =
+                *reinterpret_cast<const typename VecOf<Word<T>>::unaligned*>(seen[k0 / 32] + l);
             each(k0, min_of(nk, k0 + 32), [&](Vec<T> s, int64_t k) {
               return (bits & (Word<T>(1) << (k - k0))) != 0 ? s : splat(-kInf<T>);
             });

@@ -6,8 +6,10 @@
 
 template <class T>
 struct VecOf {
-  typedef T type __attribute__((vector_size(SEQKERNELS_VEC_BYTES)));
-  typedef T unaligned __attribute__((vector_size(SEQKERNELS_VEC_BYTES), aligned(alignof(T)), may_alias));
+  // Overload resolution names Vec<bf16> too, which Clang before 16 would have to be a vector.
+  using E = std::conditional_t<std::is_arithmetic_v<T>, T, float>;
+  typedef E type __attribute__((vector_size(SEQKERNELS_VEC_BYTES)));
+  typedef E unaligned __attribute__((vector_size(SEQKERNELS_VEC_BYTES), aligned(alignof(E)), may_alias));
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
