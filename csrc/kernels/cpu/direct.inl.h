@@ -2,10 +2,13 @@
 // are read as they lie.
 //
 // W dot products at a time, of `rows` rows of x with W / rows rows of w, and W sums by one tree of
-// interleaved additions. Part of x stays in registers while the rows of w pass by in the order of memory,
-// which is what hardware prefetches: 210 to 260 GB/s from L2 and 120 to 130 from L3 (Zen 5), the limit of one
-// row; with one vector of eight rows in turn it was 125 and 105. Four rows share what is read; 16 cost as
-// much as packing.
+// interleaved additions. The rows of w pass by in the order of memory, which is what hardware prefetches.
+// With AVX-512 part of x stays in registers for eight of them: 210 to 260 GB/s from L2 and 120 to 130 from L3
+// (Zen 5), the limit of one row; with one vector of eight rows in turn it was 125 and 105. Registers of 32
+// bytes hold too little of x: one row of w after the other, x from L1 each time, is 1.4 to 1.6 times as fast
+// from memory, 1.1 to 1.3 from L2 and L3 (Zen 4, LSTM of 512 units, 1 to 4 rows; by now it reads memory at
+// 70 % of what a loop of nothing but loads reaches). Four rows share what is read; 16 cost as much as
+// packing.
 #pragma once
 
 #include "gemm.inl.h"
@@ -61,11 +64,41 @@ SEQ_INLINE void dots_along(const S* const (&w)[kGroup<S, rows>], int64_t ahead, 
     }
 }
 
+// Narrow vectors of what needs no conversion, that of x would be made for each row of w.
+template <class S>
+constexpr bool kRowAfterRow = SEQKERNELS_VEC_BYTES < 64 && sizeof(S) >= 4;
+
+// `dots` so; no prefetch: that of hardware alone is 1.2 times as fast.
+template <int rows, class S, class X>
+SEQ_INLINE void dots_row_after_row(const S* w, int64_t ldw, int64_t n, const X* x, int64_t ldx, int64_t K,
+                                   Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
+  using T = Acc<S>;
+  constexpr int W = kLanes<T>, U = 8 / rows;  // sums enough for the latency of an addition
+  for (int i = 0; i < W / rows; i++) {
+    const S* row = w + (i < n ? i : n - 1) * ldw;
+    Vec<T> sum[rows][U] = {};
+    int64_t k = 0;
+    for (; k + U * W <= K; k += U * W) SEQ_UNROLL for (int u = 0; u < U; u++) {
+        const Vec<T> one = load(row + k + u * W);
+        SEQ_UNROLL for (int r = 0; r < rows; r++) sum[r][u] += one * load(x + r * ldx + k + u * W);
+      }
+    for (; k < K; k += W) {
+      const Vec<T> one = load(row + k, K - k);
+      SEQ_UNROLL for (int r = 0; r < rows; r++) sum[r][0] += one * load(x + r * ldx + k, K - k);
+    }
+    SEQ_UNROLL for (int r = 0; r < rows; r++) {
+      SEQ_UNROLL for (int u = 1; u < U; u++) sum[r][0] += sum[r][u];
+      acc[r * (W / rows) + i] += sum[r][0];
+    }
+  }
+}
+
 // The same along all of K, for W / rows rows of w, ldw apart; those at and beyond n repeat the last one.
 template <int rows, class S, class X>
 SEQ_INLINE void dots(const S* w, int64_t ldw, int64_t n, int64_t ahead, const X* x, int64_t ldx, int64_t K,
                      Vec<Acc<S>> (&acc)[kLanes<Acc<S>>]) {
   constexpr int W = kLanes<Acc<S>>;
+  if constexpr (kRowAfterRow<S>) return dots_row_after_row<rows>(w, ldw, n, x, ldx, K, acc);
   constexpr int N = rows < 4 && W / 2 > rows ? W / 2 / rows : 1;  // sums and x fit the registers
   SEQ_UNROLL for (int i0 = 0; i0 < W / rows; i0 += kGroup<S, rows>) {
     const S* row[kGroup<S, rows>];
