@@ -54,7 +54,7 @@ def interleave(
     """Seconds per call of each contestant, one a round, for about `budget` seconds and at least six rounds.
 
     The i-th values of all contestants belong together: they were measured one after the other. `turn` times
-    a call of which the fastest's duration is roughly known, by the clock of the CPU if None.
+    a call, told roughly how long one of the fastest takes; by the clock of the CPU if None.
     """
     turn = turn or _turn
     fastest = min(_first_look(call) for call in calls.values())
@@ -93,9 +93,9 @@ def busy(seconds: float = 0.3) -> float:
 
     def ticks() -> tuple[int, int]:
         with open("/proc/stat", encoding="ascii") as stat:
-            ticks = [int(n) for n in stat.readline().split()[1:9]]  # without guests, whom user includes
-        waiting = sum(ticks[3:5])
-        return sum(ticks) - waiting, waiting  # what a hypervisor gave to others counts as used
+            spent = [int(n) for n in stat.readline().split()[1:9]]  # without guests, whom user includes
+        waiting = sum(spent[3:5])  # idle, iowait
+        return sum(spent) - waiting, waiting  # what a hypervisor gave to others counts as used
 
     settle()
     try:
