@@ -185,20 +185,10 @@ def test_only_isa_objects_use_wide_registers():
 def test_clang_compiles_the_kernels(target, tmp_path):
     """For Arm too, whose baseline has NEON. Only as far as its own intermediate code: that is quick."""
     pytest.importorskip("ziglang", reason="the Clang of requirements-dev.txt is not installed")
-    clang = (
-        sys.executable,
-        "-m",
-        "ziglang",
-        "c++",
-        "-target",
-        f"{target}-linux-gnu",
-        "-std=c++20",
-        "-O0",
-        "-c",
-    )
-    warnings = ("-O0", "-Wall", "-Wextra", "-Werror")
-    middle = ("-emit-llvm", "-Xclang", "-disable-llvm-passes", "-o", tmp_path / "kernels.bc")
-    source = {"aarch64": "baseline", "x86_64": "amx"}[target]
-    options = {"aarch64": (), "x86_64": ("-mcpu=sapphirerapids",)}[target]
-    file = ROOT / f"csrc/kernels/cpu/isa_{source}.cpp"
-    run(*clang, *warnings, *middle, *options, "-I", ROOT / "csrc", file, cwd=tmp_path)
+    source, *options = {"aarch64": ["baseline"], "x86_64": ["amx", "-mcpu=sapphirerapids"]}[target]
+    flags = f"-target {target}-linux-gnu -std=c++20 -O0 -Wall -Wextra -Werror -c".split()
+    middle = "-emit-llvm -Xclang -disable-llvm-passes".split()
+    file, bitcode = ROOT / f"csrc/kernels/cpu/isa_{source}.cpp", tmp_path / "kernels.bc"
+    clang = (sys.executable, "-m", "ziglang", "c++")
+    run(*clang, *flags, *middle, *options, "-I", ROOT / "csrc", file, "-o", bitcode, cwd=tmp_path)
+    assert f"kernels_{source}".encode() in bitcode.read_bytes()
