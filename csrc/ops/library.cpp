@@ -66,8 +66,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   // Shapes and meaning: kernels/attention.h. q [B,Hq,Tq,D], k, v by any strides but the last; with cu_q and
   // cu_k they hold all sequences, B = 1. out is [B,Tq,Hq,Dv], so that [B,Tq,Hq*Dv] is a view; so are dq, dk,
   // dv. rng: int64 [2], seed and offset of the dropout, wanted where there is one. max_q, max_k: the longest
-  // sequences of cu_q and cu_k, which the host need not read from a GPU then, or 0. dmask is like mask, size 0 if
-  // not wanted.
+  // sequences of cu_q and cu_k, which the host need not read from a GPU then, or 0. dmask is like mask, size
+  // 0 if not wanted.
   forward("attention_fwd",
           "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, "
           "Tensor? alibi, Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right, "

@@ -46,18 +46,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, OptionalTensor x, Optio
                   text(dy.sizes()), ", ", x ? text(x->sizes()) : "none", " and ",
                   w ? text(w->sizes()) : "none");
   p.M = dy.size(0), p.N = dy.size(1), p.K = (x ? *x : *w).size(1), p.parallel = torch_threads();
-  const auto type = dy.scalar_type();
-  Tensor dx = none_like(dy, type), dw = none_like(dy, type), db = none_like(dy, type);
-  if (w) {
-    p.w = weights_of("linear_bwd", *w, dy, p.N, p.K);
-    dx = large_empty(dy, {p.M, p.K}), p.dx = dx.mutable_data_ptr();
-  }
-  if (x) {
-    p.x_m = rows_of("linear_bwd", *x, "x", dy, p.M, p.K), p.x = x->const_data_ptr();
-    dw = kept_empty(dy, {p.N, p.K}), p.dw = dw.mutable_data_ptr();
-    db = empty(dy, {p.N}), p.db = db.mutable_data_ptr();
-  }
+  if (w) p.w = weights_of("linear_bwd", *w, dy, p.N, p.K);
+  if (x) p.x_m = rows_of("linear_bwd", *x, "x", dy, p.M, p.K), p.x = x->const_data_ptr();
   p.dy_m = rows_of("linear_bwd", dy, "dy", dy, p.M, p.N), p.dy = dy.const_data_ptr();
+  const auto type = dy.scalar_type();
+  Tensor dx = w ? large_empty(dy, {p.M, p.K}) : none_like(dy, type);
+  Tensor dw = x ? kept_empty(dy, {p.N, p.K}) : none_like(dy, type);
+  Tensor db = x ? empty(dy, {p.N}) : none_like(dy, type);
+  if (w) p.dx = dx.mutable_data_ptr();
+  if (x) p.dw = dw.mutable_data_ptr(), p.db = db.mutable_data_ptr();
   seqkernels::linear_bwd(p);
   return {dx, dw, db};
 }
