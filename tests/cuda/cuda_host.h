@@ -214,24 +214,24 @@ inline Machine& machine() {
 
 inline char* shared_memory() { return host::block().shared.get(); }
 template <class S>
-using OnItsWay = S;
+using InFlight = S;
 template <class S>
-S send_for(const void* from, int64_t i) {
+S issue_load(const void* from, int64_t i) {
   return static_cast<const S*>(from)[i];
 }
 template <class S>
-S arrived(S a) {
+S loaded(S a) {
   return a;
 }
-inline void give(const uint4& packet, void* to) { std::memcpy(to, &packet, 16); }
-inline uint4 look(const void* from) {  // not before there is something to see
+inline void publish(const uint4& packet, void* to) { std::memcpy(to, &packet, 16); }
+inline uint4 poll(const void* from) {  // not before there is something to see
   const uint32_t* last = static_cast<const uint32_t*>(from) + 3;
   while (*last == kEmpty) host::grid().wait(last, kEmpty);
   uint4 packet;
   std::memcpy(&packet, from, 16);
   return packet;
 }
-inline void look_again(const void*, uint4&) {}
+inline void poll_again(const void*, uint4&) {}
 inline void fence() {}
 
 // With n elements to a word, lane 4 g + q: a holds rows g, g + 8, g, g + 8 at columns n q, n q, n (q + 4),

@@ -55,15 +55,15 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// What blocks give each other: 16 bytes at once, past the L1 cache.
-__device__ __forceinline__ void give(const uint4& packet, void* to) {
+// What blocks publish to each other: 16 bytes at once, past the L1 cache.
+__device__ __forceinline__ void publish(const uint4& packet, void* to) {
   asm volatile(
       "{ .reg .b64 lo, hi; .reg .b128 all; mov.b64 lo, {%1, %2}; mov.b64 hi, {%3, %4};\n"
       "mov.b128 all, {lo, hi}; st.relaxed.gpu.b128 [%0], all; }" ::"l"(to),
       "r"(packet.x), "r"(packet.y), "r"(packet.z), "r"(packet.w)
       : "memory");
 }
-__device__ __forceinline__ uint4 look(const void* from) {
+__device__ __forceinline__ uint4 poll(const void* from) {
   uint4 packet;
   asm volatile(
       "{ .reg .b64 lo, hi; .reg .b128 all; ld.relaxed.gpu.b128 all, [%4]; mov.b128 {lo, hi}, all;\n"
@@ -74,7 +74,7 @@ __device__ __forceinline__ uint4 look(const void* from) {
   return packet;
 }
 // Anew, if the packet is empty: without a branch, so that all of a thread's are on their way at once.
-__device__ __forceinline__ void look_again(const void* from, uint4& packet) {
+__device__ __forceinline__ void poll_again(const void* from, uint4& packet) {
   asm volatile(
       "{ .reg .b64 lo, hi; .reg .b128 all; .reg .pred empty; setp.eq.u32 empty, %3, 0xffffffff;\n"
       "mov.b64 lo, {%0, %1}; mov.b64 hi, {%2, %3}; mov.b128 all, {lo, hi};\n"
@@ -84,15 +84,15 @@ __device__ __forceinline__ void look_again(const void* from, uint4& packet) {
       : "l"(from)
       : "memory");
 }
-// What this thread gave and saw before comes before what it gives and sees from now on.
+// What this thread published and polled before comes before what it publishes and polls from now on.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // An element on its way from memory, in a register of its own: of two halves that share one the first would
 // be waited for where the second is loaded.
 template <class S>
-using OnItsWay = std::conditional_t<sizeof(S) == 2, uint32_t, S>;
+using InFlight = std::conditional_t<sizeof(S) == 2, uint32_t, S>;
 template <class S>
-__device__ __forceinline__ OnItsWay<S> send_for(const void* from, int64_t i) {
+__device__ __forceinline__ InFlight<S> issue_load(const void* from, int64_t i) {
   if constexpr (sizeof(S) == 2) {
     uint32_t bits;
     asm volatile("ld.global.u16 %0, [%1];"
@@ -104,7 +104,7 @@ __device__ __forceinline__ OnItsWay<S> send_for(const void* from, int64_t i) {
   }
 }
 template <class S>
-__device__ __forceinline__ S arrived(OnItsWay<S> a) {
+__device__ __forceinline__ S loaded(InFlight<S> a) {
   if constexpr (sizeof(S) == 2) {
     const uint16_t bits = static_cast<uint16_t>(a);
     return reinterpret_cast<const S&>(bits);

@@ -56,7 +56,7 @@ __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At
 #pragma unroll
   for (int n = 0; n < N; n++) {
     packets[n].w = 0;
-    if (n < count) packets[n] = look(at(n));
+    if (n < count) packets[n] = poll(at(n));
   }
   while (true) {
     bool missing = false;
@@ -64,13 +64,13 @@ __device__ __forceinline__ void receive(uint4 (&packets)[N], int count, const At
     for (int n = 0; n < N; n++) missing |= packets[n].w == kEmpty;
     if (!missing) return;
 #pragma unroll
-    for (int n = 0; n < N; n++) look_again(at(n), packets[n]);
+    for (int n = 0; n < N; n++) poll_again(at(n), packets[n]);
   }
 }
 
-// An element to give: any NaN but the one that marks what is empty, which no half type is rounded to.
+// An element to publish: any NaN but the one that marks what is empty, which no half type is rounded to.
 template <class E>
-__device__ __forceinline__ void narrow_to_give(float a, E& to) {
+__device__ __forceinline__ void narrow_to_publish(float a, E& to) {
   narrow(sizeof(E) == 4 && a != a ? nanf("") : a, to);
 }
 
@@ -223,7 +223,8 @@ struct Block {
   const int64_t row0, unit0;
   const bool alone;
   int u, row, gap, rows;  // a thread has one unit of the rows `row`, `row + gap`, ... below `rows`
-  // A warp's products of a stack with 8 rows or 16: the first, how far the next; of K `part`, in chunks.
+  // A warp's products, each of a stack with 8 rows or 16: `item`, item + items_apart, ... below `items`,
+  // along the chunks [begin, end) of K.
   int item, items, items_apart, stacks_exponent;
   int part, begin, end;
   Product product;
@@ -232,7 +233,7 @@ struct Block {
   uint4* passed;  // a warp's
   E* slots;
   int slot_size, slots_mask;
-  E* outgoing;  // where the thread puts its unit of its first row, but for slots
+  E* outgoing;  // shared memory for what goes to other blocks: the thread's unit of its first row
   // What all have put: packets in lines of `units` elements, of which a thread gives its part.
   const E* lines;
   int line, lines_apart, column, line_to;
@@ -278,7 +279,7 @@ struct Block {
     if (member == plan.members - 1)
       for (int i = threadIdx.x; i < plan.slots * all; i += kThreads)
         for (int k = plan.members * plan.units; k < padded(); k += kPiece)
-          give({}, slots + i / all * slot_size + place(i % all / kSegments, i % kSegments * padded() + k));
+          publish({}, slots + i / all * slot_size + place(i % all / kSegments, i % kSegments * padded() + k));
   }
 
   // Of time t: the token of the thread's first row, and below which rows there are tokens.
@@ -341,7 +342,7 @@ struct Block {
   __device__ __forceinline__ void put(float a, int64_t s, int n, int segment) const {
     E* to = alone ? slot(s) + place(row + n * gap, segment * padded() + first_unit() + u)
                   : outgoing + n * kThreads * kSegments + segment * p.plan.units;
-    narrow_to_give(a, *to);
+    narrow_to_publish(a, *to);
   }
   // What all threads have put goes to the group.
   __device__ __forceinline__ void exchange(int64_t s) const {
@@ -351,8 +352,8 @@ struct Block {
     const E* from = lines;
     for (int i = line; i < p.plan.rows * kSegments; i += lines_apart, from += lines_apart * p.plan.units) {
       const int at = i == line ? line_to : place_of_line(i);  // the first is the only one, but of long lines
-      give(*reinterpret_cast<const uint4*>(from), to + at);
-      if (s >= 2) give({kEmpty, kEmpty, kEmpty, kEmpty}, old + at);
+      publish(*reinterpret_cast<const uint4*>(from), to + at);
+      if (s >= 2) publish({kEmpty, kEmpty, kEmpty, kEmpty}, old + at);
     }
     if ((static_cast<int>(s) & slots_mask >> 2) == 0) fence();
   }
@@ -371,7 +372,8 @@ struct Block {
     constexpr int kAtOnce = kSegments == 1 || !holds(N) || (kTiles == 2 && N > 1) ? 8 : 12;
     constexpr int kEights = holds(N) ? 1 : 2;
     const int lane = threadIdx.x % 32, mask = (1 << stacks_exponent) - 1;
-    const int apart = p.plan.rows > 8 ? 8 * p.plan.pitch : 0;  // 0: of 8 rows the second time is for nothing
+    const int apart =
+        p.plan.rows > 8 ? 8 * p.plan.pitch : 0;  // 0: 8 rows are multiplied twice, and kept once
     for (int i = item; i < items; i += items_apart) {
       float c[kEights][kTiles][4] = {};
       const int stack = i & mask, eight = (i >> stacks_exponent) * kEights;
@@ -381,14 +383,14 @@ struct Block {
 #pragma unroll
       for (int e = 0; e < kEights; e++)
         if (e == 0 || apart)
-          leave(c[e], partial + (((((eight + e) << stacks_exponent) + stack) * p.plan.parts + part) * 8 +
-                                 lane % 4 * 2) *
-                                    kStride);
+          store_sums(c[e], partial + (((((eight + e) << stacks_exponent) + stack) * p.plan.parts + part) * 8 +
+                                      lane % 4 * 2) *
+                                         kStride);
     }
     __syncthreads();
   }
   // Partial sums of a lane's two rows, for the gates.
-  __device__ __forceinline__ void leave(const float (&c)[kTiles][4], float* to) const {
+  __device__ __forceinline__ void store_sums(const float (&c)[kTiles][4], float* to) const {
     const int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int column = 0; column < 2; column++, to += kStride)
@@ -469,7 +471,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
     // What a step reads of memory does not depend on the exchange: where registers allow it is loaded a step
     // ahead, else before the look at that.
     struct Inputs {
-      OnItsWay<S> x[G];
+      InFlight<S> x[G];
       uint8_t reset;
     };
     const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
@@ -478,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < tokens.rows)
-          for (int g = 0; g < G; g++) to[n].x[g] = send_for<S>(p.xw[d], x + (n * gap * G + g) * H);
+          for (int g = 0; g < G; g++) to[n].x[g] = issue_load<S>(p.xw[d], x + (n * gap * G + g) * H);
       if (p.resets && s + 1 < steps)
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -507,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
           block.sums(n, h_gates);
 #pragma unroll
           for (int g = 0; g < G; g++)
-            x_gates[g] = widen(arrived<S>(now[n].x[g])) + b_ih[g], h_gates[g] += b_hh[g];
+            x_gates[g] = widen(loaded<S>(now[n].x[g])) + b_ih[g], h_gates[g] += b_hh[g];
           h_now[n] = h[n], c_now[n] = c[n];
           Cell::template forward<Arithmetic<S>>(x_gates, h_gates, h_now[n], c_now[n], saved[n], p.relu);
           h_now[n] = rounded<S>(h_now[n]);
@@ -523,7 +525,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_fwd_kernel(const FwdLa
 #pragma unroll
       for (int n = 0; n < N; n++)
         if (row + n * gap < tokens.rows)
-          keep<Cell, S>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
+          store_fwd<Cell, S>(p, at + n * gap * p.D * H, u, h_now[n], c_now[n], saved[n]);
     }
 #pragma unroll
     for (int n = 0; n < N; n++)
@@ -566,7 +568,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
     const auto time = [&](int64_t s) { return d ? s : steps - 1 - s; };
     struct Inputs {
       Saved<Cell, S> saved;
-      OnItsWay<S> dy;
+      InFlight<S> dy;
       uint8_t reset;
     };
     const auto load_inputs = [&](int64_t s, Inputs(&to)[N]) {
@@ -577,7 +579,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       for (int n = 0; n < N; n++)
         if (row + n * gap < tokens.rows) {
           to[n].saved = load_saved<Cell, S>(p, d, t, row0 + row + n * gap, u);
-          if (p.dy) to[n].dy = send_for<S>(p.dy, at + n * gap * p.D * H);
+          if (p.dy) to[n].dy = issue_load<S>(p.dy, at + n * gap * p.D * H);
         }
       if (p.resets && s > 0)
 #pragma unroll
@@ -602,7 +604,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
             dh_reset[n * kThreads] += dh[n], dh[n] = 0.0f;
             if (Cell::kCellState) dc_reset[n * kThreads] += dc[n], dc[n] = 0.0f;
           }
-          float dh_after = dh[n] + widen(arrived<S>(now[n].dy)), dc_after = dc[n];
+          float dh_after = dh[n] + widen(loaded<S>(now[n].dy)), dc_after = dc[n];
           backward_unit<Cell, S>(p, now[n].saved, dh_after, dc_after, slots[n]);
           const bool live = row + n * gap < tokens.rows;
           dh[n] = live ? dh_after : dh[n], dc[n] = live ? dc_after : dc[n];
@@ -618,7 +620,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_bwd_kernel(const BwdLa
       const int64_t at = (tokens.first * p.D + d) * H + u;
 #pragma unroll
       for (int n = 0; n < N; n++)
-        if (row + n * gap < tokens.rows) keep<Cell, S>(p, at + n * gap * p.D * H, u, slots[n]);
+        if (row + n * gap < tokens.rows) store_bwd<Cell, S>(p, at + n * gap * p.D * H, u, slots[n]);
 #pragma unroll
       for (int n = 0; n < N; n++) now[n] = next[n], next[n] = {};
       tokens = next_tokens;

@@ -9,14 +9,15 @@ namespace seqkernels::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kSingleThreads = 512, kSingleWarps = kSingleThreads / 32;  // single.cuh
-constexpr int kSingleRows = 8, kSingleParts = 2;                         // of K, backward
-constexpr int kMostRows = 4;                                             // of a thread
+constexpr int kSingleRows = 8;
+constexpr int kSingleParts = 2;  // of K, backward
+constexpr int kMostRows = 4;     // of a thread
 constexpr int kHoldingRows = 2;  // of a thread, at most, where its warp holds weights in registers
 
 constexpr int kFfmaChunks = 8;                    // of K, 8 elements each, that a warp receives at once
-constexpr int kLeastSlots = 16, kMostSlots = 64;  // of exchanged rows, written in turn
-constexpr int64_t kSlotsBytes = 4 << 20;          // all groups together have more than the least up to here
-constexpr uint32_t kEmpty = ~0u;                  // last word of a packet that nobody has given yet
+constexpr int kLeastSlots = 16, kMostSlots = 64;  // of a group, written in turn, each a step's exchanged rows
+constexpr int64_t kSlotsBytes = 4 << 20;  // of all groups: beyond it they get fewer, down to the least
+constexpr uint32_t kEmpty = ~0u;          // last word of a packet that nobody has published yet
 
 struct Plan {
   int members = 0;  // 0: does not fit, go stepwise
@@ -61,7 +62,7 @@ constexpr int stack_units(int gates, int tiles) { return gates == 1 ? 16 * tiles
 constexpr int sums_stride(int gates, int tiles) {
   return stack_units(gates, tiles) * (gates > 1 ? 4 : 1) + 4;
 }
-// Of weights, in a thread's registers: what 255 of them leave.
+// 32-bit words of weights that a thread holds: what the rest of the kernel leaves of its 255 registers.
 constexpr int held_words(int tiles) { return tiles == 1 ? 56 : tiles == 4 ? 64 : 48; }
 
 // Shared memory of a block, in this order; each part is a multiple of 16 bytes. Exchange: both slots of a

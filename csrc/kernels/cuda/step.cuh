@@ -35,7 +35,7 @@ __global__ void step_fwd_kernel(const FwdStep p) {
     if (!p.only_gates && Cell::kCellState) c = p.c ? load<A>(p.c, at) : load<S>(p.c0, at);
     Cell::template forward<Arithmetic<S>>(x, h, state, c, saved, p.relu);
     if (p.y) state = rounded<S>(state);
-    keep<Cell, S>(p, (token * p.D + d) * p.H + u, u, state, c, saved);
+    store_fwd<Cell, S>(p, (token * p.D + d) * p.H + u, u, state, c, saved);
     if (p.only_gates) continue;
     if (Cell::kCellState) store<S>(c, p.cn, at);
     const bool reset = p.resets && p.next >= 0 && p.resets[p.next * p.B + b];
@@ -87,7 +87,7 @@ __global__ void step_bwd_kernel(const BwdStep p) {
       if (!p.dm) dh += or_zero<S>(p.dy, ((p.token + b) * p.D + d) * p.H + u);
       A slots[Cell::kSlots];
       backward_unit<Cell, S>(p, load_saved<Cell, S>(p, d, p.t, b, u), dh, dc, slots);
-      keep<Cell, S>(p, ((p.token + b) * p.D + d) * p.H + u, u, slots);
+      store_bwd<Cell, S>(p, ((p.token + b) * p.D + d) * p.H + u, u, slots);
       if constexpr (Cell::kCellState)
         if (p.m) {
           const int64_t row = (p.token + b) * p.D + d;
