@@ -1,6 +1,7 @@
 """Builds the CUDA kernels and bindings for the CPU (cuda/cuda_host.h): torch.ops.seqkernels_emulated.*"""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -37,19 +38,24 @@ def build() -> Path:
     """The library, compiled anew only when its sources changed."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
     sources = [p for folder in ("csrc", "tests/cuda") for p in (ROOT / folder).rglob("*") if p.is_file()]
-    linked = [source.name for source in SOURCES]
-    state = hashlib.sha256(f"{torch.__version__} {compiler} {FLAGS} {linked}".encode())
+    names = [source.name for source in SOURCES]
+    state = hashlib.sha256(f"{torch.__version__} {compiler} {FLAGS} {names}".encode())
     for path in sorted(sources):
         state.update(path.read_bytes())
     folder = ROOT / "build" / "cuda-emulation"
+    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{state.hexdigest()[:16]}.so"
-    if not library.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        objects = [str(folder / f"{s.stem}.o") for s in SOURCES]
-        for source, obj in zip(SOURCES, objects, strict=True):
-            run(compiler, *FLAGS, "-c", str(source), "-o", obj)
-        run(compiler, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ldl", "-o", str(library))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of pytest may be at it
+        if not library.is_file():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            objects = [str(folder / f"{s.stem}.o") for s in SOURCES]
+            for source, obj in zip(SOURCES, objects, strict=True):
+                run(compiler, *FLAGS, "-c", str(source), "-o", obj)
+            linked = folder / "linked"
+            run(compiler, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ldl", "-o", str(linked))
+            linked.rename(library)
     return library
 
 
