@@ -126,7 +126,11 @@ def scaled_dot_product_attention(
     forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
     faster = not (reason or forbidden or extras) and support.why_torch_is_faster(*dense[:4])
     both = plain and attn_mask is not None and is_causal
-    refused = not (_is_number(dropout_p) and 0 <= dropout_p <= 1)  # by torch, as the next
+    drops = _is_number(dropout_p) and 0 <= dropout_p <= 1
+    if extras and not drops:
+        error = ValueError if _is_number(dropout_p) else TypeError
+        raise error(f"dropout_p must be a number from 0 to 1, got {dropout_p!r}")
+    refused = not drops or not (scale is None or _is_number(scale))  # by torch, as the next
     refused = refused or (both and (query.dim() != 4 or attn_mask.dim() not in (2, 4)))
     if not extras and (reason or forbidden or faster or refused):
         if bottom_right:  # torch has a fused kernel for the bias itself, on GPUs
@@ -386,7 +390,7 @@ def _longest(t: Tensor) -> int:
 
 
 def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
-    """What a step of decoding cannot wait for is left out: it takes 10 us to ask everything."""
+    """The cheap questions that decide a simple call; all of them take 10 us, like a step of decoding."""
     return (
         type(q) is type(k) is type(v) is Tensor
         and ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and k.is_cuda and v.is_cuda))
@@ -572,7 +576,7 @@ def _check_number(name: str, value: object) -> None:
     got = type(value).__name__
     if isinstance(value, Tensor):
         got += " that requires a gradient" if value.requires_grad else f" {list(value.shape)}"
-    raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be float, not {got}")
+    raise TypeError(f"argument '{name}' must be float, not {got}")
 
 
 # torch.compile knows its symbolic numbers by isinstance, and not what attributes they have.

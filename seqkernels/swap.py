@@ -251,8 +251,10 @@ def _recorder(seen: dict[str, Call], name: str) -> Callable:
         attends = isinstance(module, torch.nn.MultiheadAttention)
         input = args[0] if args else kwargs.get("query" if attends else "input")
         simple = isinstance(input, Tensor) and all(kwargs.get(e) is None for e in ("lengths", "resets"))
+        rows = int(input.batch_sizes[0]) if isinstance(input, PackedSequence) else None
         input = input.data if isinstance(input, PackedSequence) else input
-        call = _call_with(input if isinstance(input, Tensor) else _weight(module)) | {"simple": simple}
+        call = _call_with(input if isinstance(input, Tensor) else _weight(module))
+        call |= {"simple": simple, "rows": rows}
         if _class(module) is nn.MultiheadAttention:
             call |= signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
         seen[name] = call
@@ -311,7 +313,11 @@ def _cuda_plan(module: Module, call: Call) -> str:
         return "one fused step"
     x = call["input"]
     gates, H, L = module.weight_hh_l0.size(0) // module.hidden_size, module.hidden_size, module.num_layers
-    T, B = (x.size(0), 1) if x.dim() == 2 else x.shape[:2][:: -1 if module.batch_first else 1]
+    T, B = (
+        (x.size(0), call.get("rows") or 1)
+        if x.dim() == 2
+        else x.shape[:2][:: -1 if module.batch_first else 1]
+    )
     D, projected = 2 if module.bidirectional else 1, module.proj_size > 0
     words = pipeline.cuda_plan(x, gates, B, H, D, projected)
     if L == 1 or D == 2 or projected or not call.get("simple"):

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> additive_attention_fwd(Tensor q, Tensor k, Tensor v, 
   const AdditiveCall call("additive_attention_fwd", q, k, v, w, mask, len_k);
   AdditiveAttentionFwdParams p{call.p};
   Tensor out = large_empty(q, {p.B, p.Tq, p.Dv});
-  Tensor weights = need_weights ? large_empty(q, {p.B, p.Tq, p.Tk}) : none_like(q, q.scalar_type());
+  Tensor weights = need_weights ? large_empty(q, {p.B, p.Tq, p.Tk}) : none_like(q);
   p.out = call.written(out);
   if (need_weights) p.weights = weights.mutable_data_ptr();
   seqkernels::additive_attention_fwd(p);
@@ -86,8 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
-  m.impl("additive_attention_fwd.exported", TORCH_BOX(&additive_attention_fwd));
+  impl_forward(m, "additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
   m.impl("additive_attention_bwd", TORCH_BOX(&additive_attention_bwd));
 }
 

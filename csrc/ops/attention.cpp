@@ -7,8 +7,8 @@ void set_mask(const char* op, const Tensor& q, const Tensor& mask, AttentionPara
   const auto type = mask.scalar_type(), acc = accumulation_type(p.dtype);
   STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == q.dim() &&
                       (type == ScalarType::Bool || type == q.scalar_type() || type == acc),
-                  "seqkernels::", op, ": expected mask of ", q.dim(),
-                  " dimensions on the CPU, bool, float32 or of the dtype of q, got ", text(mask));
+                  "seqkernels::", op, ": expected mask of ", q.dim(), " dimensions on the CPU, bool, ",
+                  text(acc), " or of the dtype of q, got ", text(mask));
   std::vector<int64_t> full{p.B, p.Hq, p.Tq, p.Tk};
   std::vector<int64_t*> strides{&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
   if (q.dim() == 3) full.erase(full.begin() + 1), strides.erase(strides.begin() + 1);

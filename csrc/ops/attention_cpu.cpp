@@ -74,14 +74,14 @@ struct AttentionCall {
         p.B >= 0 ? std::to_string(p.B + 1) : "sequences + 1", "] on the CPU, got ", text(t));
     lay_contiguously(t);
     const int64_t *at = t.const_data_ptr<int64_t>(), tokens = longest;
-    bool rising = at[0] == 0 && at[p.B] == tokens;
+    STD_TORCH_CHECK(at[0] == 0 && at[p.B] == tokens, "seqkernels::", op, ": expected ", name,
+                    " to rise from 0 to the ", tokens, " tokens, got ", at[0], " to ", at[p.B]);
     longest = 0;
     for (int64_t i = 0; i < p.B; i++) {
-      rising &= at[i] <= at[i + 1];
+      STD_TORCH_CHECK(at[i] <= at[i + 1], "seqkernels::", op, ": expected ", name, " to rise, got ", at[i],
+                      " before ", at[i + 1], " at ", i + 1);
       longest = std::max(longest, at[i + 1] - at[i]);
     }
-    STD_TORCH_CHECK(rising, "seqkernels::", op, ": expected ", name, " to rise from 0 to the ", tokens,
-                    " tokens, got ", at[0], " to ", at[p.B], rising ? "" : ", or a fall between");
     STD_TORCH_CHECK(most == 0 || longest <= most, "seqkernels::", op, ": expected ", name,
                     " of sequences no longer than max_", name[3], " = ", most, ", got one of ", longest);
     return at;
@@ -200,11 +200,9 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor /*lse*/, OptionalTensor mask
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-  m.impl("attention_fwd.exported", TORCH_BOX(&attention_fwd));
+  impl_forward(m, "attention_fwd", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
-  m.impl("attention_weights", TORCH_BOX(&attention_weights));
-  m.impl("attention_weights.exported", TORCH_BOX(&attention_weights));
+  impl_forward(m, "attention_weights", TORCH_BOX(&attention_weights));
 }
 
 }  // namespace seqkernels::ops

@@ -15,8 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   if (panels) p.panels = checked_panels(call, p, *panels);
   Tensor y = large_empty(x, call.tokens_by(call.D * call.H));
   Tensor hn = empty(x, h0.sizes());
-  Tensor gates = save_gates ? kept_empty(x, call.tokens_by(call.D * kSavedGates * call.H))
-                            : none_like(x, x.scalar_type());
+  Tensor gates = save_gates ? kept_empty(x, call.tokens_by(call.D * kSavedGates * call.H)) : none_like(x);
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr();
   if (save_gates) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);
@@ -31,13 +30,9 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
   GruBwdParams p;
   call.fill(p, h0, weights, batch_sizes, resets);
   call.fill_backward(p, y, &gates, dy, dhn);
-  Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
-  Tensor dh0 = empty(x, h0.sizes());
-  Tensors dweights = weight_gradients(call, weights, p.dw);
-  if (need_dx) p.dx = dx.mutable_data_ptr();
-  p.dh0 = dh0.mutable_data_ptr();
+  const Gradients to = new_gradients(call, p, h0, weights, need_dx);
   gru_bwd(p);
-  return {dx, dh0, dweights};
+  return {to.dx, to.dh0, to.weights};
 }
 
 std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
@@ -46,7 +41,7 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
   GruFwdParams p;
   cell.fill(p);
   Tensor h_new = empty(x, h.sizes());
-  Tensor gates = save ? empty(x, {cell.B, kSavedGates * cell.H}) : none_like(x, x.scalar_type());
+  Tensor gates = save ? empty(x, {cell.B, kSavedGates * cell.H}) : none_like(x);
   p.y = h_new.mutable_data_ptr();
   if (save) p.gates = gates.mutable_data_ptr();
   gru_fwd(p);
@@ -56,11 +51,9 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("gru_layer_fwd", TORCH_BOX(&gru_layer_fwd));
-  m.impl("gru_layer_fwd.exported", TORCH_BOX(&gru_layer_fwd));
+  impl_forward(m, "gru_layer_fwd", TORCH_BOX(&gru_layer_fwd));
   m.impl("gru_layer_bwd", TORCH_BOX(&gru_layer_bwd));
-  m.impl("gru_cell_fwd", TORCH_BOX(&gru_cell_fwd));
-  m.impl("gru_cell_fwd.exported", TORCH_BOX(&gru_cell_fwd));
+  impl_forward(m, "gru_cell_fwd", TORCH_BOX(&gru_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

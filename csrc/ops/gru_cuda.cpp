@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(Tensor x, Tensor h0, Tensors we
   OptionalTensor gates;
   if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * kSavedGates * call.H));
   GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false).forward(y, hn, {}, {}, gates);
-  return {y, hn, gates ? *gates : none_like(x, x.scalar_type())};
+  return {y, hn, gates ? *gates : none_like(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTensor dhn, Tensor x, Tensor h0,
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensors> gru_layer_bwd(OptionalTensor dy, OptionalTen
   call.fill_backward(p, y, &gates, dy, dhn);
   auto gradients = new_gradients(call, h0, {}, weights, need_dx);
   GpuLayer<cuda::Gru>(call, h0, {}, weights, batch_sizes, resets, false).backward(p, dhn, {}, gradients);
-  return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, gradients.weights};
+  return {gradients.dx ? *gradients.dx : none_like(x), gradients.dh0, gradients.weights};
 }
 
 std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
@@ -36,17 +36,15 @@ std::tuple<Tensor, Tensor> gru_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor 
   OptionalTensor gates;
   if (save) gates = torch::stable::new_empty(x, {cell.B, kSavedGates * cell.H});
   gpu_cell<cuda::Gru>(cell, {}, h_new, {}, gates, false);
-  return {h_new, gates ? *gates : none_like(x, x.scalar_type())};
+  return {h_new, gates ? *gates : none_like(x)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
-  m.impl("gru_layer_fwd", TORCH_BOX(&gru_layer_fwd));
-  m.impl("gru_layer_fwd.exported", TORCH_BOX(&gru_layer_fwd));
+  impl_forward(m, "gru_layer_fwd", TORCH_BOX(&gru_layer_fwd));
   m.impl("gru_layer_bwd", TORCH_BOX(&gru_layer_bwd));
-  m.impl("gru_cell_fwd", TORCH_BOX(&gru_cell_fwd));
-  m.impl("gru_cell_fwd.exported", TORCH_BOX(&gru_cell_fwd));
+  impl_forward(m, "gru_cell_fwd", TORCH_BOX(&gru_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

@@ -46,20 +46,20 @@ class Keeper {
   }
   void give_back(Kept block) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block.bytes > kMost) return std::free(block.data);
+    if (!lock || block.bytes > kMostKept) return std::free(block.data);
 #if defined(__linux__)
     // Marking takes 8 us a MiB, a hundredth of a step: what a small model needs is left alone.
     if (total_ + block.bytes > kUnmarked) madvise(block.data, block.bytes, MADV_FREE);
 #endif
     kept_.push_back(block);
-    for (total_ += block.bytes; total_ > kMost; kept_.erase(kept_.begin())) {
+    for (total_ += block.bytes; total_ > kMostKept; kept_.erase(kept_.begin())) {
       total_ -= kept_.front().bytes;
       std::free(kept_.front().data);
     }
   }
 
  private:
-  static constexpr size_t kPage = 4096, kMost = size_t(256) << 20, kUnmarked = size_t(64) << 20;
+  static constexpr size_t kPage = 4096;
   std::mutex mutex_;
   std::vector<Kept> kept_;  // the oldest first
   size_t total_ = 0;

@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
   m.def(
       "lstm_layer_bwd(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dcells, Tensor x, Tensor h0, Tensor c0, "
       "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? batch_sizes, Tensor? resets, "
-      "bool bidirectional, bool need_dx=True) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+      "bool bidirectional, bool need_dx) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   forward("lstm_cell_fwd",
           "(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
           "-> (Tensor h, Tensor c, Tensor gates)");
@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
           "bool bidirectional, bool save_gates) -> (Tensor y, Tensor hn, Tensor gates)");
   m.def(
       "gru_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, Tensor gates, "
-      "Tensor? batch_sizes, Tensor? resets, bool bidirectional, bool need_dx=True) "
+      "Tensor? batch_sizes, Tensor? resets, bool bidirectional, bool need_dx) "
       "-> (Tensor dx, Tensor dh0, Tensor[] dweights)");
   forward("gru_cell_fwd",
           "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
@@ -48,7 +48,7 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
           "bool bidirectional, bool relu) -> (Tensor y, Tensor hn)");
   m.def(
       "rnn_layer_bwd(Tensor? dy, Tensor? dhn, Tensor x, Tensor h0, Tensor[] weights, Tensor y, "
-      "Tensor? batch_sizes, Tensor? resets, bool bidirectional, bool relu, bool need_dx=True) "
+      "Tensor? batch_sizes, Tensor? resets, bool bidirectional, bool relu, bool need_dx) "
       "-> (Tensor dx, Tensor dh0, Tensor[] dweights)");
   forward("rnn_cell_fwd",
           "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool relu) "
@@ -77,6 +77,12 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
       "Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? len_k, Tensor? alibi, Tensor? sinks, float scale, "
       "float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, int max_q, "
       "int max_k, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
+  // k and v in pages [pages,Hk,rows,D]: row j of sequence b lies in page block_table[b, j / rows]. On GPUs
+  // alone.
+  m.def(
+      "paged_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor len_k, Tensor? alibi, "
+      "Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right) "
+      "-> (Tensor out, Tensor lse)");
   forward("attention_weights",
           "(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? len_k, Tensor? alibi, "
           "float scale, float softcap, int left, int right, bool bottom_right, float dropout, Tensor? rng, "
@@ -105,7 +111,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
   m.impl("get_isa", TORCH_BOX(&get_isa));
 }
 
-// Python's goes before it: CompositeExplicitAutograd.
+// For programs without Python, where nobody can be asked; ops/_library.py registers what has priority.
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeImplicitAutograd, m) {
   m.impl("allows_tf32", TORCH_BOX(&allows_no_tf32));
 }

@@ -49,10 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, OptionalTensor x, Optio
   if (w) p.w = weights_of("linear_bwd", *w, dy, p.N, p.K);
   if (x) p.x_m = rows_of("linear_bwd", *x, "x", dy, p.M, p.K), p.x = x->const_data_ptr();
   p.dy_m = rows_of("linear_bwd", dy, "dy", dy, p.M, p.N), p.dy = dy.const_data_ptr();
-  const auto type = dy.scalar_type();
-  Tensor dx = w ? large_empty(dy, {p.M, p.K}) : none_like(dy, type);
-  Tensor dw = x ? kept_empty(dy, {p.N, p.K}) : none_like(dy, type);
-  Tensor db = x ? empty(dy, {p.N}) : none_like(dy, type);
+  Tensor dx = w ? large_empty(dy, {p.M, p.K}) : none_like(dy);
+  Tensor dw = x ? kept_empty(dy, {p.N, p.K}) : none_like(dy);
+  Tensor db = x ? empty(dy, {p.N}) : none_like(dy);
   if (w) p.dx = dx.mutable_data_ptr();
   if (x) p.dw = dw.mutable_data_ptr(), p.db = db.mutable_data_ptr();
   seqkernels::linear_bwd(p);
@@ -62,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, OptionalTensor x, Optio
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
-  m.impl("linear_fwd.exported", TORCH_BOX(&linear_fwd));
+  impl_forward(m, "linear_fwd", TORCH_BOX(&linear_fwd));
   m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
 }
 

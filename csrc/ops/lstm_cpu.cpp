@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   Tensor hn = empty(x, h0.sizes()), cn = empty(x, c0.sizes());
   Tensor cells = save_cells ? large_empty(x, call.tokens_by(call.D * call.H), accumulation_type(call.dtype))
                             : none_like(x, accumulation_type(call.dtype));
-  Tensor gates = save_gates ? kept_empty(x, call.tokens_by(call.D * kSavedGates * call.H))
-                            : none_like(x, x.scalar_type());
+  Tensor gates = save_gates ? kept_empty(x, call.tokens_by(call.D * kSavedGates * call.H)) : none_like(x);
   p.c0 = c0.const_data_ptr();
   p.y = y.mutable_data_ptr(), p.hn = hn.mutable_data_ptr(), p.cn = cn.mutable_data_ptr();
   if (save_cells) p.cells = cells.mutable_data_ptr();
@@ -45,13 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
   p.c0 = c0.const_data_ptr(), p.cells = cells.const_data_ptr();
   p.dcn = call.gradient(dcn, "dcn", {call.D, call.B, call.H});
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
-  Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
-  Tensor dh0 = empty(x, h0.sizes()), dc0 = empty(x, c0.sizes());
-  Tensors dweights = weight_gradients(call, weights, p.dw);
-  if (need_dx) p.dx = dx.mutable_data_ptr();
-  p.dh0 = dh0.mutable_data_ptr(), p.dc0 = dc0.mutable_data_ptr();
+  const Gradients to = new_gradients(call, p, h0, weights, need_dx);
+  Tensor dc0 = empty(x, c0.sizes());
+  p.dc0 = dc0.mutable_data_ptr();
   lstm_bwd(p);
-  return {dx, dh0, dc0, dweights};
+  return {to.dx, to.dh0, dc0, to.weights};
 }
 
 // A cell is a layer of one step whose output is its final state.
@@ -62,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
   LstmFwdParams p;
   cell.fill(p);
   Tensor h_new = empty(x, h.sizes()), c_new = empty(x, h.sizes());
-  Tensor gates = save ? empty(x, {cell.B, kSavedGates * cell.H}) : none_like(x, x.scalar_type());
+  Tensor gates = save ? empty(x, {cell.B, kSavedGates * cell.H}) : none_like(x);
   p.c0 = c.const_data_ptr(), p.y = h_new.mutable_data_ptr(), p.cn = c_new.mutable_data_ptr();
   if (save) p.gates = gates.mutable_data_ptr();
   lstm_fwd(p);
@@ -72,11 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("lstm_layer_fwd", TORCH_BOX(&lstm_layer_fwd));
-  m.impl("lstm_layer_fwd.exported", TORCH_BOX(&lstm_layer_fwd));
+  impl_forward(m, "lstm_layer_fwd", TORCH_BOX(&lstm_layer_fwd));
   m.impl("lstm_layer_bwd", TORCH_BOX(&lstm_layer_bwd));
-  m.impl("lstm_cell_fwd", TORCH_BOX(&lstm_cell_fwd));
-  m.impl("lstm_cell_fwd.exported", TORCH_BOX(&lstm_cell_fwd));
+  impl_forward(m, "lstm_cell_fwd", TORCH_BOX(&lstm_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(Tensor x, Tens
   if (save_gates) gates = torch::stable::new_empty(x, call.tokens_by(call.D * kSavedGates * call.H));
   GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).forward(y, hn, cn, cells, gates);
   return {y, hn, cn, cells ? *cells : none_like(x, accumulation_type(call.dtype)),
-          gates ? *gates : none_like(x, x.scalar_type())};
+          gates ? *gates : none_like(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, OptionalTensor dhn,
@@ -39,8 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_layer_bwd(OptionalTensor dy, Op
   p.dcells = call.gradient(dcells, "dcells", call.tokens_by(call.D * call.H), true);
   auto gradients = new_gradients(call, h0, c0, weights, need_dx);
   GpuLayer<cuda::Lstm>(call, h0, c0, weights, batch_sizes, resets, false).backward(p, dhn, dcn, gradients);
-  return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, *gradients.dc0,
-          gradients.weights};
+  return {gradients.dx ? *gradients.dx : none_like(x), gradients.dh0, *gradients.dc0, gradients.weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh,
@@ -51,17 +50,15 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_fwd(Tensor x, Tensor h, Tensor c, T
   OptionalTensor gates;
   if (save) gates = torch::stable::new_empty(x, {cell.B, kSavedGates * cell.H});
   gpu_cell<cuda::Lstm>(cell, c, h_new, c_new, gates, false);
-  return {h_new, c_new, gates ? *gates : none_like(x, x.scalar_type())};
+  return {h_new, c_new, gates ? *gates : none_like(x)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
-  m.impl("lstm_layer_fwd", TORCH_BOX(&lstm_layer_fwd));
-  m.impl("lstm_layer_fwd.exported", TORCH_BOX(&lstm_layer_fwd));
+  impl_forward(m, "lstm_layer_fwd", TORCH_BOX(&lstm_layer_fwd));
   m.impl("lstm_layer_bwd", TORCH_BOX(&lstm_layer_bwd));
-  m.impl("lstm_cell_fwd", TORCH_BOX(&lstm_cell_fwd));
-  m.impl("lstm_cell_fwd.exported", TORCH_BOX(&lstm_cell_fwd));
+  impl_forward(m, "lstm_cell_fwd", TORCH_BOX(&lstm_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

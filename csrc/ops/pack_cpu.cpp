@@ -24,7 +24,7 @@ Header header_of(const LayerCall& call) {
 
 // Bytes that *_pack() writes; writes them unless `out` is null.
 int64_t pack(const LayerCall& call, const LayerParams& p, void* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(call.dtype);
   return (call.G == 4 ? table.lstm_pack : call.G == 3 ? table.gru_pack : table.rnn_pack)(p, out);
 }
 int64_t size_of(const LayerCall& call, const LayerParams& p) {

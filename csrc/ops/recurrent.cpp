@@ -5,8 +5,10 @@ namespace seqkernels::ops {
 
 namespace {
 
-int64_t weights_per_direction(const Tensors& weights, int64_t D) {
-  return weights.size() % D ? -1 : static_cast<int64_t>(weights.size()) / D;
+template <class Data>
+auto pointers(const Weights<const Tensor*>& w, const Data& data) {
+  const auto at = [&](const Tensor* t) { return t ? data(*t) : nullptr; };
+  return Weights<decltype(at(nullptr))>{at(w.w_ih), at(w.w_hh), at(w.b_ih), at(w.b_hh), at(w.w_hr)};
 }
 
 }  // namespace
@@ -18,10 +20,10 @@ LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Ten
   const int64_t dims = batch_sizes ? 2 : 3;
   STD_TORCH_CHECK(x_.dim() == dims, "seqkernels::", op, ": expected x of ", dims, " dimensions (",
                   batch_sizes ? "packed: [tokens, I]" : "[T, B, I]", "), got ", text(x_.sizes()));
-  const int64_t per = weights_per_direction(weights, D);
+  const int64_t count = static_cast<int64_t>(weights.size()), per = count % D ? 0 : count / D;
   STD_TORCH_CHECK(per == 2 || per == 4 || (G == 4 && (per == 3 || per == 5)), "seqkernels::", op,
                   ": expected for each of ", D, " directions w_ih, w_hh (, b_ih, b_hh)",
-                  G == 4 ? " (, w_hr)" : "", ", got ", weights.size(), " weights");
+                  G == 4 ? " (, w_hr)" : "", ", got ", count, " weights");
   has_bias = per >= 4;
   projected = per % 2 == 1;
   STD_TORCH_CHECK(h0.dim() == 3 && weights[0].dim() == 2 && weights[1].dim() == 2, "seqkernels::", op,
@@ -77,6 +79,13 @@ LayerCall::LayerCall(const char* op_name, int gates, Tensor& x_, Tensor& h0, Ten
   STD_TORCH_CHECK(projected || P == H, "seqkernels::", op, ": expected h0 of ", H, " units, got ", P);
 }
 
+Weights<const Tensor*> LayerCall::direction(const Tensors& weights, int64_t d) const {
+  const size_t per = weights.size() / D;
+  const Tensor* w = &weights[d * per];
+  return {w, w + 1, has_bias ? w + 2 : nullptr, has_bias ? w + 3 : nullptr,
+          projected ? w + per - 1 : nullptr};
+}
+
 void LayerCall::check(Tensor& t, const char* name, Shape shape, bool accumulation) const {
   expect(op, t, name, accumulation ? accumulation_type(dtype) : x->scalar_type(), shape, *x);
   lay_contiguously(t);
@@ -104,14 +113,8 @@ void LayerCall::fill(LayerParams& p, const Tensor& h0, const Tensors& weights,
   p.x_t = batch_sizes ? 0 : x->stride(0);
   p.x_b = x->stride(batch_sizes ? 0 : 1);
   p.h0 = h0.const_data_ptr();
-  const int64_t per = weights_per_direction(weights, D);
-  for (int64_t d = 0; d < D; d++) {
-    const Tensor* w = &weights[d * per];
-    p.w[d].w_ih = w[0].const_data_ptr();
-    p.w[d].w_hh = w[1].const_data_ptr();
-    if (has_bias) p.w[d].b_ih = w[2].const_data_ptr(), p.w[d].b_hh = w[3].const_data_ptr();
-    if (projected) p.w[d].w_hr = w[per - 1].const_data_ptr();
-  }
+  for (int64_t d = 0; d < D; d++)
+    p.w[d] = pointers(direction(weights, d), [](const Tensor& w) { return w.const_data_ptr(); });
   p.parallel = torch_threads();
 }
 
@@ -149,18 +152,16 @@ void CellCall::fill(LayerParams& p) const {
   p.parallel = torch_threads();
 }
 
-Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]) {
-  Tensors grads;
-  for (const Tensor& w : weights) grads.push_back(kept_empty(w, w.sizes()));
-  const int64_t per = weights_per_direction(weights, call.D);
-  for (int64_t d = 0; d < call.D; d++) {
-    const Tensor* g = &grads[d * per];
-    out[d].w_ih = g[0].mutable_data_ptr();
-    out[d].w_hh = g[1].mutable_data_ptr();
-    if (call.has_bias) out[d].b_ih = g[2].mutable_data_ptr(), out[d].b_hh = g[3].mutable_data_ptr();
-    if (call.projected) out[d].w_hr = g[per - 1].mutable_data_ptr();
-  }
-  return grads;
+Gradients new_gradients(const LayerCall& call, LayerBwdParams& p, const Tensor& h0, const Tensors& weights,
+                        bool need_dx) {
+  const Tensor& x = *call.x;
+  Gradients to{need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x), empty(x, h0.sizes()), {}};
+  for (const Tensor& w : weights) to.weights.push_back(kept_empty(w, w.sizes()));
+  if (need_dx) p.dx = to.dx.mutable_data_ptr();
+  p.dh0 = to.dh0.mutable_data_ptr();
+  for (int64_t d = 0; d < call.D; d++)
+    p.dw[d] = pointers(call.direction(to.weights, d), [](const Tensor& w) { return w.mutable_data_ptr(); });
+  return to;
 }
 
 }  // namespace seqkernels::ops

@@ -25,6 +25,8 @@ struct LayerCall {
   void fill(LayerParams& p, const Tensor& h0, const Tensors& weights, const OptionalTensor& batch_sizes,
             const OptionalTensor& resets) const;
   void check(Tensor& t, const char* name, Shape shape, bool accumulation = false) const;
+  // Direction d's of the layer's weights, or of their gradients; null what the layer does not have.
+  Weights<const Tensor*> direction(const Tensors& weights, int64_t d) const;
   // What backward of every cell is given, checked, into the parameters of either device. `gates` of size 0
   // were not saved.
   template <class Params>
@@ -59,8 +61,13 @@ struct CellCall {
   void check(Tensor& t, const char* name, Shape shape) const;
 };
 
-// New tensors shaped like the weights, and their pointers in `out`.
-Tensors weight_gradients(const LayerCall& call, const Tensors& weights, Weights<void*> (&out)[2]);
+// New tensors on the CPU for what backward of every cell returns, given to p; dx of size 0 unless needed.
+struct Gradients {
+  Tensor dx, dh0;
+  Tensors weights;
+};
+Gradients new_gradients(const LayerCall& call, LayerBwdParams& p, const Tensor& h0, const Tensors& weights,
+                        bool need_dx);
 
 // The panels in what op pack_weights returned, if it was made for this call.
 const void* checked_panels(const LayerCall& call, const LayerParams& p, const Tensor& panels);

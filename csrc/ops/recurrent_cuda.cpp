@@ -75,10 +75,10 @@ Tensor matrix(const Tensor& t, int64_t n, int64_t columns) {
   return torch::stable::reshape(t, {n, columns});
 }
 
-Gradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0,
-                        const Tensors& weights, bool need_dx) {
+GpuGradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0,
+                           const Tensors& weights, bool need_dx) {
   const Tensor& x = *call.x;
-  Gradients g{{}, torch::stable::new_empty(x, h0.sizes()), {}, {}};
+  GpuGradients g{{}, torch::stable::new_empty(x, h0.sizes()), {}, {}};
   if (need_dx) g.dx = torch::stable::new_empty(x, call.tokens_by(call.I));
   if (c0) g.dc0 = torch::stable::new_empty(x, c0->sizes());
   for (const Tensor& w : weights) g.weights.push_back(torch::stable::new_empty(w, w.sizes()));

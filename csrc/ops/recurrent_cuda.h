@@ -49,20 +49,14 @@ Tensor rows(const Tensor& t, int64_t begin, int64_t count);
 Tensor columns(const Tensor& t, int64_t begin, int64_t count);
 Tensor matrix(const Tensor& t, int64_t n, int64_t columns);  // a view if t lies so, else a copy
 
-// Tensors of one direction, as the caller gave them.
-struct DirectionWeights {
-  Tensor w_ih, w_hh;
-  OptionalTensor b_ih, b_hh, w_hr;
-};
-
-struct Gradients {
+struct GpuGradients {
   OptionalTensor dx;
   Tensor dh0;
   OptionalTensor dc0;
   Tensors weights;
 };
-Gradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0,
-                        const Tensors& weights, bool need_dx);
+GpuGradients new_gradients(const LayerCall& call, const Tensor& h0, const OptionalTensor& c0,
+                           const Tensors& weights, bool need_dx);
 
 template <class Cell>
 class GpuLayer {
@@ -72,13 +66,9 @@ class GpuLayer {
   GpuLayer(const LayerCall& layer_call, const Tensor& h0_, const OptionalTensor& c0_, const Tensors& weights,
            const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool relu)
       : call(layer_call), x(*layer_call.x), on(x), h0(h0_), c0(c0_), sizes(batch_sizes) {
-    const size_t per = weights.size() / call.D;
     for (int64_t d = 0; d < call.D; d++) {
-      const Tensor* w = &weights[d * per];
-      this->w.push_back({w[0], w[1], {}, {}, {}});
-      if (call.has_bias) this->w[d].b_ih = w[2], this->w[d].b_hh = w[3];
-      if (call.projected) this->w[d].w_hr = w[per - 1];
-      base.w_hh[d] = w[1].const_data_ptr();
+      w[d] = call.direction(weights, d);
+      base.w_hh[d] = w[d].w_hh->const_data_ptr();
     }
     base.dtype = call.dtype;
     base.T = call.T, base.B = call.B, base.H = call.H, base.P = call.P;
@@ -111,7 +101,7 @@ class GpuLayer {
     }
   }
 
-  void backward(cuda::BwdLayer p, const OptionalTensor& dhn, const OptionalTensor& dcn, Gradients& to) {
+  void backward(cuda::BwdLayer p, const OptionalTensor& dhn, const OptionalTensor& dcn, GpuGradients& to) {
     static_cast<cuda::Layer&>(p) = base;
     Tensor h_prev = empty({call.D, call.N, call.P}), dG = empty({call.N, call.D * Cell::kSlots * call.H});
     void* h_prev_data[2] = {};
@@ -139,7 +129,7 @@ class GpuLayer {
   const NoGrad no_grad;
   const Tensor& h0;
   const OptionalTensor &c0, &sizes;
-  std::vector<DirectionWeights> w;
+  Weights<const Tensor*> w[2];
   std::vector<int64_t> first{0};  // token of each step, if packed
   OptionalTensor offsets;
   cuda::Layer base;
@@ -170,7 +160,7 @@ class GpuLayer {
     Tensor xw = empty({call.D, call.N, G * call.H});
     const Tensor inputs = matrix(x, call.N, call.I);
     for (int64_t d = 0; d < call.D; d++) {
-      multiply(inputs, transposed(w[d].w_ih), part(xw, d));
+      multiply(inputs, transposed(*w[d].w_ih), part(xw, d));
       p.xw[d] = part(xw, d).const_data_ptr();
       if (call.has_bias) p.b_ih[d] = w[d].b_ih->const_data_ptr(), p.b_hh[d] = w[d].b_hh->const_data_ptr();
     }
@@ -184,7 +174,7 @@ class GpuLayer {
     Tensor hw = empty({call.B, G * call.H}), m = empty({call.projected ? call.B : 0, call.H});
     Tensor product = empty({call.projected ? call.B : 0, call.P});
     for (int64_t d = 0; d < call.D; d++) {
-      const Tensor h = part(hn, d), w_hh = transposed(w[d].w_hh);
+      const Tensor h = part(hn, d), w_hh = transposed(*w[d].w_hh);
       for (int64_t k = 0; k < call.T; k++) {
         cuda::FwdStep step{p};
         const int64_t t = d ? call.T - 1 - k : k;
@@ -216,7 +206,7 @@ class GpuLayer {
     step.rows = call.N, step.only_gates = true;
     step.hw = hw.const_data_ptr(), step.gates = gates.mutable_data_ptr();
     for (int64_t d = 0; d < call.D; d++) {
-      multiply(part(h_prev, d), transposed(w[d].w_hh), hw);
+      multiply(part(h_prev, d), transposed(*w[d].w_hh), hw);
       step.d = static_cast<int>(d);
       cuda::Recurrence<Cell>::step_fwd(step, on.stream());
     }
@@ -224,7 +214,7 @@ class GpuLayer {
   }
 
   void backward_steps(const cuda::BwdLayer& p, const Tensor& dG, const OptionalTensor& dhn,
-                      const OptionalTensor& dcn, Gradients& to) const {
+                      const OptionalTensor& dcn, GpuGradients& to) const {
     Tensor dh = accumulator(dhn, call.P), product = empty({call.B, call.P});
     OptionalTensor dc, dh_reset, dc_reset;
     if (Cell::kCellState) dc = accumulator(dcn, call.H);
@@ -259,8 +249,7 @@ class GpuLayer {
       step.rows = 0;
       if (call.projected) cuda::project_bwd(step, on.stream());
       cuda::Recurrence<Cell>::step_bwd(step, on.stream());
-      if (call.projected)
-        multiply(transposed(dh_all), m_all, to.weights[(d + 1) * to.weights.size() / call.D - 1]);
+      if (call.projected) multiply(transposed(dh_all), m_all, *call.direction(to.weights, d).w_hr);
     }
   }
 
@@ -270,30 +259,31 @@ class GpuLayer {
 
   // W_hh in the order of dG's columns.
   Tensor recurrent_weights(int64_t d) const {
-    if (Cell::recurrent_slot(0) == 0) return w[d].w_hh;
+    if (Cell::recurrent_slot(0) == 0) return *w[d].w_hh;
     Tensor all = empty({G * call.H, call.P});
     for (int g = 0; g < G; g++) {
       Tensor to = rows(all, Cell::recurrent_slot(g) * call.H, call.H);
-      torch::stable::copy_(to, rows(w[d].w_hh, g * call.H, call.H));
+      torch::stable::copy_(to, rows(*w[d].w_hh, g * call.H, call.H));
     }
     return all;
   }
 
   // What no step waits for: dx, dW and db from the gate gradients of all tokens. dW_hh is one GEMM for gates
   // whose slots lie in order.
-  void products(const Tensor& dG, const Tensor& h_prev, Gradients& to) const {
+  void products(const Tensor& dG, const Tensor& h_prev, GpuGradients& to) const {
     const Tensor inputs = matrix(x, call.N, call.I);
-    const size_t per = to.weights.size() / call.D;
     for (int64_t d = 0; d < call.D; d++) {
-      const Tensor* dw = &to.weights[d * per];
-      const auto sums = [&](const Tensor& slots, const Tensor& by, int64_t of, int64_t gate, int64_t gates) {
-        multiply(transposed(slots), by, rows(dw[of], gate * call.H, gates * call.H));
-        if (call.has_bias) sum_rows(slots, rows(dw[of + 2], gate * call.H, gates * call.H));
+      const Weights<const Tensor*> to_d = call.direction(to.weights, d);
+      const auto sums = [&](const Tensor& slots, const Tensor& by, const Tensor* dw, const Tensor* db,
+                            int64_t gate, int64_t gates) {
+        multiply(transposed(slots), by, rows(*dw, gate * call.H, gates * call.H));
+        if (db) sum_rows(slots, rows(*db, gate * call.H, gates * call.H));
       };
-      sums(slots_of(dG, d, Cell::kInputSlot, G), inputs, 0, 0, G);
+      sums(slots_of(dG, d, Cell::kInputSlot, G), inputs, to_d.w_ih, to_d.b_ih, 0, G);
       for (int g = 0, end; g < G; g = end) {
         for (end = g + 1; end < G && Cell::recurrent_slot(end) > Cell::recurrent_slot(end - 1);) end++;
-        sums(slots_of(dG, d, Cell::recurrent_slot(g), end - g), part(h_prev, d), 1, g, end - g);
+        sums(slots_of(dG, d, Cell::recurrent_slot(g), end - g), part(h_prev, d), to_d.w_hh, to_d.b_hh, g,
+             end - g);
       }
     }
     if (to.dx) product_of_x(dG, matrix(*to.dx, call.N, call.I));
@@ -302,11 +292,11 @@ class GpuLayer {
   // Half types sum both directions in one GEMM, before anything is rounded; a slot between them that x has no
   // part in (GRU's rn) meets zeros. Floats are summed in chains half as long, then added.
   void product_of_x(const Tensor& dG, Tensor dx) const {
-    if (call.D == 1) return multiply(slots_of(dG, 0, Cell::kInputSlot, G), w[0].w_ih, dx);
+    if (call.D == 1) return multiply(slots_of(dG, 0, Cell::kInputSlot, G), *w[0].w_ih, dx);
     if (call.dtype == DType::f32 || call.dtype == DType::f64) {
       Tensor each = empty({call.D, call.N, call.I});
       for (int64_t d = 0; d < call.D; d++)
-        multiply(slots_of(dG, d, Cell::kInputSlot, G), w[d].w_ih, part(each, d));
+        multiply(slots_of(dG, d, Cell::kInputSlot, G), *w[d].w_ih, part(each, d));
       return sum_rows(each, dx);
     }
     Tensor weights = empty({(Cell::kSlots + G) * call.H, call.I});
@@ -316,7 +306,7 @@ class GpuLayer {
     }
     for (int64_t d = 0; d < call.D; d++) {
       Tensor to = rows(weights, d * Cell::kSlots * call.H, G * call.H);
-      torch::stable::copy_(to, w[d].w_ih);
+      torch::stable::copy_(to, *w[d].w_ih);
     }
     multiply(slots_of(dG, 0, Cell::kInputSlot, Cell::kSlots + G), weights, dx);
   }

@@ -30,13 +30,9 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
   call.fill(p, h0, weights, batch_sizes, resets);
   p.relu = relu;
   call.fill_backward(p, y, nullptr, dy, dhn);
-  Tensor dx = need_dx ? large_empty(x, call.tokens_by(call.I)) : none_like(x, x.scalar_type());
-  Tensor dh0 = empty(x, h0.sizes());
-  Tensors dweights = weight_gradients(call, weights, p.dw);
-  if (need_dx) p.dx = dx.mutable_data_ptr();
-  p.dh0 = dh0.mutable_data_ptr();
+  const Gradients to = new_gradients(call, p, h0, weights, need_dx);
   rnn_bwd(p);
-  return {dx, dh0, dweights};
+  return {to.dx, to.dh0, to.weights};
 }
 
 Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
@@ -54,11 +50,9 @@ Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
-  m.impl("rnn_layer_fwd.exported", TORCH_BOX(&rnn_layer_fwd));
+  impl_forward(m, "rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
-  m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
-  m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
+  impl_forward(m, "rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

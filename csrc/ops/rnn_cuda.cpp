@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensors> rnn_layer_bwd(OptionalTensor dy, OptionalTen
   call.fill_backward(p, y, nullptr, dy, dhn);
   auto gradients = new_gradients(call, h0, {}, weights, need_dx);
   GpuLayer<cuda::Rnn>(call, h0, {}, weights, batch_sizes, resets, relu).backward(p, dhn, {}, gradients);
-  return {gradients.dx ? *gradients.dx : none_like(x, x.scalar_type()), gradients.dh0, gradients.weights};
+  return {gradients.dx ? *gradients.dx : none_like(x), gradients.dh0, gradients.weights};
 }
 
 Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
@@ -38,11 +38,9 @@ Tensor rnn_cell_fwd(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(SEQKERNELS_GPU_LIBRARY, SEQKERNELS_GPU_KEY, m) {
-  m.impl("rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
-  m.impl("rnn_layer_fwd.exported", TORCH_BOX(&rnn_layer_fwd));
+  impl_forward(m, "rnn_layer_fwd", TORCH_BOX(&rnn_layer_fwd));
   m.impl("rnn_layer_bwd", TORCH_BOX(&rnn_layer_bwd));
-  m.impl("rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
-  m.impl("rnn_cell_fwd.exported", TORCH_BOX(&rnn_cell_fwd));
+  impl_forward(m, "rnn_cell_fwd", TORCH_BOX(&rnn_cell_fwd));
 }
 
 }  // namespace seqkernels::ops

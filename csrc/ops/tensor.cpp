@@ -18,8 +18,6 @@ std::string text(Shape shape) {
   return out.str();
 }
 
-namespace {
-
 std::string text(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -40,6 +38,9 @@ std::string text(ScalarType type) {
       return torch::headeronly::toString(type);
   }
 }
+
+namespace {
+
 std::string device_text(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
 }
@@ -142,6 +143,6 @@ Tensor large_empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype
   return out;
 }
 
-Tensor none_like(const Tensor& t, ScalarType dtype) { return empty(t, {0}, dtype); }
+Tensor none_like(const Tensor& t, std::optional<ScalarType> dtype) { return empty(t, {0}, dtype); }
 
 }  // namespace seqkernels::ops

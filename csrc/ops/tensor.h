@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/memory.h"
 #include "kernels/parallel.h"
 #include "kernels/types.h"
 
@@ -22,6 +23,7 @@ using Tensors = std::vector<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::string text(Shape shape);
+std::string text(ScalarType type);
 std::string text(const Tensor& t);  // "float32 [2, 3] on cpu"
 // Of a tensor that has to be float32, float64, bfloat16 or float16.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
@@ -41,8 +43,6 @@ void lay_last_dimension(Tensor& t);
 // torch's threads behind the kernels' interface.
 Parallel torch_threads();
 
-constexpr size_t kHugePage = size_t(2) << 20;
-
 // How a contiguous tensor lies in memory; nothing if its elements are too many to count.
 struct Extent {
   std::vector<int64_t> strides;
@@ -60,12 +60,18 @@ Tensor empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std
 Tensor large_empty(const Tensor& t, Shape sizes, std::optional<ScalarType> dtype = std::nullopt);
 
 // For what a training step frees and the next one needs again, activations saved for backward and gradients
-// of weights: large ones that are freed are kept, up to 256 MiB in the process, beyond 64 MiB marked so that
-// the system may take them back. Fresh memory cost 4 % of a step where it is cheap, and a third where a
-// hypervisor had taken it meanwhile.
+// of weights: large ones that are freed are kept (kernels/memory.h). Fresh memory cost 4 % of a step where it
+// is cheap, and a third where a hypervisor had taken it meanwhile.
 Tensor kept_empty(const Tensor& t, Shape sizes);
 
 // A size-0 tensor where an output is not wanted: the arity of an op never changes.
-Tensor none_like(const Tensor& t, ScalarType dtype);
+Tensor none_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt);
+
+// Registers a kernel for both schemas of a forward op (library.cpp).
+template <class Box>
+void impl_forward(torch::stable::detail::StableLibrary& m, const std::string& name, Box box) {
+  m.impl(name.c_str(), box);
+  m.impl((name + ".exported").c_str(), box);
+}
 
 }  // namespace seqkernels::ops

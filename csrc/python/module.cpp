@@ -43,7 +43,7 @@ double fma_peak(const std::string& dtype, int threads) {
     throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
   const sk::DType type = dtype_of(dtype);
   py::gil_scoped_release release;
-  const auto run = [type](int64_t n) { return sk::kernels().fma_peak(type, n); };
+  const auto run = [type](int64_t n) { return sk::kernels(type).fma_peak(type, n); };
   const auto seconds = [](auto begin) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
@@ -65,7 +65,7 @@ double fma_peak(const std::string& dtype, int threads) {
 template <class T>
 py::array_t<T> activation(int f, sk::DType dtype, const py::array_t<T, py::array::c_style>& x) {
   py::array_t<T> y(x.size());
-  sk::kernels().activation(f, dtype, x.data(), y.mutable_data(), x.size());
+  sk::kernels(dtype).activation(f, dtype, x.data(), y.mutable_data(), x.size());
   return y;
 }
 
@@ -84,8 +84,7 @@ class Call {
         per > 5 || (projected && gates != 4) || weights[0].ndim() != 2 || x.ndim() != (batch_sizes ? 2 : 3))
       throw std::invalid_argument(
           "expected x [T, B, I] or with batch_sizes [tokens, I], h0 [D, B, P], and for each of D directions "
-          "w_ih, "
-          "w_hh (, b_ih, b_hh) (, w_hr of an LSTM)");
+          "w_ih, w_hh (, b_ih, b_hh) (, w_hr of an LSTM)");
     type = x.dtype();
     p.dtype = py::isinstance<py::array_t<double>>(x) ? sk::DType::f64 : sk::DType::f32;
     if (p.dtype == sk::DType::f32 && !py::isinstance<py::array_t<float>>(x))
@@ -163,11 +162,11 @@ class Call {
   // What the cells have in common.
   void outputs(sk::LayerFwdParams& fwd, bool has_gates) {
     fwd.y = out("y", per_token(p.P)), fwd.hn = out("hn", state());
-    if (has_gates && argument("save_gates", true)) fwd.gates = out("gates", per_token(4 * p.H));
+    if (has_gates && argument("save_gates", true)) fwd.gates = out("gates", per_token(sk::kSavedGates * p.H));
   }
   void gradients(sk::LayerBwdParams& bwd, bool has_gates) {
     bwd.y = in("y", per_token(p.P));
-    if (has_gates) bwd.gates = in_or_null("gates", per_token(4 * p.H));
+    if (has_gates) bwd.gates = in_or_null("gates", per_token(sk::kSavedGates * p.H));
     bwd.dy = in_or_null("dy", per_token(p.P)), bwd.dhn = in_or_null("dhn", state());
     Shape x = tokens;
     x.push_back(p.I);

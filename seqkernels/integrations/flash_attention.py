@@ -24,7 +24,10 @@ from seqkernels.reference.attention import NO_LIMIT, random_state
 
 
 def register(name: str = "seqkernels") -> None:
-    """Make `torch.nn.attention.activate_flash_attention_impl(name)` known. Raises RuntimeError without it."""
+    """Make `torch.nn.attention.activate_flash_attention_impl(name)` known.
+
+    Raises RuntimeError where this torch has no such registry.
+    """
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         raise RuntimeError(
             f"torch {torch.__version__} has no registry of flash attention; seqkernels.patch() or "

@@ -27,13 +27,11 @@ def register() -> None:
 
 
 def _by_name(operator, formula: Callable[[SimpleNamespace], int]) -> Callable[..., int]:
-    """The formula takes what the operator was given as attributes, None where it was not given."""
+    """The formula takes what the operator was given as attributes."""
     names = [argument.name for argument in operator.default._schema.arguments]
 
     def count(*args, out_val=None, **kwargs) -> int:
-        return formula(
-            SimpleNamespace(**dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs)
-        )
+        return formula(SimpleNamespace(**dict(zip(names, args, strict=False)) | kwargs))
 
     return count
 
@@ -54,7 +52,7 @@ def _layer_fwd(a: SimpleNamespace) -> int:
 def _layer_bwd(a: SimpleNamespace) -> int:
     """Each weight times gradients of gates, and these times what the weight was multiplied with."""
     per_direction = len(a.weights) // (2 if a.bidirectional else 1)
-    left_out = _elements(a.weights[::per_direction]) if a.need_dx is False else 0
+    left_out = 0 if a.need_dx else _elements(a.weights[::per_direction])
     return 2 * _tokens(a.x) * (2 * _elements(a.weights) - left_out)
 
 

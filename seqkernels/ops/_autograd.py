@@ -108,7 +108,7 @@ _versions: MutableMapping[Tensor, tuple[ref, int]] = WeakIdKeyDictionary()
 
 
 def _cached(dtype: torch.dtype, w: Tensor | None) -> Tensor | None:
-    """Out of the graph of an empty product: torch hands its copies to its own operators only."""
+    """An empty torch.mm casts the weight and saves the copy: torch's cache has no other door."""
     plain = type(w) in (Tensor, torch.nn.Parameter) and w.dim() == 2 and w.dtype == torch.float32
     kept = plain and w.is_leaf and w.requires_grad  # by torch too
     if kept and not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -267,6 +267,17 @@ def check_devices(*tensors: Tensor | None, batch_sizes: Tensor | None = None) ->
 def gradient_of_x(x: Tensor, needed: bool) -> Tensor:
     """For fakes: what is not needed has size 0."""
     return x.new_empty(x.shape if needed else 0)
+
+
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """What a forward op gives for tensors without data, under both of its names (csrc/ops/library.cpp)."""
+
+    def register(function: Callable) -> Callable:
+        for overload in (name, f"{name}.exported"):
+            torch.library.register_fake(f"seqkernels::{overload}", function)
+        return function
+
+    return register
 
 
 @torch.library.register_fake("seqkernels::pack_weights")

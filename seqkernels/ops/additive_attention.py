@@ -79,8 +79,7 @@ _exported = ag.exported(
 )
 
 
-@torch.library.register_fake("seqkernels::additive_attention_fwd")
-@torch.library.register_fake("seqkernels::additive_attention_fwd.exported")
+@ag.fake("additive_attention_fwd")
 def _(q, k, v, w, mask, len_k, need_weights):
     ag.check_devices(q, k, v, w, mask, len_k)
     weights = (*q.shape[:2], k.size(1)) if need_weights else 0

@@ -227,8 +227,7 @@ _exported_weights = ag.exported(
 )
 
 
-@torch.library.register_fake("seqkernels::attention_fwd")
-@torch.library.register_fake("seqkernels::attention_fwd.exported")
+@ag.fake("attention_fwd")
 @torch.library.register_fake("seqkernels::paged_attention_fwd")
 def _(q, k, v, *args):
     _check_devices(q, k, v, *args)
@@ -244,8 +243,7 @@ def _(dout, dlse, q, k, v, out, lse, mask, cu_q, cu_k, len_k, alibi, sinks, *opt
     return *grads, dmask, _accumulated(q, 0 if sinks is None else sinks.shape)
 
 
-@torch.library.register_fake("seqkernels::attention_weights")
-@torch.library.register_fake("seqkernels::attention_weights.exported")
+@ag.fake("attention_weights")
 def _(q, k, lse, *options):
     _check_devices(q, k, lse, *options)
     B, Hq, Tq, _ = q.shape

@@ -125,8 +125,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
     return dx if need_dx else None, dh0, *dweights
 
 
-@torch.library.register_fake("seqkernels::gru_layer_fwd")
-@torch.library.register_fake("seqkernels::gru_layer_fwd.exported")
+@ag.fake("gru_layer_fwd")
 def _(x, h0, weights, batch_sizes, resets, panels, bidirectional, save_gates):
     ag.check_devices(x, h0, *weights, resets, panels, batch_sizes=batch_sizes)
     tokens, (D, _, H) = x.shape[:-1], h0.shape
@@ -135,13 +134,12 @@ def _(x, h0, weights, batch_sizes, resets, panels, bidirectional, save_gates):
 
 
 @torch.library.register_fake("seqkernels::gru_layer_bwd")
-def _(dy, dhn, x, h0, weights, y, gates, batch_sizes, resets, bidirectional, need_dx=True):
+def _(dy, dhn, x, h0, weights, y, gates, batch_sizes, resets, bidirectional, need_dx):
     ag.check_devices(dy, dhn, x, h0, *weights, y, gates, resets, batch_sizes=batch_sizes)
     return ag.gradient_of_x(x, need_dx), *ag.new_like(h0), ag.new_like(*weights)
 
 
-@torch.library.register_fake("seqkernels::gru_cell_fwd")
-@torch.library.register_fake("seqkernels::gru_cell_fwd.exported")
+@ag.fake("gru_cell_fwd")
 def _(x, h, w_ih, w_hh, b_ih, b_hh, save):
     ag.check_devices(x, h, w_ih, w_hh, b_ih, b_hh)
     return *ag.new_like(h), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

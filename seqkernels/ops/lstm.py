@@ -142,8 +142,7 @@ def _gradients(ctx, grads, inputs, saved, bidirectional=False):
     return dx if need_dx else None, dh0, dc0, *dweights
 
 
-@torch.library.register_fake("seqkernels::lstm_layer_fwd")
-@torch.library.register_fake("seqkernels::lstm_layer_fwd.exported")
+@ag.fake("lstm_layer_fwd")
 def _(x, h0, c0, weights, batch_sizes, resets, panels, bidirectional, save_cells, save_gates):
     ag.check_devices(x, h0, c0, *weights, resets, panels, batch_sizes=batch_sizes)
     tokens, D, H = x.shape[:-1], h0.size(0), c0.size(2)
@@ -169,15 +168,14 @@ def _(
     batch_sizes,
     resets,
     bidirectional,
-    need_dx=True,
+    need_dx,
 ):
     given = dy, dhn, dcn, dcells, x, h0, c0, *weights, y, cells, gates, resets
     ag.check_devices(*given, batch_sizes=batch_sizes)
     return ag.gradient_of_x(x, need_dx), *ag.new_like(h0, c0), ag.new_like(*weights)
 
 
-@torch.library.register_fake("seqkernels::lstm_cell_fwd")
-@torch.library.register_fake("seqkernels::lstm_cell_fwd.exported")
+@ag.fake("lstm_cell_fwd")
 def _(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     ag.check_devices(x, h, c, w_ih, w_hh, b_ih, b_hh)
     return *ag.new_like(h, c), x.new_empty((x.size(0), 4 * h.size(1)) if save else 0)

@@ -137,21 +137,19 @@ def _gradients(ctx, grads, inputs, saved, relu, bidirectional=False):
     return dx if need_dx else None, dh0, *dweights
 
 
-@torch.library.register_fake("seqkernels::rnn_layer_fwd")
-@torch.library.register_fake("seqkernels::rnn_layer_fwd.exported")
+@ag.fake("rnn_layer_fwd")
 def _(x, h0, weights, batch_sizes, resets, panels, bidirectional, relu):
     ag.check_devices(x, h0, *weights, resets, panels, batch_sizes=batch_sizes)
     return x.new_empty(*x.shape[:-1], h0.size(0) * h0.size(2)), *ag.new_like(h0)
 
 
 @torch.library.register_fake("seqkernels::rnn_layer_bwd")
-def _(dy, dhn, x, h0, weights, y, batch_sizes, resets, bidirectional, relu, need_dx=True):
+def _(dy, dhn, x, h0, weights, y, batch_sizes, resets, bidirectional, relu, need_dx):
     ag.check_devices(dy, dhn, x, h0, *weights, y, resets, batch_sizes=batch_sizes)
     return ag.gradient_of_x(x, need_dx), *ag.new_like(h0), ag.new_like(*weights)
 
 
-@torch.library.register_fake("seqkernels::rnn_cell_fwd")
-@torch.library.register_fake("seqkernels::rnn_cell_fwd.exported")
+@ag.fake("rnn_cell_fwd")
 def _(x, h, w_ih, w_hh, b_ih, b_hh, relu):
     ag.check_devices(x, h, w_ih, w_hh, b_ih, b_hh)
     return x.new_empty(h.shape)

@@ -24,12 +24,7 @@ def register() -> None:
     """The kernels become the CUDA implementation of the ops, whose schemas must exist. Once is enough."""
     if _library:
         return
-    library = torch.library.Library("seqkernels", "FRAGMENT")
-    library.define(  # here and not in csrc: CPU tensors have no such op
-        "paged_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor len_k, Tensor? alibi, "
-        "Tensor? sinks, float scale, float softcap, int left, int right, bool bottom_right) "
-        "-> (Tensor, Tensor)"
-    )
+    library = torch.library.Library("seqkernels", "IMPL")
     for module, names in (("launch", OPS), ("launch_additive", ADDITIVE_OPS)):
         for name in names:
             overloads = (name, f"{name}.exported") if name in EXPORTED else (name,)

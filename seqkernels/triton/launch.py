@@ -260,8 +260,10 @@ def prepare(
         mask_strides = (*(s // mask_align for s in mask.stride()[:3]), mask.stride(3))
     cu_q, cu_k, len_k, rng = (x if x is None else x.contiguous() for x in (cu_q, cu_k, len_k, rng))
     alibi, sinks = (x if x is None else x.to(torch.float32).contiguous() for x in (alibi, sinks))
+    if not 0 <= dropout <= 1:
+        raise RuntimeError(f"attention on GPUs: expected a dropout between 0 and 1, got {dropout}")
     if dropout > 0 and rng is None:
-        raise ValueError("dropout > 0 needs rng: an int64 tensor (seed, offset)")
+        raise RuntimeError("attention on GPUs: expected rng, an int64 tensor (seed, offset), with dropout")
 
     f = Features(
         D=D,

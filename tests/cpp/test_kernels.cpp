@@ -315,7 +315,7 @@ void fill(LayerParams& p, const Case& c, const Buffers& in, const Parallel& para
 Buffer pack(const Case& c, const Buffers& in) {
   LayerParams p;
   fill(p, c, in, Parallel{});
-  const KernelTable& k = kernels();
+  const KernelTable& k = kernels(c.dtype);
   const auto packer = c.lstm() ? k.lstm_pack : c.cell == kGru ? k.gru_pack : k.rnn_pack;
   Buffer panels(DType::bf16, packer(p, nullptr) / 2);
   packer(p, panels.data());

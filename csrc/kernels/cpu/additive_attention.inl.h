@@ -75,8 +75,7 @@ constexpr double kTanhCost = 8;
 
 template <class T>
 struct Operands {  // rows of queries and of keys, padded with zeros to whole vectors
-  const T *q, *k;
-  int64_t ldq, ldk;
+  Rows<T> q, k;
 };
 
 // S [nq, nk] = sum over D of w tanh(q + k). Columns up to the next whole vector are written too, and mean
@@ -89,13 +88,13 @@ static void scores(const Tanh& tanh_of_pair, const Operands<T>& x, int64_t nq, i
     constexpr int columns = W / rows;
     for (int64_t c0 = 0; c0 < nk; c0 += columns) {
       const T *q[rows], *k[columns];
-      SEQ_UNROLL for (int r = 0; r < rows; r++) q[r] = x.q + (r0 + r) * x.ldq;
-      SEQ_UNROLL for (int c = 0; c < columns; c++) k[c] = x.k + min_of(c0 + c, nk - 1) * x.ldk;
+      SEQ_UNROLL for (int r = 0; r < rows; r++) q[r] = x.q.data + (r0 + r) * x.q.ld;
+      SEQ_UNROLL for (int c = 0; c < columns; c++) k[c] = x.k.data + min_of(c0 + c, nk - 1) * x.k.ld;
       Vec<T> acc[W] = {};
       _Pragma("GCC unroll 1") for (int64_t h = 0; h < D; h += W) {
         const Vec<T> by = load(w + h);
         if (rows == 1)
-          SEQ_UNROLL for (int c = 0; c < columns; c++) __builtin_prefetch(k[c] + h + columns * x.ldk);
+          SEQ_UNROLL for (int c = 0; c < columns; c++) __builtin_prefetch(k[c] + h + columns * x.k.ld);
         SEQ_UNROLL for (int r = 0; r < rows; r++) SEQ_UNROLL for (int c = 0; c < columns; c++)
             acc[r * columns + c] += by * tanh_of_pair(q[r] + h, k[c] + h);
       }
@@ -114,7 +113,7 @@ static void score_gradients(const Tanh& tanh_of_pair, const Operands<T>& x, int6
                             int64_t width, const T* dS, int64_t ld, T* dq, T* dk, T* dw) {
   constexpr int W = kLanes<T>;
   by_rows<T>(nq, [&]<int rows>(int64_t r) {
-    const T *q = x.q + r * x.ldq, *ds = dS + r * ld;
+    const T *q = x.q.data + r * x.q.ld, *ds = dS + r * ld;
     T* to_q = dq + r * width;
     for (int64_t h = 0; h < width; h += W) {
       Vec<T> of_q[rows], of_w{};
@@ -122,7 +121,7 @@ static void score_gradients(const Tanh& tanh_of_pair, const Operands<T>& x, int6
       _Pragma("GCC unroll 1") for (int64_t c = 0; c < nk; c++) {
         Vec<T> of_k{};
         SEQ_UNROLL for (int i = 0; i < rows; i++) {
-          const Vec<T> t = tanh_of_pair(q + i * x.ldq + h, x.k + c * x.ldk + h);
+          const Vec<T> t = tanh_of_pair(q + i * x.q.ld + h, x.k.data + c * x.k.ld + h);
           const T by = ds[i * ld + c];
           const Vec<T> g = by * (T(1) - t * t);
           of_q[i] += g, of_k += g, of_w += by * t;
@@ -193,12 +192,12 @@ struct Additive {
 
     Tile(const Additive& additive, const Buffers& buffers, int64_t seq, int64_t tile)
         : f(additive), m(buffers), span(f.p, seq), b(seq), i(tile * f.rows), n(min_of(f.rows, f.p.Tq - i)) {
-      of.q = as_operand<T>(row_of<S>(f.p.q, b, 0, i), f.p.q.t, n, f.p.D, m.q_copy, f.ld, true, of.ldq);
-      if constexpr (kFast) within = n >= kFew && all_exponentials(of.q, of.ldq, n, m.q_exp, f.rows);
+      of.q = as_operand<T>(row_of<S>(f.p.q, b, 0, i), f.p.q.t, n, f.p.D, m.q_copy, f.ld);
+      if constexpr (kFast) within = n >= kFew && all_exponentials(of.q, n, m.q_exp, f.rows);
     }
-    bool all_exponentials(const T* x, int64_t ldx, int64_t count, T* out, int64_t most_rows) const {
+    bool all_exponentials(const Rows<T>& x, int64_t count, T* out, int64_t most_rows) const {
       for (int64_t r = 0; r < count; r++)
-        if (!exponentials(x + r * ldx, f.ld, out + r * f.ld, most_rows * f.ld)) return false;
+        if (!exponentials(x.data + r * x.ld, f.ld, out + r * f.ld, most_rows * f.ld)) return false;
       return true;
     }
 
@@ -207,10 +206,11 @@ struct Additive {
     void each_block(int64_t begin, int64_t end, const Fn& fn) {
       for (int64_t j = begin; j < end; j += kKeys) {
         const int64_t nk = min_of(kKeys, end - j);
-        of.k = as_operand<T>(row_of<S>(f.p.k, b, 0, j), f.p.k.t, nk, f.p.D, m.k_copy, f.ld, true, of.ldk);
+        of.k = as_operand<T>(row_of<S>(f.p.k, b, 0, j), f.p.k.t, nk, f.p.D, m.k_copy, f.ld);
         if constexpr (kFast)
-          if (within && all_exponentials(of.k, of.ldk, nk, m.k_exp, kKeys)) {
-            fn(ByExponentials{f.rows * f.ld, kKeys * f.ld}, Operands<T>{m.q_exp, m.k_exp, f.ld, f.ld}, j, nk);
+          if (within && all_exponentials(of.k, nk, m.k_exp, kKeys)) {
+            fn(ByExponentials{f.rows * f.ld, kKeys * f.ld}, Operands<T>{{m.q_exp, f.ld}, {m.k_exp, f.ld}}, j,
+               nk);
             continue;
           }
         fn(ByTanh<T>{}, of, j, nk);
@@ -290,9 +290,8 @@ struct AdditiveFwd : Additive<S> {
     Start start = Start::zero;
     for (int64_t j = begin; j < end; j += kKeys, start = Start::c) {
       const int64_t nk = min_of(kKeys, end - j);
-      int64_t step;
-      const T* v = as_operand<T>(values + (j - begin) * p.v.t, p.v.t, nk, p.Dv, m.v_copy, ldv, true, step);
-      product<T, false>(tile.n, ldv, nk, x[at] + j - begin, ldx(), v, step, out[at], ldv, start);
+      const Rows<T> v = as_operand<T>(values + (j - begin) * p.v.t, p.v.t, nk, p.Dv, m.v_copy, ldv);
+      product<T, false>(tile.n, ldv, nk, x[at] + j - begin, ldx(), v.data, v.ld, out[at], ldv, start);
     }
   }
 
@@ -396,16 +395,15 @@ struct AdditiveBwd : Additive<S> {
     Tile t(*this, m, b, index);
     const int64_t keys = t.span.Tk;
     t.softmax(0, keys, m.P, lds, m.max, m.sum);
-    int64_t ldo;
-    const T* dO = as_operand<T>(row_of<S>(p.dout, b, 0, t.i), p.dout.t, t.n, p.Dv, m.dO, ldv, true, ldo);
+    const Rows<T> dO = as_operand<T>(row_of<S>(p.dout, b, 0, t.i), p.dout.t, t.n, p.Dv, m.dO, ldv);
     for (int64_t j = 0; j < keys; j += kKeys) {
       const int64_t nk = min_of(kKeys, keys - j), N = round_up(nk, W);
       pack_transposed(row_of<S>(p.v, b, 0, j), p.v.t, nk, p.Dv, m.VT, kKeys, N);
-      product<T, false>(t.n, N, p.Dv, dO, ldo, m.VT, kKeys, m.dS + j, lds, Start::zero);
+      product<T, false>(t.n, N, p.Dv, dO.data, dO.ld, m.VT, kKeys, m.dS + j, lds, Start::zero);
     }
     for (int64_t r = 0; r < t.n; r++)
       gradients_of_row((b * p.Tq + t.i + r) * p.Tk, keys, m.sum[r], m.P + r * lds, m.dS + r * lds);
-    product<T, true>(keys, ldv, t.n, m.P, lds, dO, ldo, dv_sums, ldv, Start::c);
+    product<T, true>(keys, ldv, t.n, m.P, lds, dO.data, dO.ld, dv_sums, ldv, Start::c);
     clear(m.dq, t.n * ld), clear(m.tile_dw, ld);
     t.each_block(0, keys, [&](const auto& pair, const auto& of, int64_t j, int64_t nk) {
       clear(m.dk, nk * ld);

@@ -424,20 +424,20 @@ static T softmax_row(const KeyBlock<S>& block, int64_t h, int64_t i, T* xs, T& m
 // Rows
 // -------------------------------------------------------------------------------------------------------
 
-// Rows as products read them: where they lie if they have the arithmetic type (and need no padding),
-// otherwise converted into `copy`, `width` wide.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t ld;
+};
+// Rows as products read them: where they lie if they have the arithmetic type and the width, otherwise
+// converted into `copy`, `width` wide.
 template <class T, class S>
-SEQ_INLINE const T* as_operand(const S* rows, int64_t stride, int64_t n, int64_t features, T* copy,
-                               int64_t width, bool padded, int64_t& ld) {
-  if constexpr (std::is_same_v<S, T>) {
-    if (!padded || features == width) {
-      ld = stride;
-      return rows;
-    }
-  }
+SEQ_INLINE Rows<T> as_operand(const S* rows, int64_t stride, int64_t n, int64_t features, T* copy,
+                              int64_t width) {
+  if constexpr (std::is_same_v<S, T>)
+    if (features == width) return {rows, stride};
   for (int64_t i = 0; i < n; i++) copy_row(rows + i * stride, features, copy + i * width, width);
-  ld = width;
-  return copy;
+  return {copy, width};
 }
 
 // Columns of x [features, ld] as rows, times factor[column]: column j goes to row_at(j).

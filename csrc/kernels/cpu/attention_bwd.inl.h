@@ -296,11 +296,7 @@ struct AttentionBwd {
     }
     // Products of queries [i, i + n) of head g with these keys to m.P. Returns the queries as products read
     // them.
-    struct Rows {
-      const O* data;
-      int64_t ld;
-    };
-    Rows scores(const KeyBlock<S>& keys, int64_t hk, int64_t g, int64_t i, int64_t n) {
+    Rows<O> scores(const KeyBlock<S>& keys, int64_t hk, int64_t g, int64_t i, int64_t n) {
 #if defined(__AVX512BF16__)
       if constexpr (kPacked) {
         const O* q = m.Q + (g * f.max_q + i) * f.ldk;
@@ -311,10 +307,9 @@ struct AttentionBwd {
 #endif
       if constexpr (!kPacked) {
         const S* rows = row_of<S>(p.q, keys.span.batch, hk * f.group + g, keys.span.q0 + i);
-        int64_t ldq;
-        const T* q = as_operand<T>(rows, p.q.t, n, p.D, m.Q, p.D, false, ldq);
-        product<T, false>(n, keys.N, p.D, q, ldq, m.KT, kK, m.P, kK, Start::zero);
-        return {q, ldq};
+        const Rows<T> q = as_operand<T>(rows, p.q.t, n, p.D, m.Q, p.D);
+        product<T, false>(n, keys.N, p.D, q.data, q.ld, m.KT, kK, m.P, kK, Start::zero);
+        return q;
       }
     }
 
@@ -326,16 +321,15 @@ struct AttentionBwd {
               *v = row_of<S>(p.v, span.batch, hk, span.k0 + keys.j);
       pack_keys(keys, hk);
       pack_transposed(v, p.v.t, nk, p.Dv, m.VT, kK, N);
-      int64_t ldk, ldo;
-      const T* rows = as_operand<T>(k, p.k.t, nk, p.D, m.K, f.ldk, true, ldk);
+      const Rows<T> rows = as_operand<T>(k, p.k.t, nk, p.D, m.K, f.ldk);
       Start start = Start::zero;
       for (int64_t g = 0; g < f.group; g++)
         for (int64_t i = keys.first_query(); i < keys.end_query(); i += kQ) {
           const int64_t h = hk * f.group + g, n = min_of(kQ, keys.end_query() - i), row = g * f.max_q + i;
-          const Rows q = scores(keys, hk, g, i, n);
-          const T* d = as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO,
-                                     p.Dv, false, ldo);
-          product<T, false>(n, N, p.Dv, d, ldo, m.VT, kK, m.dS, kK, Start::zero);
+          const Rows<T> q = scores(keys, hk, g, i, n);
+          const Rows<T> d =
+              as_operand<T>(row_of<S>(p.dout, span.batch, h, span.q0 + i), p.dout.t, n, p.Dv, m.dO, p.Dv);
+          product<T, false>(n, N, p.Dv, d.data, d.ld, m.VT, kK, m.dS, kK, Start::zero);
           const bool limits = !keys.seen_by_all(i, n);
           for (int64_t r = 0; r < n; r++) {
             const uint64_t kept = keys.kept(f.philox, h, i + r);
@@ -345,9 +339,9 @@ struct AttentionBwd {
               store(m.dS + r * kK + l, x.dS);
             }
           }
-          product<T, true>(p.Dv, N, n, d, ldo, m.P, kK, m.dVT, kK, start);
+          product<T, true>(p.Dv, N, n, d.data, d.ld, m.P, kK, m.dVT, kK, start);
           product<T, true>(p.D, N, n, q.data, q.ld, m.dS, kK, m.dKT, kK, start);
-          product<T, false>(n, f.ldk, nk, m.dS, kK, rows, ldk, dq(g, i), dq.row, Start::c);
+          product<T, false>(n, f.ldk, nk, m.dS, kK, rows.data, rows.ld, dq(g, i), dq.row, Start::c);
           start = Start::c;
         }
       return start == Start::c;
@@ -500,12 +494,11 @@ struct AttentionWeights {
     const Span span(p, b);
     const int64_t j0 = span.first_key(i) / kK * kK, j1 = max_of(j0, span.end_key(i + n - 1));
     __builtin_memset(static_cast<void*>(m.P), 0, sizeof(T) * n * width);
-    int64_t ldq;
-    const T* q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D, false, ldq);
+    const Rows<T> q = as_operand<T>(row_of<S>(p.q, b, h, i), p.q.t, n, p.D, m.Q, p.D);
     for (int64_t j = j0; j < j1; j += kK) {
       const int64_t nk = min_of(kK, j1 - j), N = round_up(nk, W);
       pack_transposed(row_of<S>(p.k, b, h / (p.Hq / p.Hk), j), p.k.t, nk, p.D, m.KT, kK, N);
-      product<T, false>(n, N, p.D, q, ldq, m.KT, kK, m.P + j, width, Start::zero);
+      product<T, false>(n, N, p.D, q.data, q.ld, m.KT, kK, m.P + j, width, Start::zero);
     }
     const KeyBlock<S> seen(p, rule, span, b, j0, j1);
     for (int64_t r = 0; r < n && j0 < j1; r++) {

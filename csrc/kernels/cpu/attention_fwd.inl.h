@@ -172,9 +172,11 @@ struct AttentionFwd {
     const AttentionFwdParams& p;
     O* const QT;
     T *const OT, *const ST, *const rows;
-    // Of each lane: maximum, its integer, sum of the weights, the same of weights as products read them,
-    // rescaling, alibi, position, mask row.
-    T max[kQ], reference[kQ], sum[kQ], rounded[kQ], alpha[kQ], slope[kQ], position[kQ];
+    // Of each lane:
+    T max[kQ], reference[kQ];   // of its scores so far; the integer near it that exp2 starts from
+    T sum[kQ], rounded[kQ];     // of its weights; of them as the product with V reads them, which divides O
+    T alpha[kQ];                // what O so far is multiplied with, after a new maximum
+    T slope[kQ], position[kQ];  // ALiBi
     int64_t query[kQ], mask_row[kQ], row[kQ];  // row: sequence and head, as dropout counts them
     Word<T> seen[kK / 32][kUnit];  // of each lane: bits of the keys that a boolean mask shows, 32 at a time
     // Of this task: keys [j0, j1) are seen by some query, [full0, full1) by all.
@@ -223,17 +225,17 @@ struct AttentionFwd {
     void blocks(const Span& span, int64_t hk) {
       const S *k = row_of<S>(p.k, span.batch, hk, span.k0), *v = row_of<S>(p.v, span.batch, hk, span.k0);
       const int64_t N = round_up(lanes, W);
-      for (int64_t j = j0, nk, ld; j < j1; j += nk) {
+      for (int64_t j = j0, nk; j < j1; j += nk) {
         nk = block_end(j) - j;
         const Mask mask = look_at_mask(0, N, j, nk);
         if (mask == Mask::hides_all) continue;
-        const T* a = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D, false, ld);
-        product<T, false>(nk, N, p.D, a, ld, QT, kQ, ST, kQ, Start::zero);
+        const Rows<T> K = as_operand<T>(k + j * p.k.t, p.k.t, nk, p.D, rows, p.D);
+        product<T, false>(nk, N, p.D, K.data, K.ld, QT, kQ, ST, kQ, Start::zero);
         adjust(span, mask, ST, 0, N, j, nk);
         const bool grew = softmax(ST, 0, N, nk, [] {});
         if (p.dropout) drop(ST, 0, N, j, nk);
-        a = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv, false, ld);
-        product<T, true>(p.Dv, N, nk, a, ld, ST, kQ, OT, kQ,
+        const Rows<T> V = as_operand<T>(v + j * p.v.t, p.v.t, nk, p.Dv, rows, p.Dv);
+        product<T, true>(p.Dv, N, nk, V.data, V.ld, ST, kQ, OT, kQ,
                          !started ? Start::zero
                          : grew   ? Start::scaled
                                   : Start::c,

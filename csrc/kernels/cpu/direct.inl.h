@@ -160,3 +160,33 @@ template <class T, class... Terms>
 static void direct_products(int64_t M, int64_t n, T* c, int64_t ldc, const Terms&... terms) {
   by_rows<T>(M, [&]<int rows>(int64_t m) { direct_rows<rows>(m, n, c, ldc, terms...); });
 }
+
+// C = x W_ih^T + h W_hh^T + biases of all gates, `gate` columns apart, for rows of x and h and units
+// [u, u + units); Q keeps the split gate's W_hh h + b_hh.
+template <class Cell, class S, class H>
+static void direct_gates(const LayerParams& p, int d, int64_t u, int64_t units, int64_t rows, const S* x,
+                         const H* h, int64_t ldh, Acc<S>* C, int64_t ldc, int64_t gate, Acc<S>* Q) {
+  using T = Acc<S>;
+  const Weights<const void*>& w = p.w[d];
+  const S *w_ih = static_cast<const S*>(w.w_ih), *w_hh = static_cast<const S*>(w.w_hh);
+  for (int g = 0; g < Cell::kGates; g++) {
+    const int64_t row = g * p.H + u;
+    const Term<S, S> input{w_ih + row * p.I, p.I, x, p.x_b, p.I};
+    const Term<S, H> state{w_hh + row * p.P, p.P, h, ldh, p.P};
+    const auto add = [&](T* to, int64_t ld, const void* b) {
+      for (int64_t i = 0; b && i < units; i += kLanes<T>) {
+        const Vec<T> bias = load(static_cast<const S*>(b) + row + i, units - i);
+        for (int64_t r = 0; r < rows; r++) store(to + r * ld + i, load(to + r * ld + i) + bias);
+      }
+    };
+    T* c = C + g * gate;
+    if (g == Cell::kSplitGate) {
+      direct_products(rows, units, c, ldc, input);
+      direct_products(rows, units, Q, NR<T>, state);
+      add(c, ldc, w.b_ih), add(Q, NR<T>, w.b_hh);
+    } else {
+      direct_products(rows, units, c, ldc, input, state);
+      add(c, ldc, w.b_ih), add(c, ldc, w.b_hh);
+    }
+  }
+}

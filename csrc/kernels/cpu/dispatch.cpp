@@ -1,6 +1,7 @@
 // Which instruction sets this processor and its system support, and which one is chosen.
 #include "kernels/cpu/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -158,6 +159,9 @@ Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 void force_isa(const char* name) { active().store(parse_isa(name, "force_isa"), std::memory_order_relaxed); }
 
-const KernelTable& kernels() { return table(active_isa()); }
+const KernelTable& kernels(DType dtype) {
+  const Isa isa = active_isa();
+  return table(dtype == DType::bf16 ? isa : std::min(isa, Isa::avx512));  // what comes after adds bf16 alone
+}
 
 }  // namespace seqkernels

@@ -2,6 +2,8 @@
 // SEQKERNELS_CPU_ISA names. One binary runs everywhere; the choice is made when the program runs.
 #pragma once
 
+#include "../types.h"
+
 namespace seqkernels {
 
 struct KernelTable;  // table.h
@@ -25,7 +27,7 @@ Isa active_isa();
 // Throws std::invalid_argument as above.
 void force_isa(const char* name);
 
-// The kernels of the active instruction set.
-const KernelTable& kernels();
+// The kernels of the active instruction set for this storage type.
+const KernelTable& kernels(DType dtype);
 
 }  // namespace seqkernels

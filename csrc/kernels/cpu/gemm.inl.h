@@ -72,11 +72,12 @@ SEQ_INLINE void multiply_add(Vec<float>& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// `first`: the first tile that reads a panel brings it to L1 for the others. `several`: each brings the rows
-// of the next: projections 8 % faster, layers 1 to 3 %. Only with AVX-512: narrower vectors have half as much
-// work for each instruction of it (AVX2 on Zen 4: 1 to 3 % slower, beside a neighbour on the core 35 %).
+// `first`: the first tile of rows brings the panel to L1 for those that follow. `fetch_rows`: each brings the
+// rows of A of the next: projections 8 % faster, layers 1 to 3 %. Only with AVX-512: narrower vectors have
+// half as much work for each instruction of it (AVX2 on Zen 4: 1 to 3 % slower, beside a neighbour on the
+// core 35 %).
 constexpr bool kFetchRows = SEQKERNELS_VEC_BYTES == 64;
-template <class D, int rows, int NV, bool first, bool several>
+template <class D, int rows, int NV, bool first, bool fetch_rows>
 static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]] const D* next_rows,
                  const D* __restrict b, int64_t ldb, const D* next, const Acc<D>* init, int64_t ldi,
                  Acc<D>* c, int64_t ldc) {
@@ -92,7 +93,7 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]]
   [[maybe_unused]] const D* row_ahead = next_rows;
   [[maybe_unused]] int row = 0;
   auto step = [&](int u) __attribute__((always_inline)) {
-    if constexpr (several) {  // a line of one row with each step
+    if constexpr (fetch_rows) {  // a line of one row with each step
       if (row < rows) __builtin_prefetch(row_ahead), row_ahead += lda;
       if (++row == kLine<D> / pair) row = 0, row_ahead = next_rows += kLine<D>;
     }
@@ -131,14 +132,14 @@ static void tile(int64_t K, const D* __restrict a, int64_t lda, [[maybe_unused]]
 }
 
 template <class D, int... r>
-SEQ_INLINE TileFn<D> tile_of(int vectors, int rows, bool first, bool several,
+SEQ_INLINE TileFn<D> tile_of(int vectors, int rows, bool first, bool fetch_rows,
                              std::integer_sequence<int, r...>) {
   static constexpr TileFn<D> narrow[] = {tile<D, r + 1, 1, false, false>...};
   static constexpr TileFn<D> wide[][sizeof...(r)] = {{tile<D, r + 1, 2, false, false>...},
                                                      {tile<D, r + 1, 2, true, false>...},
                                                      {tile<D, r + 1, 2, false, kFetchRows>...},
                                                      {tile<D, r + 1, 2, true, kFetchRows>...}};
-  return (vectors == 1 ? narrow : wide[2 * several + first])[rows - 1];
+  return (vectors == 1 ? narrow : wide[2 * fetch_rows + first])[rows - 1];
 }
 
 #if defined(__AMX_BF16__)
@@ -240,7 +241,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
   const int64_t kc = KC * kPair<D> * sets_of(M), tiles = divide_up(M, MR), share = M / max_of(1, tiles),
                 larger = M - share * tiles;
   // Not for two tiles, whose rows stay in L1, nor for more blocks of K: there it cost 1 to 3 %.
-  const bool several = kFetchRows && tiles > 2 && K <= kc;
+  const bool fetch_rows = kFetchRows && tiles > 2 && K <= kc;
   int64_t k0 = 0;
   do {
     const int64_t k = min_of(kc, K - k0);
@@ -249,7 +250,7 @@ static void gemm_panel(int64_t M, int64_t width, int64_t K, const D* a, int64_t 
       rows = share + (i < larger);
       const D* next_rows = a + (i + 1 < tiles ? (m + rows) * lda : 0);
       const Acc<D>* from = k0 ? c + m * ldc : init ? init + m * ldi : nullptr;
-      tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), i == 0, several,
+      tile_of<D>(int(width / kLanes<Acc<D>>), int(rows), i == 0, fetch_rows,
                  std::make_integer_sequence<int, MR>{})(k, a + m * lda + k0, lda, next_rows, b + k0 * ldb,
                                                         ldb, then, from, k0 ? ldc : ldi, c + m * ldc, ldc);
     }

@@ -74,9 +74,13 @@ static void activation(int f, const T* x, T* y, int64_t n) {
   }
 }
 
-// Calls fn.template operator()<S>() with the storage type of `dtype`.
+// Calls fn.template operator()<S>() with the storage type of `dtype`. Instruction sets that add bf16 have
+// kernels of no other type: those are AVX-512's (dispatch.cpp).
 template <class Fn>
-static auto with_storage(DType dtype, const Fn& fn) {
+static auto with_storage([[maybe_unused]] DType dtype, const Fn& fn) {
+#if defined(__AVX512BF16__)
+  return fn.template operator()<bf16>();
+#else
   switch (dtype) {
     case DType::f64:
       return fn.template operator()<double>();
@@ -87,6 +91,7 @@ static auto with_storage(DType dtype, const Fn& fn) {
     default:
       return fn.template operator()<float>();
   }
+#endif
 }
 
 template <class Cell>

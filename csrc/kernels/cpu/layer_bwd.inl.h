@@ -198,6 +198,7 @@ struct LayerBwd {
     const int d, rank, group;
     const bool owner;  // of rows; other threads only share the chunk's products
     const int row_group;
+    const RowRange own;
     const int64_t r0, r1;  // rows
     const int64_t n0, n1;  // gate rows of the sums that become the caller's
     const int64_t q0, q1;  // rows of dW_hr
@@ -220,8 +221,9 @@ struct LayerBwd {
           group(group_),
           owner(rank_ < plan.per_direction()),
           row_group(owner ? rank / plan.unit_groups : 0),
-          r0(owner ? row_group_of(seq, plan.row_groups, row_group).begin : 0),
-          r1(owner ? row_group_of(seq, plan.row_groups, row_group).end : 0),
+          own(owner ? row_group_of(seq, plan.row_groups, row_group) : RowRange{}),
+          r0(own.begin),
+          r1(own.end),
           n0(G * f.H * rank / group),
           n1(G * f.H * (rank + 1) / group),
           q0(f.P * rank / group),

@@ -158,6 +158,7 @@ struct LayerFwd {
     const Sequence& seq;
     const ForwardWeights<Cell, S>& weights;
     const int d, row_group;
+    const RowRange own;
     const int64_t r0, r1, R;  // rows
     const int64_t k0, k1;     // projection blocks
     Barrier* barrier;         // of the threads that share these rows
@@ -177,8 +178,9 @@ struct LayerFwd {
           weights(layer.weights),
           d(direction),
           row_group(rank / plan.unit_groups),
-          r0(row_group_of(seq, plan.row_groups, row_group).begin),
-          r1(row_group_of(seq, plan.row_groups, row_group).end),
+          own(row_group_of(seq, plan.row_groups, row_group)),
+          r0(own.begin),
+          r1(own.end),
           R(r1 - r0),
           k0(weights.proj.count() * (rank % plan.unit_groups) / plan.unit_groups),
           k1(weights.proj.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
@@ -339,7 +341,9 @@ struct LayerFwd {
     // Pre-activations and epilogue of one block of units.
     void unit_block(int64_t s, int64_t t, int64_t n, int64_t j, T* c_rows) {
       if (f.direct) {
-        direct_block(s, t, n, j);
+        const int64_t u = j * NR<T>;
+        direct_gates<Cell>(p, d, u, min_of(NR<T>, f.H - u), n, seq.template x<S>(t, r0),
+                           state(s) + r0 * f.ldh, f.ldh, C, ldc, gate, Q);
         return epilogue(s, t, n, j, C);
       }
       for (int g = 0; f.once && g < G; g++)
@@ -363,32 +367,6 @@ struct LayerFwd {
                      ldc, next);
       }
       epilogue(s, t, n, j, block);
-    }
-
-    // C = x W_ih^T + h W_hh^T + bias for one block of units, from the weights as torch keeps them; Q keeps
-    // the split gate's W_hh h + b_hh.
-    void direct_block(int64_t s, int64_t t, int64_t n, int64_t j) {
-      const S *w_ih = static_cast<const S*>(p.w[d].w_ih), *w_hh = static_cast<const S*>(p.w[d].w_hh);
-      const int64_t u = j * NR<T>, units = min_of(NR<T>, f.H - u);
-      for (int g = 0; g < G; g++) {
-        const int64_t row = g * f.H + u;
-        const Term<S, S> input{w_ih + row * f.I, f.I, seq.template x<S>(t, r0), p.x_b, f.I};
-        const Term<S, O> recurrent{w_hh + row * f.P, f.P, state(s) + r0 * f.ldh, f.ldh, f.P};
-        const auto add = [&](T* to, int64_t ld, const T* bias) {
-          for (int64_t i = 0; i < units; i += kLanes<T>)
-            for (int64_t b = 0; b < n; b++)
-              store(to + b * ld + i, load(to + b * ld + i) + load(bias + u + i));
-        };
-        T* c = C + g * gate;
-        if (g == Cell::kSplitGate) {
-          direct_products(n, units, c, ldc, input);
-          direct_products(n, units, Q, NR<T>, recurrent);
-          add(Q, NR<T>, weights.q_bias[d]);
-        } else {
-          direct_products(n, units, c, ldc, input, recurrent);
-        }
-        add(c, ldc, weights.bias[d] + g * weights.in.padded());
-      }
     }
 
     void epilogue(int64_t s, int64_t t, int64_t n, int64_t j, T* block) {

@@ -72,9 +72,9 @@ static double step_cycles(int64_t rows, int64_t units, int64_t I, int64_t K, int
          (barrier ? kBarrierCycles : 0);
 }
 
-// Threads that wait for each other at every step share units out anew where one core is slower: worth this in
-// forward, where shares are at least so many blocks. (In backward three quarters of the work come from a
-// queue.)
+// The cost of a plan that splits units, as a factor, where every thread has at least kFineBlocks of them:
+// then Shares moves blocks away from a core that is slower. In forward alone: three quarters of backward come
+// from a queue.
 constexpr double kBalanced = 0.97;
 constexpr int64_t kFineBlocks = 4;
 

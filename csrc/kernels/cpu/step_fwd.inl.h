@@ -44,7 +44,7 @@ struct StepFwd {
     alignas(64) O h_prev[kRows * NR<T>], h[kRows * NR<T>];
     const int64_t u = j * NR<T>, units = min_of(NR<T>, p.H - u);
     const S* h0 = static_cast<const S*>(p.h0) + d * p.B * p.H;
-    products(d, u, units, h0, C, Q);
+    direct_gates<Cell>(p, d, u, units, p.B, static_cast<const S*>(p.x), h0, p.H, C, G * NR<T>, NR<T>, Q);
     for (int64_t b = 0; b < p.B; b++) {
       copy_row(h0 + b * p.H + u, units, h_prev + b * NR<T>, NR<T>);
       if constexpr (Cell::kCellState)
@@ -72,32 +72,6 @@ struct StepFwd {
         if (p.hn) store(static_cast<S*>(p.hn) + to + i, load(new_h), units - i);
         if constexpr (Cell::kCellState)
           store(static_cast<S*>(p.cn) + to + i, load(c + b * NR<T> + i), units - i);
-      }
-    }
-  }
-
-  // C = x W_ih^T + h W_hh^T + biases for units [u, u + units); Q keeps the split gate's W_hh h + b_hh.
-  void products(int d, int64_t u, int64_t units, const S* h, T* C, T* Q) const {
-    const Weights<const void*>& w = p.w[d];
-    const S *w_ih = static_cast<const S*>(w.w_ih), *w_hh = static_cast<const S*>(w.w_hh),
-            *x = static_cast<const S*>(p.x);
-    for (int g = 0; g < G; g++) {
-      const int64_t row = g * p.H + u;
-      const Term<S, S> input{w_ih + row * p.I, p.I, x, p.x_b, p.I}, state{w_hh + row * p.H, p.H, h, p.H, p.H};
-      const auto add = [&](T* to, int64_t ld, const void* b) {
-        for (int64_t i = 0; b && i < units; i += W) {
-          const Vec<T> bias = load(static_cast<const S*>(b) + row + i, units - i);
-          for (int64_t r = 0; r < p.B; r++) store(to + r * ld + i, load(to + r * ld + i) + bias);
-        }
-      };
-      T* c = C + g * NR<T>;
-      if (g == Cell::kSplitGate) {
-        direct_products(p.B, units, c, G * NR<T>, input);
-        direct_products(p.B, units, Q, NR<T>, state);
-        add(c, G * NR<T>, w.b_ih), add(Q, NR<T>, w.b_hh);
-      } else {
-        direct_products(p.B, units, c, G * NR<T>, input, state);
-        add(c, G * NR<T>, w.b_ih), add(c, G * NR<T>, w.b_hh);
       }
     }
   }

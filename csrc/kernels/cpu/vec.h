@@ -208,8 +208,8 @@ SEQ_INLINE void store(S* p, Vec<Acc<S>> v, int64_t n) {
 }
 
 // Store past the caches, for what is read only in backward: no line is fetched before it is overwritten. p is
-// aligned to the vector and n is whole (see `past_cache` in FwdTile); fence() makes the stores visible to
-// other threads.
+// aligned to the vector, and a whole one is written (see `past_cache` in FwdTile); fence() makes the stores
+// visible to other threads.
 template <class S>
 SEQ_INLINE void stream(S* p, Vec<Acc<S>> v) {
 #if defined(__AVX512F__)
