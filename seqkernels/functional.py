@@ -38,7 +38,7 @@ def lstm(
     dtypes: float32, float64, bfloat16, float16, all tensors the same one. Half types accumulate in float32.
     recompute: backward rebuilds the gates from states and inputs: less memory in training for more time.
     Raises ValueError or RuntimeError for sizes and dtypes that do not fit, no time steps, or more than one of
-    batch_sizes, lengths and resets.
+    batch_sizes, lengths and resets; TypeError for arguments that are no tensors.
     Equal to `torch._VF.lstm(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional,
     batch_first)`, or with batch_sizes after input and no batch_first.
     """

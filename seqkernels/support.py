@@ -33,7 +33,8 @@ def is_exporting() -> bool:
 
 
 def _is_traced() -> bool:
-    """By Dynamo, which takes the first for true, or by what it hands on to, and torch.export, in a mode."""
+    """By Dynamo, for which is_dynamo_compiling() is true, or under a dispatch mode, as AOTAutograd and
+    torch.export have one."""
     return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seqkernels import stack, support
+from seqkernels import stack, support, triton
 from seqkernels.ops import gru, lstm, rnn
 
 NEEDS_GPU = (
@@ -24,6 +24,7 @@ NEEDS_GPU = (
         not support.has_cuda_kernels(), reason="this build has no CUDA kernels: no nvcc >= 12.8"
     ),
 )
+NEEDS_TRITON = [*NEEDS_GPU[:2], pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 everywhere = pytest.mark.usefixtures("kernels")
 

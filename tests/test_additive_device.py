@@ -5,6 +5,7 @@ The pairs of features and single properties of the Triton kernels are in test_tr
 
 import pytest
 import torch
+from devices import NEEDS_TRITON
 from torch import Tensor
 from torch.library import opcheck
 from torch.testing import assert_close
@@ -13,11 +14,7 @@ import seqkernels
 from seqkernels import triton
 from seqkernels.ops import additive_attention as ops
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed"),
-]
+pytestmark = NEEDS_TRITON
 SHAPES = {  # B, Tq, Tk, D, Dv
     "training": (4, 100, 150, 256, 128),
     "ragged": (2, 77, 131, 50, 90),

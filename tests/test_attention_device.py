@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from devices import NEEDS_TRITON
 from tolerances import assert_as_exact
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -21,11 +22,7 @@ from seqkernels.ops import attention as ops
 from seqkernels.ops.attention import NO_LIMIT
 from seqkernels.reference import attention as reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed"),
-]
+pytestmark = NEEDS_TRITON
 DEVICE = "cuda"
 BF16 = torch.bfloat16
 sdpa = seqkernels.scaled_dot_product_attention

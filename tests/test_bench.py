@@ -695,7 +695,7 @@ def test_a_wrong_gpu_result_has_no_speed(no_gpu, monkeypatch):
 
 
 def test_a_lost_device_does_not_lose_the_other_rows(no_gpu, monkeypatch):
-    def lost(run, look):
+    def lost(run, fastest):
         raise RuntimeError("CUDA error: unspecified launch failure\nand many lines of advice")
 
     monkeypatch.setattr(gpu, "device_seconds", lost)
@@ -880,7 +880,7 @@ def test_the_legend_names_a_peer_whose_cases_are_all_unsure():
 def test_the_header_leaves_out_what_is_not_installed(capsys):
     run_report = made_up_report()
     run_report.environment |= {"onnxruntime": "not installed"}
-    console.Console().header(run_report)
+    console.Console().header(run_report, on_gpu=False)
     assert "onnxruntime" not in capsys.readouterr().out
 
 

@@ -1,7 +1,6 @@
 """What goes beyond torch.nn: lengths, resets, all cell states, recompute, packed weights."""
 
 import copy
-import os
 import pickle
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from devices import everywhere
+from peak import resident
 from tolerances import assert_as_exact
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -382,10 +382,6 @@ def test_gradients_that_keep_their_memory_are_written_whole(kind):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_kept_for_activations_has_a_limit():
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     module, before = seqkernels.GRU(4, 64), resident()
     for B in (1000, 1300, 1700, 2200, 1000):  # 62, 81, 106, 138 MiB, none of which fits another
         module(torch.randn(64, B, 4))[0].sum().backward()

@@ -1,6 +1,5 @@
 """The kernels without torch, on NumPy arrays, with every instruction set that this machine supports."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike
+from peak import resident
 
 from seqkernels import _kernels
 
@@ -223,10 +223,6 @@ def test_unknown_and_missing_arguments_are_refused():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_scratch_memory_does_not_grow():
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     small, large = (layer("lstm", np.float32, T=3, B=4, inputs=8, H=H, D=1) for H in (8, 96))
 
     def calls(n: int) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from devices import everywhere
+from peak import resident
 from tolerances import FORWARD, GRADIENT, assert_as_exact, error, floor
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -282,12 +283,6 @@ def test_relu_overflows_like_torchs(dtype):
 
 
 # ------------------------------------------------------------------------------------------ memory
-
-
-def resident() -> int:
-    """Bytes of memory in use."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 @kinds

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import attention, gpu_attention
 from .attention import AttentionCase
-from .gpu_attention import GpuCase
+from .gpu_attention import GpuAttentionCase
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 CELLS = tuple(GATES)
@@ -181,7 +181,7 @@ def _gpu() -> list[Case]:
 
 
 GPU_SUITES = ("gpu", "gpu-attention")  # need a CUDA device
-SUITES: dict[str, tuple[Case | AttentionCase | GpuCase, ...]] = {
+SUITES: dict[str, tuple[Case | AttentionCase | GpuAttentionCase, ...]] = {
     "quick": tuple(_quick()),
     "rnn": tuple(_rnn()),
     "train": tuple(_grid("train") + _shapes("train")),
@@ -196,10 +196,10 @@ SUITES: dict[str, tuple[Case | AttentionCase | GpuCase, ...]] = {
 }
 
 
-def select(suite: str, name_contains: str = "") -> list[tuple[str, Case | AttentionCase | GpuCase]]:
+def select(suite: str, name_contains: str = "") -> list[tuple[str, Case | AttentionCase | GpuAttentionCase]]:
     """(suite, case) pairs, each case once, those of one title together. "all": on the CPU, without quick."""
     suites = [name for name in SUITES if name not in ("quick", *GPU_SUITES)] if suite == "all" else [suite]
-    chosen: dict[Case | AttentionCase | GpuCase, str] = {}
+    chosen: dict[Case | AttentionCase | GpuAttentionCase, str] = {}
     for name in suites:
         titles = list(dict.fromkeys(case.title for case in SUITES[name]))
         for case in sorted(SUITES[name], key=lambda case: titles.index(case.title)):

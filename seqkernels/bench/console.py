@@ -15,7 +15,7 @@ from . import gpu_attention
 from .cases import Case
 from .contestants import ORT, OURS, TORCH
 from .engine import Row
-from .gpu_attention import GpuCase
+from .gpu_attention import GpuAttentionCase
 from .gpu_recurrence import TORCH_TF32
 from .report import (
     Report,
@@ -126,9 +126,11 @@ def gpu_attention_line(rows: list[Row], width: int) -> tuple[str, str]:
     return f"{f'  {geometry(rows[0])}':<{width}}{''.join(speeds)}  {verdict}", verdict.partition(" (")[0]
 
 
-def table(case: Case | GpuCase, on_gpu: bool) -> tuple[Callable[..., str], Callable[..., tuple[str, str]]]:
+def table(
+    case: Case | GpuAttentionCase, on_gpu: bool
+) -> tuple[Callable[..., str], Callable[..., tuple[str, str]]]:
     """Who writes the head and the lines of a suite with such cases."""
-    if isinstance(case, GpuCase):
+    if isinstance(case, GpuAttentionCase):
         return gpu_attention_head, gpu_attention_line
     return (gpu_head, gpu_line) if on_gpu else (head, line)
 
@@ -160,7 +162,7 @@ class Console:
             print(text, flush=True)
 
     @contextmanager
-    def progress(self, cases: list[Case], budget: float, on_gpu: bool = False) -> Iterator[Progress]:
+    def progress(self, cases: list[Case], budget: float, on_gpu: bool) -> Iterator[Progress]:
         speed = 1e13 if on_gpu else 1e10
         weights = [budget + case.flops / speed for case in cases]  # what a case roughly costs, in seconds
         if not self.rich:
@@ -177,7 +179,7 @@ class Console:
         with Bar(*columns, console=self.rich, **options) as bar:
             yield Progress(self, cases, weights, on_gpu, bar)
 
-    def header(self, report: Report, on_gpu: bool = False) -> None:
+    def header(self, report: Report, on_gpu: bool) -> None:
         facts = report.environment
         packages = [n for n in ("seqkernels", "torch", "onnxruntime") if facts[n] != "not installed"]
         words = [f"{name} {facts[name].split(' ')[0]}" for name in packages]

@@ -14,7 +14,7 @@ from .attention import AttentionCase
 from .cases import Case
 from .check import Comparison, compare, errors
 from .contestants import CONTESTANTS, OURS, TORCH, Contestant, Problem, contestants_for, make_problem
-from .gpu_attention import GpuCase
+from .gpu_attention import GpuAttentionCase
 from .memory import MemoryMeter
 
 
@@ -152,10 +152,10 @@ def _time(
         rows[name].peak_share = rows[name].gflops / max(peaks)
 
 
-def run_gpu_cases(cases: Iterable[tuple[str, Case | GpuCase]], budget: float) -> Iterator[list[Row]]:
+def run_gpu_cases(cases: Iterable[tuple[str, Case | GpuAttentionCase]], budget: float) -> Iterator[list[Row]]:
     """As `run_cases`, by the clock of the GPU, without memory."""
     for suite, case in cases:
-        run = run_gpu_attention if isinstance(case, GpuCase) else run_gpu_recurrence
+        run = run_gpu_attention if isinstance(case, GpuAttentionCase) else run_gpu_recurrence
         yield run(suite, case, budget)
 
 
@@ -181,7 +181,7 @@ def run_gpu_recurrence(suite: str, case: Case, budget: float) -> list[Row]:
     return list(rows.values())
 
 
-def run_gpu_attention(suite: str, case: GpuCase, budget: float) -> list[Row]:
+def run_gpu_attention(suite: str, case: GpuAttentionCase, budget: float) -> list[Row]:
     shape = {"B": case.B, "H": case.Hq, "G": case.Hq // case.Hk, "Tq": case.Tq, "Tk": case.Tk, "D": case.D}
     work = {"tokens": case.B * case.Tq, "gflop": case.flops / 1e9, "causal": case.causal, "device": "cuda"}
     kind = {"suite": suite, "case": case.name, "cell": "sdpa", "mode": case.mode, "dtype": case.dtype}

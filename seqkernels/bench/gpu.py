@@ -16,7 +16,7 @@ SHARED_BYTES_A_CLOCK = 128  # that a multiprocessor reads from its shared memory
 USUAL_CLOCK = 1_755_000  # kHz, of an H100, where torch does not tell
 
 
-def device_seconds(run: Callable[[], object], look: float = 0.0) -> float:
+def device_seconds(run: Callable[[], object], _fastest: float = 0.0) -> float:
     """Of one call, with nothing of it in the L2 cache; filling that gives the host time to launch."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(L2_CACHE, dtype=torch.uint8, device="cuda").zero_()

@@ -22,7 +22,7 @@ from .check import compare, errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuCase:
+class GpuAttentionCase:
     B: int
     Hq: int
     Hk: int
@@ -68,15 +68,15 @@ class GpuCase:
         return float(self.B * rows * (self.D + self.Dv) * getattr(torch, self.dtype).itemsize)
 
 
-def _square(B: int, Hq: int, Hk: int, T: int, D: int, Dv: int = 0, **options) -> GpuCase:
-    return GpuCase(B=B, Hq=Hq, Hk=Hk, Tq=T, Tk=T, D=D, Dv=Dv or D, **options)
+def _square(B: int, Hq: int, Hk: int, T: int, D: int, Dv: int = 0, **options) -> GpuAttentionCase:
+    return GpuAttentionCase(B=B, Hq=Hq, Hk=Hk, Tq=T, Tk=T, D=D, Dv=Dv or D, **options)
 
 
-def _decode(B: int, Hq: int, Hk: int, Tq: int, Tk: int, D: int) -> GpuCase:
-    return GpuCase(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, D=D, Dv=D, causal=True)
+def _decode(B: int, Hq: int, Hk: int, Tq: int, Tk: int, D: int) -> GpuAttentionCase:
+    return GpuAttentionCase(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, D=D, Dv=D, causal=True)
 
 
-def suite() -> tuple[GpuCase, ...]:
+def suite() -> tuple[GpuAttentionCase, ...]:
     dense = [
         *(_square(2, 64, 8, T, 128, causal=c) for c in (False, True) for T in (2048, 4096, 8192, 16384)),
         *(_square(4, 32, 32, T, 64, causal=c) for c in (False, True) for T in (2048, 8192)),
@@ -99,7 +99,7 @@ def suite() -> tuple[GpuCase, ...]:
     return (*dense, *(replace(case, mode="train") for case in dense), *decoding)
 
 
-def tensors(case: GpuCase, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(case: GpuAttentionCase, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v that take gradients in training, and the gradient of the output [B,Hq,Tq,Dv]."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -117,7 +117,7 @@ def tensors(case: GpuCase, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-def seqkernels_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
+def seqkernels_run(case: GpuAttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
     """Our kernels themselves, whatever the dispatch would choose."""
     from seqkernels.triton import launch
 
@@ -135,7 +135,7 @@ def seqkernels_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor)
     return run
 
 
-def torch_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
+def torch_run(case: GpuAttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
     from torch.nn.attention.bias import causal_lower_right
 
     options: dict = {"enable_gqa": case.Hq != case.Hk}
@@ -150,7 +150,7 @@ def torch_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> R
     return _differentiated(case, lambda: F.scaled_dot_product_attention(q, k, v, **options), q, k, v, dout)
 
 
-def torch_without_cudnn_run(case: GpuCase, *tensors: Tensor) -> Run:
+def torch_without_cudnn_run(case: GpuAttentionCase, *tensors: Tensor) -> Run:
     run = torch_run(case, *tensors)
 
     def without() -> tuple[Tensor, ...]:
@@ -160,7 +160,7 @@ def torch_without_cudnn_run(case: GpuCase, *tensors: Tensor) -> Run:
     return without
 
 
-def flex_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
+def flex_run(case: GpuAttentionCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Run:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask, offset = None, case.Tk - case.Tq
@@ -177,7 +177,7 @@ def flex_run(case: GpuCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Ru
     )
 
 
-def _differentiated(case: GpuCase, forward: Callable[[], Tensor], *leaves_and_dout: Tensor) -> Run:
+def _differentiated(case: GpuAttentionCase, forward: Callable[[], Tensor], *leaves_and_dout: Tensor) -> Run:
     *leaves, dout = leaves_and_dout
     if case.mode == "forward":
         return lambda: (forward(),)
@@ -192,7 +192,7 @@ CONTESTANTS: dict[str, Callable[..., Run]] = {
 }
 
 
-def ready(case: GpuCase, device: str = "cuda") -> tuple[dict[str, Run], dict[str, str]]:
+def ready(case: GpuAttentionCase, device: str = "cuda") -> tuple[dict[str, Run], dict[str, str]]:
     """The contestants whose results are right, and what is wrong with the others."""
     given = tensors(case, device)
     truth = _truth(case, *given)
@@ -212,7 +212,7 @@ def ready(case: GpuCase, device: str = "cuda") -> tuple[dict[str, Run], dict[str
     return runs, wrong
 
 
-def _checked(case: GpuCase, result: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+def _checked(case: GpuAttentionCase, result: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
     """The first head of the first row: float64 scores of all would fill any GPU."""
     names = ("out",) if case.mode == "forward" else ("grad q", "grad k", "grad v")
     found = {name: t[:1, :1].detach() for name, t in zip(names, result, strict=True)}
@@ -220,7 +220,7 @@ def _checked(case: GpuCase, result: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
     return {name: t for name, t in found.items() if not (shared and name in ("grad k", "grad v"))}
 
 
-def _truth(case: GpuCase, *tensors: Tensor) -> Mapping[str, Tensor]:
+def _truth(case: GpuAttentionCase, *tensors: Tensor) -> Mapping[str, Tensor]:
     q, k, v, dout = (t[:1, :1].detach().double().requires_grad_(t.requires_grad) for t in tensors)
     left, right = NO_LIMIT if case.window is None else case.window, 0 if case.causal else NO_LIMIT
     with torch.set_grad_enabled(case.mode == "train"):
@@ -229,7 +229,7 @@ def _truth(case: GpuCase, *tensors: Tensor) -> Mapping[str, Tensor]:
         return _checked(case, (out,) if case.mode == "forward" else torch.autograd.grad(out, (q, k, v), dout))
 
 
-def measure(case: GpuCase, budget: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+def measure(case: GpuAttentionCase, budget: float) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds per call of each contestant, interleaved, and why others have none."""
     with torch.set_grad_enabled(case.mode == "train"):
         runs, wrong = ready(case)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack, support
 from seqkernels.attention import is_plain
-from seqkernels.ops._autograd import autocast_weights, blended
+from seqkernels.ops._autograd import autocast, autocast_weights, blended
 from seqkernels.ops.linear import linear
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Recurrent(RNNBase):
         gradients of the weights drops them; so do `unprepack_()`, `.to()`, load_state_dict, and any change
         of a weight that torch's version counter sees. Writing into `weight.data`, or into weights made in
         inference mode, or by an optimizer with fused=True, is not seen: unprepack first.
-        Copies and pickles of the module are without packs.
+        Copies and pickles of the module are without packs. Raises RuntimeError for weights on meta.
         """
         weights = self._weights()
         if any(w.is_meta for w in weights):
@@ -362,7 +362,7 @@ def step(cell: RNNCellBase, op: Callable, input: Tensor, hx, states: States | No
         dtype = out_dtype = torch.get_autocast_dtype(x.device.type)
         if not isinstance(cell, torch.nn.RNNCell):
             out_dtype = blended(dtype, states[-1])
-        x, *states = stack.autocast(dtype, x, *states)
+        x, *states = autocast(dtype, x, *states)
         weights = autocast_weights(dtype, *weights)
     try:
         new = op(x, *states, *(None if w is None else w.contiguous() for w in weights), *options)

@@ -17,6 +17,9 @@ class AdditiveAttention(Module):
     Parameters: q_proj_weight [hidden_size,query_size], k_proj_weight [hidden_size,key_size], v [hidden_size],
     with bias=True bias [hidden_size], with normalize=True g [], so that v becomes g v / |v| (Salimans &
     Kingma 2016). All but bias and g are uniform in +-1/sqrt(fan in); bias is 0, g is 1/sqrt(hidden_size).
+    dtypes: float32, float64 (on a GPU by torch), bfloat16, float16. Raises ValueError for a size below 1.
+    Equal to `softmax(torch.tanh((query @ q_proj_weight.T).unsqueeze(2) + (key @ k_proj_weight.T).unsqueeze(1)
+    + bias) @ v, -1) @ value`.
     """
 
     def __init__(

@@ -29,11 +29,15 @@ class GRU(OfOneState):
 
 
 class GRUCell(torch.nn.GRUCell):
-    """torch.nn.GRUCell, with the same constructor, parameters, state_dict and results."""
+    """torch.nn.GRUCell, with the same constructor, parameters, state_dict, errors and results.
+
+    dtypes: float32, float64, bfloat16, float16. Equal to `torch.nn.GRUCell(...)(input, hx)`.
+    """
 
     _torch = torch.nn.GRUCell
 
     __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h, [B,H] or [H] as input is."""
         return step(self, gru_cell, input, hx, None if hx is None else (hx,))

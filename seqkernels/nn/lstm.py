@@ -57,7 +57,10 @@ class LSTM(Recurrent):
 
 
 class LSTMCell(torch.nn.LSTMCell):
-    """torch.nn.LSTMCell, with the same constructor, parameters, state_dict and results."""
+    """torch.nn.LSTMCell, with the same constructor, parameters, state_dict, errors and results.
+
+    dtypes: float32, float64, bfloat16, float16. Equal to `torch.nn.LSTMCell(...)(input, hx)`.
+    """
 
     _torch = torch.nn.LSTMCell
 

@@ -16,9 +16,10 @@ from seqkernels.reference.attention import random_state
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """torch.nn.MultiheadAttention, with the same constructor, parameters, state_dict and results.
+    """torch.nn.MultiheadAttention, with the same constructor, parameters, state_dict, errors and results.
 
     Masks stay as small as they are given, weights come from a second pass: without, memory is O(L + S).
+    dtypes: float32, float64 (on a GPU by torch), bfloat16, float16.
     A query whose keys are all masked gives 0, with need_weights too, where torch gives nan.
     Equal to `torch.nn.MultiheadAttention(...)(query, key, value, ...)`.
     """
@@ -38,6 +39,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """output [L,N,E] ([N,L,E] if batch_first, [L,E] unbatched), and weights [N,L,S], of each head
+        [N,heads,L,S] unless average_attn_weights, None unless need_weights; arguments: as torch's."""
         if isinstance(query, Proxy):
             options = need_weights, attn_mask, average_attn_weights, is_causal
             return as_one_node(self, query, key, value, key_padding_mask, *options)
@@ -73,10 +76,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         hint = is_causal is True and (more > 0 or not attn_mask.requires_grad)
         if hint and (need_weights or key_padding_mask is not None):
             hint = not more and _is_causal(attn_mask)
-        masks = None if hint else attn_mask, key_padding_mask
-        _warn_of_mismatch(*masks)
-        len_k = None if more or need_weights else _lengths(*masks)
-        mask = _merged(masks[0], None if len_k is not None else key_padding_mask, q, more)
+        attn_mask = None if hint else attn_mask
+        _warn_of_mismatch(attn_mask, key_padding_mask)
+        len_k = None if more or need_weights else _lengths(attn_mask, key_padding_mask)
+        mask = _merged(attn_mask, None if len_k is not None else key_padding_mask, q, more)
         scale, right = self.head_dim**-0.5, 0 if hint else NO_LIMIT
         torch_can = not (need_weights or (hint and mask is not None))
         if torch_can and support.why_torch_is_faster(q, k, v, mask):

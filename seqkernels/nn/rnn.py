@@ -38,11 +38,15 @@ class RNN(OfOneState):
 
 
 class RNNCell(torch.nn.RNNCell):
-    """torch.nn.RNNCell, with the same constructor, parameters, state_dict and results."""
+    """torch.nn.RNNCell, with the same constructor, parameters, state_dict, errors and results.
+
+    dtypes: float32, float64, bfloat16, float16. Equal to `torch.nn.RNNCell(...)(input, hx)`.
+    """
 
     _torch = torch.nn.RNNCell
 
     __prepare_scriptable__ = torchs_twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h, [B,H] or [H] as input is."""
         return step(self, rnn_cell, input, hx, None if hx is None else (hx,), self.nonlinearity)

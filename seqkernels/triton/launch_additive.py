@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         self._run(kernel, self.Tk, self.tile.BN, 1, arguments, constants | by_keys)
 
     def _run(self, kernel, rows: int, of_tile: int, splits: int, arguments: tuple, constants: dict) -> None:
-        tiles = triton.cdiv(rows, of_tile)
+        tiles = launch.cdiv(rows, of_tile)
         launch.launch(
             kernel, self.B * tiles * splits, self.tile,
             *self.arguments, tiles, splits, *arguments, **constants,
@@ -123,7 +123,6 @@ def prepare(q, k, v, w, mask, len_k, dout: Tensor | None = None, dweights: Tenso
         mask = mask.detach().expand(B, Tq, Tk)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         mask_strides = mask.stride()
-    interpreted = triton.knobs.runtime.interpret
     f = Additive(
         BD=BD,
         BV=ADDITIVE_VALUES,
@@ -131,15 +130,15 @@ def prepare(q, k, v, w, mask, len_k, dout: Tensor | None = None, dweights: Tenso
         LEN_K=len_k is not None,
         ALIGN=align,
         PRECISION=launch.float32_precision() if q.dtype == torch.float32 else "ieee",
-        FAST=q.itemsize == 2 and not interpreted,
-        UPCAST=q.dtype == torch.bfloat16 and interpreted,
+        FAST=q.itemsize == 2 and not launch.INTERPRETED,
+        UPCAST=q.dtype == torch.bfloat16 and launch.INTERPRETED,
     )
     arguments = (
         q, k, v, w, mask, None if len_k is None else len_k.contiguous(),
         *(s // align for x in (q, k, v) for s in x.stride()[:2]), *mask_strides,
         Tq, Tk, D // align, Dv // align,
     )  # fmt: skip
-    programs = B * triton.cdiv(Tq, tile.BM)
+    programs = B * launch.cdiv(Tq, tile.BM)
     splits = decode.key_splits(programs, Tk, launch.multiprocessors(q.device), 256)
     return Problem(f, arguments, tile, B, Tq, Tk, splits)
 

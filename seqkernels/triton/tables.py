@@ -29,9 +29,6 @@ class Row(NamedTuple):
     total: int = 0
 
 
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-TENSOR_MEMORY_LIMIT = 512  # columns, on sm_100 alone: Triton compiles what needs more into a trap
-
 FORWARD, DKDV, DQ = "forward", "dkdv", "dq"
 TILES = "tiles"  # of the weights and of the mask's gradient
 
