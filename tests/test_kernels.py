@@ -275,9 +275,8 @@ def test_vector_functions_are_within_4_ulp(name, dtype):
     got = getattr(_kernels, name)(x)
     assert got.dtype == dtype
     error = ulps(got, truth)
-    # From here down sigmoid is zero: where it would be denormal, or (float64) below 1e-304.
-    flushed = (name == "sigmoid") & (x < (-87 if dtype == np.float32 else -700))
-    assert np.all(got[flushed] == 0)
+    # From here down sigmoid may be zero: where it would be denormal, or (float64) below 1e-304.
+    flushed = (name == "sigmoid") & (x < (-87 if dtype == np.float32 else -700)) & (got == 0)
     worst = np.argmax(np.where(flushed, 0, error))
     assert error[worst] <= 4, f"{name}({x[worst]!r}) = {got[worst]!r}: off by {float(error[worst]):.2f} ulp"
 

@@ -200,12 +200,13 @@ def dropout_keeps_the_right_share(device):
     q = torch.randn(1, 1, 32, 16, device=device)
     rng = torch.tensor([3, 9], device=device)
     assert (forward(q, q, q, dropout=(1.0, rng))[0] == 0).all()
-    try:
-        forward(q, q, q, dropout=(0.5, None))
-    except ValueError as error:
-        assert "rng" in str(error)  # noqa: PT017 (no pytest in this process)
-    else:
-        raise AssertionError("dropout without rng")
+    for dropout, wrong in (((0.5, None), "expected rng"), ((1.5, rng), "between 0 and 1, got 1.5")):
+        try:
+            forward(q, q, q, dropout=dropout)
+        except RuntimeError as error:
+            assert wrong in str(error)  # noqa: PT017 (no pytest in this process)
+        else:
+            raise AssertionError(f"no error with dropout {dropout}")
 
 
 def paged(device):

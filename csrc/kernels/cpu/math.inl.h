@@ -1,4 +1,4 @@
-// sigmoid and tanh on vectors, <= 4 ulp (tests/test_kernels.py measures it; sigmoid below -87 is 0), exact at
+// sigmoid and tanh on vectors, <= 4 ulp (tests/test_kernels.py measures it; sigmoid below -88 is 0), exact at
 // 0, +-1 when saturated, NaN in NaN out. On Zen 5 a tanh takes 12 cycles, the five activations of an LSTM 50.
 // Both reduce to k ln 2 + r with |r| <= ln 2 / 2, so that e^(k ln 2) is made of bits.
 #pragma once
@@ -8,21 +8,22 @@
 template <class T>
 using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as a lane
 
-// kMagic rounds to integer when added and leaves the biased exponent in the low bits; ln 2 in two parts.
+// kMagic rounds to integer when added and leaves the biased exponent in the low bits; ln 2 in two parts. The
+// power of 2 near e^kInf is inf.
 template <class T>
 struct Exp;
 
 template <>
 struct Exp<float> {
   static constexpr float kMagic = 12582912.0f + 127, kLog2e = 1.44269504f, kLn2Hi = 0.693359375f,
-                         kLn2Lo = -2.12194440e-4f, kLimit = 87.0f;
+                         kLn2Lo = -2.12194440e-4f, kLimit = 87.0f, kInf = 88.7228391f;
   static constexpr int kShift = 23;
 };
 template <>
 struct Exp<double> {
   static constexpr double kMagic = 6755399441055744.0 + 1023, kLog2e = 1.4426950408889634,
                           kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10,
-                          kLimit = 700.0;
+                          kLimit = 700.0, kInf = 709.782712893384;
   static constexpr int kShift = 52;
 };
 
@@ -52,8 +53,11 @@ SEQ_INLINE Vec<double> expm1_near_0(Vec<double> r) {
 }
 SEQ_INLINE Vec<double> exp_near_0(Vec<double> r) { return 1.0 + expm1_near_0(r); }
 
-// 1 / d and n / d for 0 < d < inf. AVX-512 has no fast single precision division (16 cycles), so one Newton
-// step on vrcp14ps and, for a quotient that must not pass 1 where n <= d, one on the quotient.
+// 1 / d and n / d for 0 < d < inf, and 1 / inf where it is a division. AVX-512 has no fast single precision
+// division (16 cycles), so one Newton step on vrcp14ps and, for a quotient that must not pass 1 where n <= d,
+// one on the quotient.
+template <class T>
+constexpr bool kDivides = SEQKERNELS_VEC_BYTES < 64 || sizeof(T) == 8;
 SEQ_INLINE Vec<double> reciprocal(Vec<double> d) { return 1.0 / d; }
 SEQ_INLINE Vec<double> divide(Vec<double> n, Vec<double> d) { return n / d; }
 #if defined(__AVX512F__)
@@ -79,9 +83,10 @@ SEQ_INLINE Vec<T> clamp(Vec<T> x, T lo, T hi) {
 template <class T>
 SEQ_INLINE Vec<T> sigmoid(Vec<T> x) {  // 1 / (1 + e^-x)
   using E = Exp<T>;
-  const Vec<T> t = clamp<T>(x, -E::kLimit, E::kLimit);
+  const Vec<T> t = clamp<T>(x, kDivides<T> ? -E::kInf : -E::kLimit, E::kLimit);
   const Vec<T> z = E::kMagic - t * E::kLog2e, k = z - E::kMagic, r = -t - k * E::kLn2Hi - k * E::kLn2Lo;
   const Vec<T> y = reciprocal(exp_near_0(r) * power_of_2<T>(z) + T(1));
+  if constexpr (kDivides<T>) return y;  // 22 -> 20 cycles for three of 8 floats (Zen 4)
   return x < -E::kLimit ? Vec<T>{} : y;
 }
 
