@@ -97,11 +97,14 @@ def test_any_number_of_threads(kind, count, threads):
         (20, 7, 128, False),
         (1, 40, 230, True),  # one step: blocks in turn, whoever asks
         (9, 70, 100, False),  # several chunks of backward
+        (4, 1100, 5, True),  # a thread's rows in parts
+        (1, 1100, 5, False),
     ):
         pair = twins(kind, 48, H, bidirectional=bidirectional)
         check(pair, torch.randn(T, B, 48), states(pair[0], B))
     pair = twins(kind, 33, 48, bidirectional=True)
     check(pair, pack_padded_sequence(torch.randn(9, 12, 33), [9, 9, 9, 8, 7, 7, 6, 3, 3, 2, 1, 1]))
+    check(pair, pack_padded_sequence(torch.randn(3, 800, 33), [3] * 300 + [2] * 300 + [1] * 200))
 
 
 @everywhere

@@ -99,7 +99,7 @@ Case random_case(Cell cell, DType dtype, Layout layout, Random& random) {
   return finish(c, random);
 }
 
-// Beyond a block of the sum (256 units) or a chunk of time (128 and 256 tokens).
+// Beyond a block of the sum (256 units), a chunk of time (128 and 256 tokens) or a part of the rows (256).
 Case sized(Case c, int64_t T, int64_t B, int64_t I, int64_t H, Random& random) {
   c.T = T, c.B = B, c.I = I, c.H = H;
   c.P = c.cell == kLstmProjected ? 64 : H;
@@ -485,6 +485,10 @@ int main() {
       check(sized(random_case(Cell(cell), DType(dtype), kPacked, random), 150, 7, 3, 17, random), isas,
             random);
       check(sized(random_case(Cell(cell), DType(dtype), kBatchFirst, random), 3, 300, 16, 3, random), isas,
+            random);
+      check(sized(random_case(Cell(cell), DType(dtype), kPacked, random), 3, 600, 3, 5, random), isas,
+            random);
+      check(sized(random_case(Cell(cell), DType(dtype), kStrided, random), 1, 600, 3, 5, random), isas,
             random);
       Case empty = random_case(Cell(cell), DType(dtype), kPacked, random);
       empty.sizes.assign(size_t(empty.T), 0);

@@ -1,11 +1,12 @@
 // Forward of one layer, for every cell.
 //
-// A thread owns rows [r0, r1) and units [u0, u1) of one direction for all time steps. It projects a chunk of
-// steps at once into its own C (1 MiB, to stay in L2; more where input weights come from beyond it), then
-// walks the chunk: for each block of NR units, the recurrent product is added to C gate by gate, and the
-// cell's epilogue turns C into h while the block is in L1. The state h lives in two buffers that take turns,
-// so one barrier a step (among the threads that share rows) is enough; threads that own whole rows never
-// wait. Weight traffic per step is the panels of the own units; see step_cycles for what that costs.
+// A thread owns rows [r0, r1) (many of them in parts, one after the other) and units [u0, u1) of one
+// direction for all time steps. It projects a chunk of steps at once into its own C (1 MiB, to stay in L2;
+// more where input weights come from beyond it), then walks the chunk: for each block of NR units, the
+// recurrent product is added to C gate by gate, and the cell's epilogue turns C into h while the block is in
+// L1. The state h lives in two buffers that take turns, so one barrier a step (among the threads that share
+// rows) is enough; threads that own whole rows never wait. Weight traffic per step is the panels of the own
+// units; see step_cycles for what that costs.
 #pragma once
 
 #include "direct.inl.h"
@@ -56,6 +57,9 @@ struct LayerFwd {
   static constexpr int G = Cell::kGates;
   static constexpr int64_t kChunkTokens = 128, kChunkBytes = 1 << 20, kDirectTokens = 16, kDirectSteps = 4;
   static constexpr int64_t kMostChunks = 8;
+  // Rows that go through all steps before the next ones begin: what they need stays in L2. One step of 65,536
+  // rows, H = 64: 43 -> 91 GF/s, four of 16,384: 87 -> 102, 4,096 and less: the same.
+  static constexpr int64_t kPartRows = 256;
 
   const Params& p;
   Sequence seq;
@@ -65,7 +69,8 @@ struct LayerFwd {
   ForwardWeights<Cell, S> weights;
   const bool past_cache;  // saved gates: 20 % of a training step's forward went to fetching their lines
   const int team;         // threads at most
-  int64_t chunk_tokens;   // of a projection, at most
+  const int64_t part_rows, home_rows;  // rows of a part, at most; rows that have a place in state, m and cell
+  int64_t chunk_tokens;                // of a projection, at most
 
   // Shared, one of each per direction.
   O *state[2], *m[2];
@@ -87,11 +92,13 @@ struct LayerFwd {
         P(p.P),
         B(p.B),
         direct(p.T <= kDirectSteps && seq.tokens <= kDirectTokens && !p.panels && p.w[0].w_hr == nullptr),
-        once(p.T == 1 && !direct && !p.panels && p.w[0].w_hr == nullptr),
+        once(p.T == 1 && B <= kPartRows && !direct && !p.panels && p.w[0].w_hr == nullptr),
         weights(params, direct || once),
         past_cache(params.gates && reinterpret_cast<uintptr_t>(params.gates) % 64 == 0 &&
                    p.H * int64_t(sizeof(S)) % 64 == 0 && seq.tokens * p.D * Cell::kSaved * p.H >= (1 << 18)),
         team(forward_team_size<O>(seq, G, once)),
+        part_rows(min_of(B, kPartRows)),
+        home_rows(min_of(B, team * part_rows)),
         chunk_tokens(0),
         ldx(row_stride<O>(I)),
         ldh(row_stride<O>(P)),
@@ -108,11 +115,11 @@ struct LayerFwd {
   void layout(Arena& a) {
     seq.layout(a);
     weights.layout(a);
-    state_size = B * ldh + apart<O>(team);
+    state_size = home_rows * ldh + apart<O>(team);
     for (int d = 0; d < p.D; d++) {
       state[d] = a.take<O>(2 * state_size);
-      m[d] = weights.projected ? a.take<O>(B * ldm) : nullptr;
-      cell[d] = a.take<T>(Cell::kCellState ? B * ldcell + apart<T>(team) : 0);
+      m[d] = weights.projected ? a.take<O>(home_rows * ldm) : nullptr;
+      cell[d] = a.take<T>(Cell::kCellState ? home_rows * ldcell + apart<T>(team) : 0);
     }
     everyone = a.take_zeros<Barrier>(1);
     row_barriers = a.take_zeros<Barrier>(2 * team);
@@ -126,10 +133,10 @@ struct LayerFwd {
     chunk_tokens = chunks * kChunkTokens;
     const int64_t all = p.T == 1 ? 0 : seq.tokens * (G * weights.in.padded() + kLanes<T>);
     c_size = max_of(min_of(chunks * kChunkBytes / int64_t(sizeof(T)), all),
-                    B * (G * NR<T>));  // a block of units of one step
-    const int64_t x_size = x_in_place() || direct ? 0 : max_of(B, chunk_tokens) * ldx;
+                    part_rows * (G * NR<T>));  // a block of units of one step
+    const int64_t x_size = x_in_place() || direct ? 0 : max_of(part_rows, chunk_tokens) * ldx;
     C = a.take_each<T>(team, c_size);
-    Q = a.take_each<T>(team, B * NR<T>);
+    Q = a.take_each<T>(team, part_rows * NR<T>);
     X = a.take_each<O>(team, x_size);
     const int64_t block_size = once ? G * (weights.in.depth() + weights.rec.depth()) * NR<T> : 0;
     block = a.take_each<O>(team, block_size);
@@ -144,21 +151,25 @@ struct LayerFwd {
     for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, group);
     everyone->wait(size);
     if (rank >= plan.per_direction() || first >= plan.concurrent) return;
-    for (int d = first; d < p.D; d += plan.concurrent) {
-      Worker worker(*this, plan, d, id, rank, first * plan.row_groups + rank / plan.unit_groups);
-      worker.run();
-    }
+    const int row_group = rank / plan.unit_groups, rows_of = first * plan.row_groups + row_group;
+    const RowRange own = row_group_of(seq, plan.row_groups, row_group);
+    const int64_t rows = own.end - own.begin, parts = max_of(1, divide_up(rows, kPartRows));
+    for (int d = first; d < p.D; d += plan.concurrent)
+      for (int64_t i = 0; i < parts; i++) {
+        const RowRange part{own.begin + rows * i / parts, own.begin + rows * (i + 1) / parts};
+        Worker(*this, plan, d, id, rank, rows_of, part).run();
+        row_barriers[rows_of].wait(plan.unit_groups);  // what follows takes the same memory
+      }
     release_tiles();
   }
 
-  // One thread's share of one direction.
+  // One thread's share of one direction, for one part of its rows.
   struct Worker {
     const LayerFwd& f;
     const Params& p;
     const Sequence& seq;
     const ForwardWeights<Cell, S>& weights;
-    const int d, row_group;
-    const RowRange own;
+    const int d;
     const int64_t r0, r1, R;  // rows
     const int64_t k0, k1;     // projection blocks
     Barrier* barrier;         // of the threads that share these rows
@@ -166,21 +177,20 @@ struct LayerFwd {
     int64_t j0, j1;           // own unit blocks
     int64_t u0, width;        // first unit, units (padded)
     T *C, *Q, *cell;
-    O *X, *packed_block;
-    int64_t steps;  // in a chunk
-    bool by_block;  // a chunk is one step: project block by block, C holds one block
+    O *X, *packed_block, *states, *m;  // states, m and cell: row r0
+    int64_t steps;                     // in a chunk
+    bool by_block;                     // a chunk is one step: project block by block, C holds one block
     int64_t ldc, gate;
 
-    Worker(const LayerFwd& layer, const Plan& plan, int direction, int id, int rank, int rows_of)
+    Worker(const LayerFwd& layer, const Plan& plan, int direction, int id, int rank, int rows_of,
+           const RowRange& part)
         : f(layer),
           p(layer.p),
           seq(layer.seq),
           weights(layer.weights),
           d(direction),
-          row_group(rank / plan.unit_groups),
-          own(row_group_of(seq, plan.row_groups, row_group)),
-          r0(own.begin),
-          r1(own.end),
+          r0(part.begin),
+          r1(part.end),
           R(r1 - r0),
           k0(weights.proj.count() * (rank % plan.unit_groups) / plan.unit_groups),
           k1(weights.proj.count() * (rank % plan.unit_groups + 1) / plan.unit_groups),
@@ -189,9 +199,13 @@ struct LayerFwd {
                  layer.shares[id] + plan.unit_groups + 1, plan.unit_groups, rank % plan.unit_groups},
           C(layer.C[id]),
           Q(layer.Q[id]),
-          cell(layer.cell[d] + apart<T>(row_group)),
           X(layer.X[id]),
           packed_block(layer.block[id]) {
+      const int row_group = rank / plan.unit_groups;
+      const int64_t home = f.home_rows == f.B ? r0 : row_group * f.part_rows;
+      states = f.state[d] + apart<O>(row_group) + home * f.ldh;
+      m = weights.projected ? f.m[d] + home * f.ldm : nullptr;
+      cell = f.cell[d] + apart<T>(row_group) + home * f.ldcell;
       const int64_t widest = Shares::most_blocks(weights.in.count(), shares.size) * NR<T>,
                     fits = f.c_size / (G * widest + kLanes<T>), tokens = min_of(fits, f.chunk_tokens);
       steps = R > 0 && tokens > R && p.T > 1 && !f.direct ? tokens / R : 1;
@@ -206,7 +220,7 @@ struct LayerFwd {
       ldc = G * gate + (by_block ? 0 : kLanes<T>);
     }
 
-    O* state(int64_t step) const { return f.state[d] + (step & 1) * f.state_size + apart<O>(row_group); }
+    O* state(int64_t step) const { return states + (step & 1) * f.state_size; }
     const O* input_panel(int g, int64_t j) const {
       return f.once ? packed_block + g * weights.in.depth() * NR<T> : weights.input(d, g, j);
     }
@@ -257,9 +271,9 @@ struct LayerFwd {
       for (int64_t b = r0; b < r1; b++) {
         for (int half = 0; half < 2; half++) {
           set_h(b, state(half), h0);
-          for (int64_t i = f.P; j0 == 0 && i < f.ldh; i++) state(half)[b * f.ldh + i] = O{};
+          for (int64_t i = f.P; j0 == 0 && i < f.ldh; i++) state(half)[(b - r0) * f.ldh + i] = O{};
         }
-        for (int64_t i = f.H; weights.projected && j0 == 0 && i < f.ldm; i++) f.m[d][b * f.ldm + i] = O{};
+        for (int64_t i = f.H; weights.projected && j0 == 0 && i < f.ldm; i++) m[(b - r0) * f.ldm + i] = O{};
       }
       if constexpr (Cell::kCellState)
         for (int64_t b = r0; b < r1; b++) set_c(b);
@@ -269,12 +283,12 @@ struct LayerFwd {
     int64_t h_end() const { return min_of(f.P, weights.projected ? k1 * NR<T> : u0 + width); }
     void set_h(int64_t b, O* to, const S* h0) const {
       const int64_t j = h_begin(), n = h_end() - j;
-      copy_row(h0 + b * f.P + j, n, to + b * f.ldh + j, n);
+      copy_row(h0 + b * f.P + j, n, to + (b - r0) * f.ldh + j, n);
     }
     void set_c(int64_t b) const {
       const S* c0 = static_cast<const S*>(p.c0) + (d * f.B + b) * f.H;
       for (int64_t u = u0; u < u0 + width; u += kLanes<T>)
-        store(cell + b * f.ldcell + u, load(c0 + u, f.H - u));
+        store(cell + (b - r0) * f.ldcell + u, load(c0 + u, f.H - u));
     }
 
     // Own rows of x for the steps [lo, hi), converted and padded.
@@ -342,8 +356,8 @@ struct LayerFwd {
     void unit_block(int64_t s, int64_t t, int64_t n, int64_t j, T* c_rows) {
       if (f.direct) {
         const int64_t u = j * NR<T>;
-        direct_gates<Cell>(p, d, u, min_of(NR<T>, f.H - u), n, seq.template x<S>(t, r0),
-                           state(s) + r0 * f.ldh, f.ldh, C, ldc, gate, Q);
+        direct_gates<Cell>(p, d, u, min_of(NR<T>, f.H - u), n, seq.template x<S>(t, r0), state(s), f.ldh, C,
+                           ldc, gate, Q);
         return epilogue(s, t, n, j, C);
       }
       for (int g = 0; f.once && g < G; g++)
@@ -354,7 +368,7 @@ struct LayerFwd {
       if (!weights.projected)  // y comes while the products run: RNN +2 %
         for (int64_t b = 0; b < n; b++)
           for (int64_t v = 0; v < NR<T>; v += kLanes<T>) __builtin_prefetch(y(t, j) + b * p.D * f.P + v, 1);
-      const O* h = state(s) + r0 * f.ldh;
+      const O* h = state(s);
       const int64_t w = weights.rec.width(j);
       for (int k = 0; k < G; k++) {
         const int g = s % 2 ? G - 1 - k : k;
@@ -375,18 +389,18 @@ struct LayerFwd {
       tile.rows = n, tile.units = min_of(NR<T>, f.H - u), tile.H = f.H;
       tile.C = block, tile.ldc = ldc, tile.gate = gate;
       tile.q = Q, tile.ldq = NR<T>;
-      tile.h_prev = state(s) + r0 * f.ldh + u, tile.ldh_prev = f.ldh;
+      tile.h_prev = state(s) + u, tile.ldh_prev = f.ldh;
       if (weights.projected) {
-        tile.h = f.m[d] + r0 * f.ldm + u, tile.ldh = f.ldm;
+        tile.h = m + u, tile.ldh = f.ldm;
       } else {
-        tile.h = state(s + 1) + r0 * f.ldh + u, tile.ldh = f.ldh;
+        tile.h = state(s + 1) + u, tile.ldh = f.ldh;
         tile.y = y(t, j), tile.ldy = D * f.P;
       }
       if (p.gates)
         tile.gates = static_cast<S*>(p.gates) + (token * D + d) * Cell::kSaved * f.H + u,
         tile.ldgates = D * Cell::kSaved * f.H;
       if constexpr (Cell::kCellState) {
-        tile.c = cell + r0 * f.ldcell + u, tile.ldcell = f.ldcell;
+        tile.c = cell + u, tile.ldcell = f.ldcell;
         if (p.cells)
           tile.cells = static_cast<T*>(p.cells) + (token * D + d) * f.H + u, tile.ldcells = D * f.H;
       }
@@ -399,12 +413,12 @@ struct LayerFwd {
     void project_state(int64_t s, int64_t t, int64_t n) {
       for (int64_t k = k0; k < k1; k++) {
         const int64_t u = k * NR<T>, w = weights.proj.width(k), valid = min_of(NR<T>, f.P - u);
-        gemm_panel(n, w, weights.proj.depth(), f.m[d] + r0 * f.ldm, f.ldm, weights.projection(d, k), w,
+        gemm_panel(n, w, weights.proj.depth(), m, f.ldm, weights.projection(d, k), w,
                    static_cast<const T*>(nullptr), 0, Q, NR<T>);
         for (int64_t b = 0; b < n; b++)
           for (int64_t i = 0; i < valid; i += kLanes<T>) {
             const Vec<T> h = load(Q + b * NR<T> + i);
-            store(state(s + 1) + (r0 + b) * f.ldh + u + i, h, valid - i);
+            store(state(s + 1) + b * f.ldh + u + i, h, valid - i);
             store(static_cast<S*>(p.y) + ((seq.token(t) + r0 + b) * p.D + d) * f.P + u + i, h, valid - i);
           }
       }
@@ -425,14 +439,14 @@ struct LayerFwd {
       int64_t length = p.T;
       for (int64_t b = r0; b < r1; b++) {
         while (length > 0 && seq.rows(length - 1) <= b) length--;
-        const O* h = state(d || length == 0 ? p.T : length) + b * f.ldh;
+        const O* h = state(d || length == 0 ? p.T : length) + (b - r0) * f.ldh;
         S* hn = static_cast<S*>(p.hn) + (d * f.B + b) * f.P;
         for (int64_t j = h_begin(); p.hn && j < h_end(); j += kLanes<T>)
           store(hn + j, load(h + j), h_end() - j);
         if constexpr (Cell::kCellState) {
           S* cn = static_cast<S*>(p.cn) + (d * f.B + b) * f.H;
           for (int64_t j = u0; j < u0 + width; j += kLanes<T>)
-            store(cn + j, load(cell + b * f.ldcell + j), f.H - j);
+            store(cn + j, load(cell + (b - r0) * f.ldcell + j), f.H - j);
         }
       }
     }
