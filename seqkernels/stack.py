@@ -11,7 +11,7 @@ from seqkernels import pipeline, ragged, support
 from seqkernels.ops import gru as gru_ops
 from seqkernels.ops import lstm as lstm_ops
 from seqkernels.ops import rnn as rnn_ops
-from seqkernels.ops._autograd import autocast, autocast_dtypes, autocast_weights
+from seqkernels.ops._autograd import autocast, autocast_dtypes, autocast_weights, transpose
 from seqkernels.reference import gru, lstm, rnn
 
 States = Sequence[Tensor]
@@ -130,7 +130,7 @@ def run(
     if rows is not None:
         outputs, finals = [rows.pad(o) for o in outputs], [rows.unsort(s) for s in finals]
     elif batch_first:
-        outputs = [o.transpose(0, 1) for o in outputs]
+        outputs = [transpose(o, 0, 1) for o in outputs]
     if dtypes is not None:
         outputs, finals = (
             [t.to(dtype) for t, dtype in zip(ts, dtypes, strict=False)] for ts in (outputs, finals)

@@ -74,6 +74,8 @@ def swap_(
     swapped as it is, with the reason in the report; "raise" raises ValueError before anything is swapped.
     Equal to setting `module.__class__` of each. `unswap_` undoes it. LSTM, GRU and RNN are then instances of
     torch.nn.RNNBase, not of torch.nn.LSTM and its kin: code that asks which it has may look at `.mode`.
+    Swap a torch.nn.TransformerEncoder, not the layer that it is built from: with such a layer torch leaves
+    out its path of nested tensors, and with it the zeros at padded places.
     """
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
@@ -278,7 +280,7 @@ def _explain(module: Module, call: Call | None) -> str:
         return f"seqkernels.{cls.__name__}, not called"
     x = call["input"]
     if cls is nn.MultiheadAttention:
-        reason = support.why_torch_attends(x, module.head_dim)
+        reason = support.why_torch_attends(x, module._head_dim)
         if not (reason or torch._C._get_flash_sdp_enabled()):
             reason = "torch.nn.attention.sdpa_kernel forbids flash attention"
     else:
@@ -299,7 +301,7 @@ def _attention_plan(module: nn.MultiheadAttention, call: Call) -> str:
 
     def heads(x: Tensor) -> Tensor:
         N, T = (1, x.size(0)) if x.dim() == 2 else x.shape[:2] if module.batch_first else x.shape[1::-1]
-        return torch.empty(N, module.num_heads, T, module.head_dim, dtype=x.dtype, device="meta")
+        return torch.empty(N, module.num_heads, T, module._head_dim, dtype=x.dtype, device="meta")
 
     q, k = heads(call["query"]), heads(call["key"])
     mask = next((call[m] for m in ("attn_mask", "key_padding_mask") if call.get(m) is not None), None)

@@ -248,6 +248,17 @@ def test_masks_of_nothing_on_more_dims(rows, queries, keys):
         assert_close(with_gradients(ours, leaves, mask), with_gradients(theirs, leaves, mask))
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3)], ids=str)
+def test_frozen_results_may_be_written_into(lead):
+    """A view made in no_grad may not, where gradients are recorded; torch's results are none."""
+    q, offset = torch.randn(*lead, 5, 8), torch.ones(1, requires_grad=True)
+    with torch.no_grad():
+        out = ours(q, q, q)
+    expected = out + 1
+    out += offset
+    assert_close(out, expected)
+
+
 def test_queries_that_see_no_key_give_zero():
     q, k, v = qkv(2, 4, 5, 8, grad=True)
     mask = torch.ones(5, 5, dtype=torch.bool)

@@ -840,3 +840,21 @@ def test_importing_and_running_warns_nothing():
         for kind in KINDS:
             run(getattr(seqkernels, kind)(3, 5, 2, bidirectional=True), torch.randn(4, 2, 3), None, True)
     assert told == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_frozen_results_may_be_written_into(kind, options):
+    """A view made in no_grad may not, where gradients are recorded; torch's results are none."""
+    module, offset = (
+        getattr(seqkernels, kind)(4, 4, batch_first=True, **options),
+        torch.ones(1, requires_grad=True),
+    )
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        y = module(x)[0]
+    expected = y + 1
+    y += offset
+    assert_close(y, expected)
+    y = module(x)[0].sum()
+    y.backward()

@@ -789,3 +789,29 @@ def test_scripting_takes_torchs_module():
     qkv = inputs(ours)
     scripted = torch.jit.script(Wrapped(ours))
     assert_close(scripted(*qkv), theirs(*qkv)[0])
+
+
+@pytest.mark.parametrize("size", [4, 64], ids=["small", "large"])
+def test_frozen_results_may_be_written_into(size):
+    """A view made in no_grad may not, where gradients are recorded; torch's encoder path gives none."""
+    module = seqkernels.MultiheadAttention(size, 2, batch_first=True).eval()
+    x, offset = torch.randn(2, 200, size), torch.ones(1, requires_grad=True)
+    with torch.no_grad():
+        y = module(x, x, x, need_weights=False)[0]
+    expected = y + 1
+    y += offset
+    assert_close(y, expected)
+
+
+def test_another_number_of_heads():
+    ours, theirs = seqkernels.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(7, 3, 16)
+    for heads in (8, 1, 3):
+        ours.num_heads = theirs.num_heads = heads
+        if heads == 3:
+            for module in (ours, theirs):
+                with pytest.raises(AssertionError, match="embed_dim 16 not divisible by num_heads 3"):
+                    module(x, x, x)
+        else:
+            assert_close(ours(x, x, x), theirs(x, x, x))

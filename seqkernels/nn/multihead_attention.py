@@ -28,6 +28,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     __prepare_scriptable__ = torchs_twin
 
+    @property
+    def _head_dim(self) -> int:
+        """Of today's num_heads, as torch computes it."""
+        return self.embed_dim // self.num_heads
+
     def forward(
         self,
         query: Tensor,
@@ -48,7 +53,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         plain = is_plain(query, key, value, *masks)
         forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
         dropout = self.dropout if self.training else 0.0
-        reason = support.why_torch_attends(query, self.head_dim)
+        reason = support.why_torch_attends(query, self._head_dim)
         if plain and not reason and not self._fits(query, key, value, *masks, is_causal):
             reason = MISFIT
         if not 0 <= dropout <= 1:
@@ -80,7 +85,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         _warn_of_mismatch(attn_mask, key_padding_mask)
         len_k = None if more or need_weights else _lengths(attn_mask, key_padding_mask)
         mask = _merged(attn_mask, None if len_k is not None else key_padding_mask, q, more)
-        scale, right = self.head_dim**-0.5, 0 if hint else NO_LIMIT
+        scale, right = self._head_dim**-0.5, 0 if hint else NO_LIMIT
         torch_can = not (need_weights or (hint and mask is not None))
         if torch_can and support.why_torch_is_faster(q, k, v, mask):
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=scale)
@@ -138,7 +143,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 )
             )
 
-        if attn_mask is None and is_causal:
+        if (attn_mask is None and is_causal) or self.embed_dim % self.num_heads:
             return False
         return mask_fits(key_padding_mask, (*rows, S)) and mask_fits(
             attn_mask, (L, S), (N * self.num_heads, L, S)
@@ -148,7 +153,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Projects to [N,H,T,features per head], views of as few matrix products as the inputs allow."""
         weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         if query is key is value and weight is not None:
-            qkv = project(query, weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = project(query, weight, bias).unflatten(-1, (3, self.num_heads, self._head_dim))
             if query.dim() == 2:
                 qkv = qkv.unsqueeze(0)
             return (
@@ -171,7 +176,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 for (x, n), w, b in zip(groups, weight.split(sizes), biases, strict=True)
                 for part in project(x, w, b).chunk(n, -1)
             ]
-        heads = [p.unflatten(-1, (self.num_heads, self.head_dim)) for p in projected]
+        heads = [p.unflatten(-1, (self.num_heads, self._head_dim)) for p in projected]
         if query.dim() == 2:
             return [h.transpose(0, 1).unsqueeze(0) for h in heads]
         return [h.transpose(1, 2) if self.batch_first else h.permute(1, 2, 0, 3) for h in heads]
@@ -213,7 +218,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cu = F.pad(sizes[:, 0].cumsum(0), (1, 0)).to(x.device)
         longest = int(sizes[:, 0].max())
         q, k, v = self._heads(*[tokens] * 3)
-        out, _ = attention(q, k, v, scale=self.head_dim**-0.5, cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)
+        out, _ = attention(
+            q, k, v, scale=self._head_dim**-0.5, cu_q=cu, cu_k=cu, max_q=longest, max_k=longest
+        )
         out = project(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         layout = sizes, x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
         return torch._nested_view_from_buffer(out.flatten(), *layout)

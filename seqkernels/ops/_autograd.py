@@ -269,6 +269,14 @@ def gradient_of_x(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(x.shape if needed else 0)
 
 
+def transpose(t: Tensor, a: int, b: int) -> Tensor:
+    """t.transpose(a, b) of a tensor that nobody else holds: no view, as torch's results are none, where no
+    gradient is recorded. Views made in no_grad may not be written into where gradients are."""
+    if t.requires_grad or not support.is_eager():
+        return t.transpose(a, b)
+    return t.transpose_(a, b)
+
+
 def fake(name: str) -> Callable[[Callable], Callable]:
     """What a forward op gives for tensors without data, under both of its names (csrc/ops/library.cpp)."""
 

@@ -61,7 +61,7 @@ def attention(
     else:
         fwd = _exported_fwd if support.is_exporting() else _fwd
         out, lse = fwd(q, k, v, mask, cu_q, cu_k, len_k, alibi, sinks, *options)
-    return out.transpose(1, 2), lse
+    return ag.transpose(out, 1, 2), lse
 
 
 def paged_attention(
