@@ -99,7 +99,7 @@ def scaled_dot_product_attention(
         except (RuntimeError, TypeError):
             pass  # the rest finds out why, and what to do
     if simple and _are_jagged(query, key, value, enable_gqa):
-        if extras or torch._C._get_flash_sdp_enabled():
+        if extras or not support.forbids_flash():
             more = window, is_causal, softcap, alibi_slopes, sinks
             return _jagged(query, key, value, scale, *more, return_lse=return_lse)
     bottom_right = False
@@ -123,7 +123,7 @@ def scaled_dot_product_attention(
     if plain and (extras or reason is None):
         dense = _four_dims(*autocast(query, key, value, attn_mask), enable_gqa)
         reason = reason or (MISFIT if dense is None else None)
-    forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
+    forbidden = support.forbids_flash()
     faster = not (reason or forbidden or extras) and support.why_torch_is_faster(*dense[:4])
     both = plain and attn_mask is not None and is_causal
     drops = _is_number(dropout_p) and 0 <= dropout_p <= 1
@@ -296,7 +296,7 @@ def _may_read_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bo
         and support.why_torch_attends(q, q.size(3), v.size(3)) is None
         and q.dtype == k.dtype == v.dtype
         and not ag.needs_grad(q, k, v, sinks)
-        and not torch._C._are_functorch_transforms_active()
+        and not support.in_functorch()
     )
 
 
@@ -368,7 +368,7 @@ def _misuse(error: RuntimeError, options: dict[str, Any]) -> Exception:
 
 def torchs_kernels() -> AbstractContextManager:
     """Its fused ones have no forward-mode derivatives and run row by row under vmap: then its math."""
-    by_math = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    by_math = forward_ad._current_level >= 0 or support.in_functorch()
     return sdpa_kernel(SDPBackend.MATH) if by_math else nullcontext()
 
 
@@ -402,7 +402,7 @@ def _may_go_straight_on(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
         and q.dim() == k.dim() == v.dim() == 4
         and (gqa or q.size(1) == k.size(1))
         and q.size(3) > 0
-        and torch._C._get_flash_sdp_enabled()
+        and not support.forbids_flash()
         and (not support.on_gpu(q) or _ours_is_best(q, k, v))
     )
 

@@ -23,6 +23,23 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("seqkernels::lstm_layer_fwd", "CUDA")
 
 
+# Switches of torch that it has no public names for.
+
+
+def in_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_dispatched() -> bool:
+    """Under a dispatch mode: FakeTensorMode, AOTAutograd, torch.export."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def forbids_flash() -> bool:
+    """By torch.nn.attention.sdpa_kernel."""
+    return not torch._C._get_flash_sdp_enabled()
+
+
 def is_compiling() -> bool:
     """torch.compile or torch.export looks on, and not in another thread: torch's flag is of the process."""
     return torch.compiler.is_compiling() and _is_traced()
@@ -35,7 +52,7 @@ def is_exporting() -> bool:
 def _is_traced() -> bool:
     """By Dynamo, for which is_dynamo_compiling() is true, or under a dispatch mode, as AOTAutograd and
     torch.export have one."""
-    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_dynamo_compiling() or is_dispatched()
 
 
 def autocasts(device: str) -> bool:
@@ -101,7 +118,7 @@ def why_torch_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 
 def _inside(transform: str) -> bool:
     """transform: a name in torch._C._functorch.TransformType."""
-    if not torch._C._are_functorch_transforms_active():
+    if not in_functorch():
         return False
     kind = getattr(torch._C._functorch.TransformType, transform)
     return any(level.key() == kind for level in torch._C._functorch.get_interpreter_stack())
@@ -109,7 +126,7 @@ def _inside(transform: str) -> bool:
 
 def is_transformed() -> bool:
     """torch.func or forward-mode AD looks on, neither of which knows all of torch's own layers."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return in_functorch() or forward_ad._current_level >= 0
 
 
 def is_plain_call() -> bool:
@@ -121,7 +138,7 @@ def is_eager() -> bool:
     """No compiler, tracer, vmap, torch.func.grad or forward-mode AD looks on."""
     return not (
         is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or in_functorch()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

@@ -281,7 +281,7 @@ def _explain(module: Module, call: Call | None) -> str:
     x = call["input"]
     if cls is nn.MultiheadAttention:
         reason = support.why_torch_attends(x, module._head_dim)
-        if not (reason or torch._C._get_flash_sdp_enabled()):
+        if not reason and support.forbids_flash():
             reason = "torch.nn.attention.sdpa_kernel forbids flash attention"
     else:
         reason = support.why_torch(x)

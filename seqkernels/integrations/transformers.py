@@ -165,7 +165,7 @@ _know_only_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _values_may_decide(mask: Tensor) -> bool:
     """A tracer would keep what they decide for all others, and a fake tensor has none."""
-    return support.is_eager() and not is_tracing(mask) and torch._C._len_torch_dispatch_stack() == 0
+    return support.is_eager() and not is_tracing(mask) and not support.is_dispatched()
 
 
 def _lengths_of_keys(mask: Tensor | None) -> Tensor | None:

@@ -51,7 +51,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return as_one_node(self, query, key, value, key_padding_mask, *options)
         masks = key_padding_mask, attn_mask
         plain = is_plain(query, key, value, *masks)
-        forbidden = not torch._C._get_flash_sdp_enabled()  # by torch.nn.attention.sdpa_kernel
+        forbidden = support.forbids_flash()
         dropout = self.dropout if self.training else 0.0
         reason = support.why_torch_attends(query, self._head_dim)
         if plain and not reason and not self._fits(query, key, value, *masks, is_causal):
@@ -255,7 +255,7 @@ def _lengths(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tenso
     both = attn_mask is not None and key_padding_mask is not None
     if not (both and key_padding_mask.device.type == "cpu" and support.is_plain_call()):
         return None
-    traced = type(key_padding_mask) is not Tensor or torch._C._len_torch_dispatch_stack()
+    traced = type(key_padding_mask) is not Tensor or support.is_dispatched()
     if traced or key_padding_mask.dtype != torch.bool:
         return None
     visible = ~key_padding_mask

@@ -27,7 +27,7 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args):
         """torch's own, but without the inspection of a signature that takes it 40 us on every call."""
-        if torch._C._are_functorch_transforms_active():
+        if support.in_functorch():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)
 
@@ -97,7 +97,7 @@ def autocast_weights(dtype: torch.dtype, *weights: Tensor | None) -> list[Tensor
 
     100 steps of an LSTMCell of 512 units took 450 MiB in training, torch's 40, and 1.6 times as long.
     """
-    looked_on = not support.is_eager() or torch._C._len_torch_dispatch_stack() > 0
+    looked_on = not support.is_eager() or support.is_dispatched()
     if looked_on or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return autocast(dtype, *weights)
     return [_cached(dtype, w) for w in weights]
@@ -161,7 +161,7 @@ def unit_last_stride(x: Tensor) -> Tensor:
     if x.stride(-1) != 1:
         return x.clone(memory_format=torch.contiguous_format)
     # Dynamo believes that the argument of a torch.func.grad wants no gradient; what an op returns does.
-    return x.view_as(x) if torch._C._are_functorch_transforms_active() else x
+    return x.view_as(x) if support.in_functorch() else x
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

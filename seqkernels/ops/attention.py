@@ -46,7 +46,7 @@ def attention(
     and lse for q, k, v, a float mask and sinks.
     """
     apart = q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1
-    if apart or torch._C._are_functorch_transforms_active():
+    if apart or support.in_functorch():
         q, k, v = map(ag.unit_last_stride, (q, k, v))
     if mask is not None:
         mask = readable(mask, q)
