@@ -160,10 +160,7 @@ def scaled_dot_product_attention(
     else:
         out, lse = _attend(q, k, v, options, reason)
     if len(lead) != 2:
-        reshape = (
-            torch.ops.aten._unsafe_view if support.is_eager() else torch.reshape
-        )  # the first makes no view
-        out, lse = reshape(out, (*lead, *out.shape[2:])), lse.reshape(*lead, lse.size(2))
+        out, lse = ag.reshape(out, (*lead, *out.shape[2:])), lse.reshape(*lead, lse.size(2))
     return (out, lse) if return_lse else out
 
 

@@ -315,11 +315,8 @@ def _cuda_plan(module: Module, call: Call) -> str:
         return "one fused step"
     x = call["input"]
     gates, H, L = module.weight_hh_l0.size(0) // module.hidden_size, module.hidden_size, module.num_layers
-    T, B = (
-        (x.size(0), call.get("rows") or 1)
-        if x.dim() == 2
-        else x.shape[:2][:: -1 if module.batch_first else 1]
-    )
+    rows = call.get("rows") or 1
+    T, B = (x.size(0), rows) if x.dim() == 2 else x.shape[:2][:: -1 if module.batch_first else 1]
     D, projected = 2 if module.bidirectional else 1, module.proj_size > 0
     words = pipeline.cuda_plan(x, gates, B, H, D, projected)
     if L == 1 or D == 2 or projected or not call.get("simple"):

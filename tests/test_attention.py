@@ -259,6 +259,16 @@ def test_frozen_results_may_be_written_into(lead):
     assert_close(out, expected)
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3)], ids=str)
+def test_writing_into_results_is_noticed(lead):
+    """Backward reads them again."""
+    q = torch.randn(*lead, 5, 8, requires_grad=True)
+    out = ours(q, q, q)
+    out += q
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_queries_that_see_no_key_give_zero():
     q, k, v = qkv(2, 4, 5, 8, grad=True)
     mask = torch.ones(5, 5, dtype=torch.bool)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import stack, support
 from seqkernels.attention import is_plain
-from seqkernels.ops._autograd import autocast, autocast_weights, blended, transpose
+from seqkernels.ops._autograd import autocast, autocast_weights, blended, reshape, transpose
 from seqkernels.ops.linear import linear
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; by our product where tensors on the CPU are taken as they are and the product is large."""
     if support.is_plain_call() and x.numel() * weight.size(0) <= SMALL_PRODUCT:
         y = F.linear(x if x.dim() < 3 else x.flatten(0, -2), weight, bias)  # of three dims with a bias a view
-        return y if x.dim() < 3 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.size(0)))
+        return y if x.dim() < 3 else reshape(y, (*x.shape[:-1], weight.size(0)))
     ours = x.device.type == "cpu" == weight.device.type and x.dtype == weight.dtype and is_plain(weight, bias)
     if ours and not torch.is_autocast_enabled("cpu") and support.why_torch(x) is None:
         return linear(x, weight, bias)

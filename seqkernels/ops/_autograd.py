@@ -277,6 +277,14 @@ def transpose(t: Tensor, a: int, b: int) -> Tensor:
     return t.transpose_(a, b)
 
 
+def reshape(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """t.reshape(shape), no view where `transpose` makes none. Where a gradient is recorded it has to be one:
+    backward may read t again, and autograd notices through a view alone that somebody wrote into it."""
+    if t.requires_grad or not support.is_eager():
+        return t.reshape(shape)
+    return torch.ops.aten._unsafe_view(t, shape)
+
+
 def fake(name: str) -> Callable[[Callable], Callable]:
     """What a forward op gives for tensors without data, under both of its names (csrc/ops/library.cpp)."""
 

@@ -22,7 +22,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         y = _Linear.apply(*ag.distinct(rows, w, b))
     else:
         y = (_exported if support.is_exporting() else _fwd)(rows, w, b)
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.size(0)))  # no view, as F.linear's is none
+    return ag.reshape(y, (*x.shape[:-1], w.size(0)))
 
 
 class _Linear(ag.Function):
