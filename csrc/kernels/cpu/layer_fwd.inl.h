@@ -148,7 +148,7 @@ struct LayerFwd {
   void thread(int id, int size) {
     const Plan plan = make_plan<O>(seq, size, G, once, kBalanced);
     const int group = size / plan.concurrent, first = id / group, rank = id % group;
-    for (int d = first; d < p.D; d += plan.concurrent) weights.pack(d, rank, group);
+    for (int d = first; !direct && d < p.D; d += plan.concurrent) weights.pack(d, rank, group);
     everyone->wait(size);
     if (rank >= plan.per_direction() || first >= plan.concurrent) return;
     const int row_group = rank / plan.unit_groups, rows_of = first * plan.row_groups + row_group;
